@@ -80,6 +80,10 @@ def resample_pos_embed(table: Tensor, source: Grid, target: Grid, num_prefix_tok
     return torch.cat([prefix, volume.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
 def take(tokens: Tensor, ids: Tensor) -> Tensor:
     """Rows `ids` (B, K) of `tokens` (B, N, C) -> (B, K, C)."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
@@ -313,14 +317,20 @@ class VisionTransformer3D(nn.Module):
         state, extras = read_checkpoint(path, checkpoint_key)
         args = extras.get("args")
         recorded = args.get("grid_size") if isinstance(args, dict) else None
-        for name in ("pos_embed", "decoder_pos_embed"):
-            if name in state and (name == "pos_embed" or self.has_decoder):
-                fit = partial(fit_pos_embed, target_grid=self.grid_size, num_prefix_tokens=self.num_prefix_tokens)
-                state[name] = fit(state[name], source_grid=source_grid or recorded, resample=interpolate_pos_embed, where=path)
-        if "patch_embed.proj.weight" in state:
-            weight = state["patch_embed.proj.weight"]
-            state["patch_embed.proj.weight"] = inflate_channels(weight, self.in_chans, rescale_channels)
-        self.load_report = load_matching(self, state, self._encoder_names, encoder_only, path)
+        fit_table = partial(
+            fit_pos_embed,
+            target_grid=self.grid_size,
+            num_prefix_tokens=self.num_prefix_tokens,
+            source_grid=source_grid or recorded,
+            resample=interpolate_pos_embed,
+            where=path,
+        )
+        fitted = {name: fit_table(state[name]) for name in ("pos_embed", "decoder_pos_embed") if name in state}
+        weight = "patch_embed.proj.weight"
+        if weight in state:
+            fitted[weight] = inflate_channels(state[weight], self.in_chans, rescale_channels)
+        self.load_report = load_matching(self, state | fitted, self._encoder_names, encoder_only, path)
+        self.load_report.resampled = [n for n in self.load_report.matched if n in fitted and not same(fitted[n], state[n])]
         if int(os.environ.get("RANK", "0")) == 0:
             print(self.load_report)
         return self.load_report.missing, self.load_report.unexpected

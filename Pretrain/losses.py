@@ -1,0 +1,69 @@
+"""Losses of the pretraining methods.   B batch   N patches   P voxels of a patch (times channels)   K prototypes.   All in float32."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def patchify(x: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """Volumes (B, C, D, H, W) to patches (B, N, pd*ph*pw*C): raster order of the grid, and within a patch of (pd, ph, pw, C)."""
+    batch, chans = x.shape[:2]
+    (pd, ph, pw), (d, h, w) = patch_size, [s // p for s, p in zip(x.shape[2:], patch_size)]
+    x = x.reshape(batch, chans, d, pd, h, ph, w, pw)
+    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(batch, d * h * w, pd * ph * pw * chans)
+
+
+def unpatchify(patches: Tensor, patch_size: Sequence[int], grid: Sequence[int]) -> Tensor:
+    """The inverse of `patchify` for the grid (d, h, w)."""
+    (pd, ph, pw), (d, h, w) = patch_size, grid
+    chans = patches.shape[2] // (pd * ph * pw)
+    x = patches.reshape(len(patches), d, h, w, pd, ph, pw, chans)
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(len(patches), chans, d * pd, h * ph, w * pw)
+
+
+def norm_pix(patches: Tensor) -> Tensor:
+    """Each patch with mean 0 and variance 1 (unbiased variance + 1e-6, as in MAE); a constant patch becomes 0."""
+    patches = patches.float()
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error over the removed patches alone: prediction, target (B, N, P), mask (B, N) with 1 = removed."""
+    error = (prediction.float() - target.float()).square().mean(dim=-1)
+    return (error * mask).sum() / mask.sum()
+
+
+def consistency_ce(teacher: Tensor, student: Tensor) -> Tensor:
+    """Cross-entropy of every student view with every teacher view, the same-view pair included.
+
+    teacher (p, B, K) probabilities without gradient, student (s, B, K) log-probabilities. GL-MAE's figure draws the same-view pair (an
+    intact view and its own masked copy); that the other pairs count too, and cross-entropy itself, are our choice (spec sections 7, 8).
+    """
+    return -torch.einsum("ibk,jbk->ijb", teacher, student).mean()
+
+
+def consistency_byol(teacher: Tensor, student: Tensor) -> Tensor:
+    """2 - 2 cos over the same pairs as `consistency_ce`: teacher (p, B, E), student (s, B, E) embeddings. The form of the authors' next paper."""
+    teacher, student = F.normalize(teacher.float(), dim=-1), F.normalize(student.float(), dim=-1)
+    return 2.0 - 2.0 * torch.einsum("ibe,jbe->ijb", teacher, student).mean()
+
+
+def collapse_monitors(teacher: Tensor, student: Tensor, same_pairs: int) -> dict[str, Tensor]:
+    """Signs of collapse, in shares of ln K: teacher (p, B, K) probabilities, student (s, B, K) log-probabilities.
+
+    `entropy_of_mean` near 0: one prototype takes all. `entropy` near 1 with `kl` near 0: the output is uniform and says nothing.
+    """
+    scale = math.log(teacher.shape[-1])
+    entropy = -(teacher * teacher.clamp_min(1e-12).log()).sum(-1).mean()
+    mean = teacher.mean(dim=(0, 1))
+    pairs = min(same_pairs, len(student))
+    cross = -(teacher[:pairs] * student[:pairs]).sum(-1).mean()
+    return {
+        "entropy": entropy / scale,
+        "entropy_of_mean": -(mean * mean.clamp_min(1e-12).log()).sum() / scale,
+        "kl": cross - entropy,
+    }

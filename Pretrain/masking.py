@@ -1,0 +1,53 @@
+"""Which patches an autoencoder sees.   B batch   N patches   K kept.   In a mask 1 means removed.
+
+Randomness comes from a key per sample (int64, in the batch), not from a generator per process: a sample's mask is then the same on any
+number of ranks, in any micro-batch, on CPU and CUDA, and after any restart. Our choice.
+"""
+
+import torch
+from torch import Tensor
+
+
+def num_keep(num_patches: int, mask_ratio: float) -> int:
+    """Kept patches: N*(1-ratio) rounded down, safe from floats that fall just short (`int(1000*(1-0.9))` is 99)."""
+    if not 0.0 <= mask_ratio < 1.0:
+        raise ValueError(f"mask_ratio {mask_ratio} is outside [0, 1)")
+    return max(1, int(num_patches * (1.0 - mask_ratio) + 1e-6))
+
+
+def derive(keys: Tensor, stream: int) -> Tensor:
+    """Keys (B,) int64 for another purpose (view 3, level 2) of the same samples, unrelated to `keys`."""
+    return _splitmix64(keys + (stream + 1) * _GOLDEN)
+
+
+def uniform(keys: Tensor, count: int) -> Tensor:
+    """Noise (B, count) in [0, 1), a pure function of the keys (B,): splitmix64 (Steele et al. 2014) in counter mode."""
+    counter = torch.arange(1, count + 1, device=keys.device) * _GOLDEN
+    bits = _splitmix64(keys.unsqueeze(1) + counter)  # (B, count)
+    return _shift(bits, 40).float() / (1 << 24)  # the top 24 bits: exact in float32
+
+
+def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the `keep` patches of lowest noise (B, N).
+
+    Returns ids_keep (B, K) in the order of their noise; ids_restore (B, N), which sorts [kept, removed] back into raster order;
+    mask (B, N) float, 1 = removed.
+    """
+    ids_shuffle = noise.argsort(dim=1, stable=True)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    mask = (ids_restore >= keep).float()
+    return ids_shuffle[:, :keep], ids_restore, mask
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as a signed 64-bit number: int64 tensors wrap as splitmix64 wants
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift: an int64 tensor's own shift would drag the sign along."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _splitmix64(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ _shift(x, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ _shift(x, 31)

@@ -1,0 +1,81 @@
+"""Checkpoints: the one place where Pretrain and Finetune meet.
+
+The contract. A checkpoint is a `torch.save`d dict of tensors and plain types (dict, list, str, int, float, bool, None), so that
+`torch.load(weights_only=True)` reads it and no code in it can run.
+
+=============  ====================================================================================================================
+plain MAE      `model`: the names of `Finetune/models_3dvit.py`, encoder and decoder
+GL-MAE         `student`: `module.backbone.*` (encoder and decoder), `module.head.*` (projection head); `teacher`: `backbone.*`,
+               `head.*`; `dino_loss`: {`center`}. The `module.` stands there without DDP too: the authors' loaders expect it
+MiM            `model`: the names of `Finetune/models_convvit3d.py` and the decoder's
+fine-tuning    `state_dict`: the segmentation model, encoder under `backbone.`
+all            `optimizer`; `epoch`, 0-based, the last one begun; `args`: the settings as plain types, and in it `step` (updates done)
+               and `grid_size` (the position table's grid, never to be guessed from a count)
+=============  ====================================================================================================================
+
+Files are `checkpoint-{epoch}.pth` (no zero padding) and `checkpoint-last.pth`, written under a temporary name and renamed.
+"""
+
+import argparse
+import hashlib
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config import InputError
+
+LAST = "checkpoint-last.pth"
+
+
+def save(path: str | Path, content: dict[str, Any]) -> None:
+    """Write `content` so that `path` holds either the old file or the whole new one, never a part.
+
+    Raises InputError when the place cannot be written; TypeError for a value that `weights_only` loading would refuse.
+    """
+    path = Path(path)
+    _check_plain(content, "checkpoint")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise InputError(f"{path}: the checkpoint cannot be written ({error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint on the CPU, read without running anything in it. InputError says what is wrong with the file."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # torch raises a different type for each way a file can be broken
+        raise InputError(f"{path}: not a readable checkpoint ({str(error).strip().splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: found {type(content).__name__}, needs a dict")
+    return content
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_plain(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(item, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    elif type(value) not in (torch.Tensor, torch.nn.Parameter, str, int, float, bool, type(None)):
+        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain types only")
