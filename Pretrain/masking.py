@@ -17,7 +17,7 @@ def num_keep(num_patches: int, mask_ratio: float) -> int:
 
 def derive(keys: Tensor, stream: int) -> Tensor:
     """Keys (B,) int64 for another purpose (view 3, level 2) of the same samples, unrelated to `keys`."""
-    return _splitmix64(keys + (stream + 1) * _GOLDEN)
+    return _splitmix64(_splitmix64(keys) + (stream + 1) * _GOLDEN)
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:

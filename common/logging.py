@@ -37,15 +37,22 @@ def progress(iterable: Iterable | None = None, desc: str = "", total: int | None
 
 
 class RunLog:
-    """TensorBoard events and `log.jsonl` in `out_dir`, written by rank 0 only."""
+    """TensorBoard events and `log.jsonl` in `out_dir`, written by rank 0 only. A resumed run drops what was logged past `first_step`."""
 
-    def __init__(self, out_dir: str | Path):
+    def __init__(self, out_dir: str | Path, first_step: int = 0):
         self.path = Path(out_dir) / "log.jsonl"
         self.writer = None
         if is_main():
             from torch.utils.tensorboard import SummaryWriter  # slow to import; only a run that logs pays
 
-            self.writer = SummaryWriter(str(out_dir))
+            self._keep(first_step)
+            self.writer = SummaryWriter(str(out_dir), purge_step=first_step)
+
+    def _keep(self, first_step: int) -> None:
+        """Only the epochs that were finished by `first_step`: no line is doubled, none is from an earlier run."""
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self.writer:
@@ -58,6 +65,7 @@ class RunLog:
             self.writer.add_image(tag, pixels, step, dataformats="HWC")
 
     def epoch(self, record: dict[str, Any]) -> None:
+        """One JSON line; `record` holds `step`, the updates done."""
         if self.writer:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
