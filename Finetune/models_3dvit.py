@@ -262,6 +262,13 @@ class VisionTransformer3D(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
+    def remove_decoder(self) -> None:
+        """Leave the encoder alone, as `encoder_only=True` builds it."""
+        for name in [n for n, _ in self.named_children() if n.startswith("decoder_")] + ["mask_token", "decoder_pos_embed"]:
+            if hasattr(self, name):
+                delattr(self, name)
+        self.has_decoder = False
+
     def freeze_encoder(self) -> None:
         """No gradient for the encoder; decoder and head stay as they are."""
         self._set_encoder_trainable(False)

@@ -37,22 +37,21 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (error * mask).sum() / mask.sum()
 
 
-def consistency_ce(teacher: Tensor, student: Tensor) -> Tensor:
-    """Cross-entropy of every student view with every teacher view, the same-view pair included.
+def cross_entropy_pairs(teacher: Tensor, student: Tensor) -> Tensor:
+    """Cross-entropy of every student view with every teacher view, (p, s), averaged over the batch.
 
-    teacher (p, B, K) probabilities without gradient, student (s, B, K) log-probabilities. GL-MAE's figure draws the same-view pair (an
-    intact view and its own masked copy); that the other pairs count too, and cross-entropy itself, are our choice (spec sections 7, 8).
+    teacher (p, B, K): probabilities, no gradient; student (s, B, K): log-probabilities.
     """
-    return -torch.einsum("ibk,jbk->ijb", teacher, student).mean()
+    return -torch.einsum("ibk,jbk->ij", teacher, student) / teacher.shape[1]
 
 
-def consistency_byol(teacher: Tensor, student: Tensor) -> Tensor:
-    """2 - 2 cos over the same pairs as `consistency_ce`: teacher (p, B, E), student (s, B, E) embeddings. The form of the authors' next paper."""
+def cosine_pairs(teacher: Tensor, student: Tensor) -> Tensor:
+    """2 - 2 cos of every student view with every teacher view, (p, s), averaged over the batch: embeddings (p, B, E) and (s, B, E)."""
     teacher, student = F.normalize(teacher.float(), dim=-1), F.normalize(student.float(), dim=-1)
-    return 2.0 - 2.0 * torch.einsum("ibe,jbe->ijb", teacher, student).mean()
+    return 2.0 - 2.0 * torch.einsum("ibe,jbe->ij", teacher, student) / teacher.shape[1]
 
 
-def collapse_monitors(teacher: Tensor, student: Tensor, same_pairs: int) -> dict[str, Tensor]:
+def collapse_monitors(teacher: Tensor, student: Tensor) -> dict[str, Tensor]:
     """Signs of collapse, in shares of ln K: teacher (p, B, K) probabilities, student (s, B, K) log-probabilities.
 
     `entropy_of_mean` near 0: one prototype takes all. `entropy` near 1 with `kl` near 0: the output is uniform and says nothing.
@@ -60,10 +59,9 @@ def collapse_monitors(teacher: Tensor, student: Tensor, same_pairs: int) -> dict
     scale = math.log(teacher.shape[-1])
     entropy = -(teacher * teacher.clamp_min(1e-12).log()).sum(-1).mean()
     mean = teacher.mean(dim=(0, 1))
-    pairs = min(same_pairs, len(student))
-    cross = -(teacher[:pairs] * student[:pairs]).sum(-1).mean()
+    cross = cross_entropy_pairs(teacher, student).mean()
     return {
         "entropy": entropy / scale,
         "entropy_of_mean": -(mean * mean.clamp_min(1e-12).log()).sum() / scale,
-        "kl": cross - entropy,
+        "kl": (cross - entropy) / scale,
     }

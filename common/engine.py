@@ -229,6 +229,7 @@ def fit(
         args: what the checkpoint keeps as `args`, plain types.
         after_epoch: called on every rank after each epoch (validation, pictures); what it returns goes into the epoch's log line.
     """
+    method.to(run.device)  # before the optimiser's state is loaded, which follows its parameters' device
     start = resume(method, optimizer, settings, run)
     log = RunLog(settings.out_dir, first_step=start)
     model = wrap(method, run)
@@ -302,8 +303,7 @@ def resume(method: nn.Module, optimizer: torch.optim.Optimizer, settings: LoopSe
 
 
 def wrap(method: nn.Module, run: Run) -> nn.Module:
-    """The method on its device, in DDP where there are several processes."""
-    method.to(run.device)
+    """The method, in DDP where there are several processes."""
     if run.world_size == 1:
         return method
     device_ids = [run.local_rank] if run.device.type == "cuda" else None
