@@ -1,0 +1,319 @@
+"""The hybrid encoder of MiM: what removed tokens may change (nothing), its position tables, the loading of weights."""
+
+import importlib
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from Finetune.models_3dvit import take
+from Finetune.models_convvit3d import (
+    ConvBlock,
+    convvit3d_base_patch16,
+    convvit3d_tiny_patch16,
+    relative_position_index,
+    resample_bias_table,
+    visible_mask,
+)
+
+SMALL = dict(embed_dims=(6, 12, 12, 24), depths=(1, 1, 1, 2), num_heads=2)
+
+
+def small(img_size=32, **kwargs):
+    torch.manual_seed(0)
+    model = convvit3d_base_patch16(img_size=img_size, **dict(SMALL, **kwargs)).eval()
+    with torch.no_grad():  # zeros and ones hide mistakes
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or "bias_table" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def save(tmp_path, state, **extras):
+    path = tmp_path / "weights.pth"
+    torch.save({"model": state, **extras}, path)
+    return path
+
+
+# ---------------------------------------------------------------- masking
+
+
+@pytest.mark.parametrize("pyramid", [False, True])
+def test_removed_voxels_change_no_latent(pyramid):
+    model = small((48, 32, 32), pyramid=pyramid)
+    x = torch.rand(2, 1, 48, 32, 32)
+    ids_keep = torch.stack([torch.randperm(12)[:5] for _ in range(2)])
+    voxels = F.interpolate(visible_mask(ids_keep, (3, 2, 2)), scale_factor=16)
+    other = torch.where(voxels == 1, x, 100 * torch.randn_like(x))
+    with torch.no_grad():
+        a, b = model(x, ids_keep), model(other, ids_keep)
+        seen = model(torch.where(voxels == 1, x + 0.1, x), ids_keep)
+    assert (a - b).abs().max() == 0
+    assert (a - seen).abs().min(dim=-1).values.max() > 0  # and the visible ones do change it
+
+
+@pytest.mark.parametrize("pyramid", [False, True])
+def test_keeping_all_tokens_equals_no_mask_and_order_follows_ids(pyramid):
+    model = small(pyramid=pyramid)
+    x, order = torch.rand(2, 1, 32, 32, 32), torch.stack([torch.randperm(8), torch.randperm(8)])
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, order), take(model(x), order), atol=1e-5, rtol=1e-5)
+
+
+def test_convolution_sees_visible_voxels_only_and_keeps_the_residual():
+    block = ConvBlock(4)
+    x = torch.randn(1, 4, 8, 8, 8)
+    visible = torch.zeros(1, 1, 8, 8, 8)
+    visible[..., :4] = 1
+    with torch.no_grad():
+        zeroed = block.conv1(block.norm1(x)) * visible
+        mixed = x + block.conv2(block.attn(zeroed))
+        torch.testing.assert_close(block(x, visible), mixed + block.mlp(block.norm2(mixed)))
+
+
+def test_latents_are_fused_with_every_convolution_stage():
+    model, x = small(), torch.rand(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        tokens, maps = model.forward_stages(x)
+        total = tokens
+        for stage, m in enumerate(maps, 1):
+            total = total + model.get_submodule(f"stage{stage}_output_decode")(m).flatten(2).transpose(1, 2)
+        expected = F.layer_norm(total, total.shape[-1:], model.norm.weight, model.norm.bias, eps=1e-6)
+        torch.testing.assert_close(model(x), expected)
+    assert [m.shape[2] for m in maps] == [16, 8, 4]
+
+
+def test_layer_norms_have_the_epsilons_of_the_weights():
+    model = convvit3d_tiny_patch16(img_size=32)
+    eps = {name: m.eps for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
+    transformer = {name for name in eps if name.startswith("blocks4") or name == "norm"}
+    assert {eps[name] for name in transformer} == {1e-6}
+    assert {eps[name] for name in eps if name not in transformer} == {1e-5}
+    assert all(b.attn.head_dim == 32 for b in model.blocks4) and len(model.blocks4) == 11
+
+
+# ---------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize("grid", [(6, 6, 6), (2, 3, 4), (1, 1, 1)])
+def test_relative_index_against_a_plain_loop(grid):
+    coords = [(i, j, k) for i in range(grid[0]) for j in range(grid[1]) for k in range(grid[2])]
+    d, h, w = grid
+    expected = torch.empty(len(coords), len(coords), dtype=torch.int64)
+    for a, p in enumerate(coords):
+        for b, q in enumerate(coords):
+            z, y, x = (p[n] - q[n] + grid[n] - 1 for n in range(3))
+            expected[a, b] = z * (2 * h - 1) * (2 * w - 1) + y * (2 * w - 1) + x
+    index = relative_position_index(grid)
+    assert torch.equal(index, expected)
+    if grid == (6, 6, 6):
+        assert (index[0, 0], index[215, 0], index[0, 215]) == (665, 1330, 0)
+
+
+def test_bias_is_added_to_the_attention_logits():
+    model = small(pyramid=True)
+    block, tokens = model.blocks4[0], torch.randn(2, 8, 24)
+    plain = Block(24, 2, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6)).eval()
+    plain.load_state_dict({k: v for k, v in block.state_dict().items() if k in plain.state_dict()})
+    with torch.no_grad():
+        q, k, v = plain.attn.qkv(plain.norm1(tokens)).view(2, 8, 3, 2, 12).permute(2, 0, 3, 1, 4)
+        logits = q @ k.transpose(-1, -2) / math.sqrt(12)
+        for i in range(8):
+            for j in range(8):
+                logits[:, :, i, j] += block.attn.relative_position_bias_table[relative_position_index((2, 2, 2))[i, j]]
+        mixed = plain.attn.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(2, 8, 24))
+        expected = tokens + block.gamma_1 * mixed
+        expected = expected + block.gamma_2 * plain.mlp(plain.norm2(expected))
+        torch.testing.assert_close(block(tokens, (2, 2, 2)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_bias_table_resampling_keeps_zero_offset_and_follows_a_slope():
+    source, target = (6, 6, 6), (12, 12, 2)
+    offsets = torch.arange(-5.0, 6)
+    table = (offsets.view(-1, 1, 1) * torch.ones(11, 11, 11)).reshape(-1, 1)  # grows along the first axis alone
+    resampled = resample_bias_table(table, source, target).view(23, 23, 3)
+    assert resampled[11].abs().max() < 1e-5
+    assert (resampled.diff(dim=0) >= 0).all() and resampled.diff(dim=1).abs().max() < 1e-5
+    assert resample_bias_table(table, source, source) is table
+
+
+def test_position_table_is_fixed_for_pretraining_and_trained_for_segmentation():
+    assert not small().pos_embed.requires_grad and small(pyramid=True).pos_embed.requires_grad
+
+
+@pytest.mark.parametrize("size, chans", [((192, 192, 32), 1), ((128, 128, 128), 4)])
+def test_other_regions_of_interest(size, chans):
+    model = small(96, in_chans=chans, pyramid=True, depths=(1, 1, 1, 1))
+    grid = tuple(s // 16 for s in size)
+    own = small(size, in_chans=chans, pyramid=True, depths=(1, 1, 1, 1))
+    state = model.state_dict()
+    state["pos_embed"] = (
+        F.interpolate(state["pos_embed"].transpose(1, 2).reshape(1, 24, 6, 6, 6), size=grid, mode="trilinear")
+        .flatten(2)
+        .transpose(1, 2)
+    )
+    table = "blocks4.0.attn.relative_position_bias_table"
+    state[table] = resample_bias_table(state[table], (6, 6, 6), grid)
+    state["blocks4.0.attn.relative_position_index"] = relative_position_index(grid)
+    own.load_state_dict(state)
+    x = torch.rand(1, chans, *size)
+    with torch.no_grad():  # a model made for the size, and one that resamples its tables while it runs
+        tokens, maps = model(x, return_layers=(0, 3, 4))
+        expected_tokens, expected_maps = own(x, return_layers=(0, 3, 4))
+    torch.testing.assert_close(tokens, expected_tokens)
+    assert [tuple(m.shape[2:]) for m in maps] == [tuple(s // n for s in size) for n in (2, 16, 32)]
+    for a, b in zip(maps, expected_maps):
+        torch.testing.assert_close(a, b)
+
+
+# ---------------------------------------------------------------- pyramid
+
+
+def test_pyramid_is_normalised_copies_of_the_stream():
+    model, x = small(64, pyramid=True), torch.rand(2, 1, 64, 64, 64)
+    with torch.no_grad():
+        tokens, maps = model(x, return_layers=(0, 1, 2, 3, 4))
+        raw, stages = model.forward_stages(x)
+        coarse = raw.transpose(1, 2).reshape(2, 24, 4, 4, 4)
+        for m, r in zip(maps, [*stages, coarse, model.fpn(coarse)]):
+            mean, std = r.mean(1, keepdim=True), r.var(1, keepdim=True, unbiased=False).add(1e-5).sqrt()
+            torch.testing.assert_close(m, (r - mean) / std, atol=1e-4, rtol=1e-4)
+    assert torch.equal(tokens, raw)
+    assert [tuple(m.shape[1:3]) for m in maps] == [(6, 32), (12, 16), (12, 8), (24, 4), (48, 2)]
+    with torch.no_grad():  # in the order asked
+        assert torch.equal(model(x, return_layers=(3, 1))[1][1], maps[1])
+
+
+def test_instance_norm_serves_one_crop_where_batch_norm_depends_on_its_neighbours():
+    a, b = torch.rand(1, 1, 64, 64, 64), torch.rand(1, 1, 64, 64, 64)
+    for norm, equal in (("instance", True), ("batch", False)):
+        model = small(64, pyramid=True, stride32_norm=norm).train()
+        with torch.no_grad():
+            together = model(torch.cat([a, b]), return_layers=(4,))[1][0][:1]
+            assert torch.allclose(model(a, return_layers=(4,))[1][0], together, atol=1e-4) == equal
+
+
+def test_stochastic_depth_grows_linearly_over_seventeen_blocks():
+    model = convvit3d_tiny_patch16(img_size=32, pyramid=True, drop_path_rate=0.2)
+    blocks = [b for stage in (1, 2, 3) for b in model.get_submodule(f"blocks{stage}")] + list(model.blocks4)
+    drops = [b.drop_path if hasattr(b, "drop_path") else b.drop_path1 for b in blocks]
+    rates = [getattr(d, "drop_prob", 0.0) for d in drops]
+    assert rates == pytest.approx([0.2 * i / 16 for i in range(17)])
+
+
+def test_recomputing_blocks_gives_the_same_gradients():
+    x, grads = torch.rand(1, 1, 32, 32, 32), []
+    for recompute in (False, True):
+        model = small().train()
+        model.set_grad_checkpointing(recompute)
+        model(x, torch.tensor([[1, 4, 6]])).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(g is not None for g in grads[0])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: small(40), r"\(40, 40, 40\).*not divisible"),
+        (lambda: small()(torch.rand(1, 2, 32, 32, 32)), r"\(1, 2, 32, 32, 32\), needs \(B, 1"),
+        (lambda: small()(torch.rand(1, 1, 32, 32, 40)), r"\(32, 32, 40\).*not divisible"),
+        (lambda: small()(torch.rand(1, 1, 32, 32, 32), return_layers=(4,)), "allowed: 0 to 3"),
+        (lambda: small(48, pyramid=True)(torch.rand(1, 1, 48, 48, 48), return_layers=(4,)), "divisible by 32"),
+        (lambda: small()(torch.rand(1, 1, 32, 32, 32), torch.tensor([[0]]), (1,)), "ids_keep"),
+        (lambda: small(num_heads=5), "24 .* not divisible by its 5 heads"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_numbers(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+# ---------------------------------------------------------------- loading
+
+
+def test_pretrained_body_gives_the_same_stages_in_the_segmentation_encoder(tmp_path):
+    source, target = small(64), convvit3d_base_patch16(img_size=64, pyramid=True, **SMALL).eval()
+    missing, dropped = target.load_pretrained_checkpoint(save(tmp_path, source.state_dict()))
+    added = ("gamma_", "relative_position_", "fpn.")
+    assert all(any(word in name for word in added) for name in missing)
+    assert sorted(dropped) == sorted(n for n in source.state_dict() if n.startswith(("norm.", "stage")))
+    x = torch.rand(1, 1, 64, 64, 64)
+    with torch.no_grad():
+        (a, a_maps), (b, b_maps) = source.forward_stages(x), target.forward_stages(x)
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(m, n) for m, n in zip(a_maps, b_maps))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.encoder."])
+def test_prefixes_and_report(tmp_path, prefix, capsys):
+    source, target = small(), small()
+    state = {prefix + name: value + 1.0 for name, value in source.state_dict().items()}
+    assert target.load_pretrained_checkpoint(save(tmp_path, state)) == ([], [])
+    assert torch.equal(target.norm.weight, source.norm.weight + 1.0)
+    total = len(source.state_dict())
+    assert f"{total} of {total} encoder tensors" in capsys.readouterr().out
+
+
+def test_more_channels_of_the_same_image_give_the_same_tokens(tmp_path):
+    source, target = small(), small(in_chans=4)
+    target.load_pretrained_checkpoint(save(tmp_path, source.state_dict()))
+    x = torch.rand(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(target(x.repeat(1, 4, 1, 1, 1)), source(x), atol=1e-5, rtol=1e-5)
+
+
+def test_fine_tuned_tables_of_another_grid_are_resampled_or_dropped_by_choice(tmp_path):
+    source, size = small(96, pyramid=True), (192, 192, 32)
+    path = save(tmp_path, source.state_dict())
+    table = "blocks4.1.attn.relative_position_bias_table"
+    resampled = small(size, pyramid=True)
+    missing, _ = resampled.load_pretrained_checkpoint(path)
+    expected = resample_bias_table(source.get_parameter(table), (6, 6, 6), (12, 12, 2))
+    assert torch.equal(resampled.get_parameter(table), expected)
+    assert {"pos_embed", table} <= set(resampled.load_report.resampled)
+    assert all(name.endswith("relative_position_index") for name in missing)
+    dropped = convvit3d_base_patch16(img_size=size, pyramid=True, **SMALL)
+    missing, _ = dropped.load_pretrained_checkpoint(path, bias_table="drop")
+    assert table in missing and dropped.get_parameter(table).abs().max() == 0
+    assert torch.equal(dropped.pos_embed, resampled.pos_embed)
+
+
+def test_anisotropic_source_needs_and_takes_its_grid(tmp_path):
+    source, target = small((96, 96, 64), pyramid=True), small(64, pyramid=True)
+    path = save(tmp_path, source.state_dict())
+    with pytest.raises(ValueError, match="source_grid"):
+        target.load_pretrained_checkpoint(path)
+    target.load_pretrained_checkpoint(path, source_grid=(6, 6, 4))
+    target.load_pretrained_checkpoint(save(tmp_path, source.state_dict(), args={"grid_size": [6, 6, 4]}))
+    volume = source.pos_embed.transpose(1, 2).reshape(1, 24, 6, 6, 4)
+    expected = F.interpolate(volume, size=(4, 4, 4), mode="trilinear").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(target.pos_embed, expected)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_and_changes_nothing(tmp_path):
+    model = small()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wrong = {"patch_embed.proj.weight": torch.zeros(8, 1, 16, 16, 16), "pos_embed": torch.zeros(1, 9, 24)}
+    with pytest.raises(ValueError, match="only 1 of .* encoder tensors fit"):
+        model.load_pretrained_checkpoint(save(tmp_path, wrong))
+    wider = small(embed_dims=(6, 12, 24, 24)).state_dict()
+    with pytest.raises(ValueError, match=r"patch_embed3.proj.weight found \(24, 12, 2, 2, 2\), needs \(12"):
+        model.load_pretrained_checkpoint(save(tmp_path, wider))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_importable_with_its_folder_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "Finetune"))
+    for name in ("models_convvit3d", "models_3dvit"):  # restored, and the second import forgotten, afterwards
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module("models_convvit3d")
+    assert module.convvit3d_tiny_patch16(img_size=32).grid_size == (2, 2, 2)
+    assert module.vit.__name__ == "models_3dvit"
