@@ -17,7 +17,7 @@ def num_keep(num_patches: int, mask_ratio: float) -> int:
 
 def derive(keys: Tensor, stream: int) -> Tensor:
     """Keys (B,) int64 for another purpose (view 3, level 2) of the same samples, unrelated to `keys`."""
-    return _splitmix64(_splitmix64(keys) + (stream + 1) * _GOLDEN)
+    return _splitmix64(_splitmix64(keys) + _signed((stream + 1) * _GOLDEN))
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
@@ -39,7 +39,12 @@ def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     return ids_shuffle[:, :keep], ids_restore, mask
 
 
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as a signed 64-bit number: int64 tensors wrap as splitmix64 wants
+def _signed(number: int) -> int:
+    """Modulo 2^64 as a signed number: int64 tensors wrap around, as splitmix64 wants."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -48,6 +53,6 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _splitmix64(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
-    x = (x ^ _shift(x, 27)) * (0x94D049BB133111EB - (1 << 64))
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shift(x, 31)

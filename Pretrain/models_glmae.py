@@ -20,7 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from common.distributed import all_reduce_mean
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain.losses import collapse_monitors, cosine_pairs, cross_entropy_pairs
-from Pretrain.models_mae import Reconstruction, masked_autoencode, view_keys, view_major
+from Pretrain.models_mae import encode_visible, reconstruct, view_keys, view_major
 
 TERMS = ("rec_global", "rec_local", "global_global", "global_local")
 
@@ -130,8 +130,13 @@ class GLMAE(nn.Module):
         return bool({"global_global", "global_local"} & set(self.terms))
 
     @property
+    def vit(self) -> VisionTransformer3D:
+        """The encoder that is trained."""
+        return self.student["backbone"]
+
+    @property
     def probe(self) -> nn.Parameter:
-        return self.student["backbone"].norm.weight
+        return self.vit.norm.weight
 
     # ------------------------------------------------------------ forward
 
@@ -159,13 +164,10 @@ class GLMAE(nn.Module):
         """Encode (and reconstruct) the masked views of one kind: one pass for all, they have one size. Returns their CLS tokens."""
         views = batch[kind]
         x, keys = view_major(views), view_keys(batch["key"], views.shape[1], kind=int(kind == "global"))
-        result = self.reconstruct(x, keys, kind)
+        visible = encode_visible(self.vit, x, keys, self.mask_ratio[kind])
         if f"rec_{kind}" in self.terms:
-            values[f"rec_{kind}"] = result.loss
-        return result.tokens[:, 0]
-
-    def reconstruct(self, x: Tensor, keys: Tensor, kind: str = "local") -> Reconstruction:
-        return masked_autoencode(self.student["backbone"], x, keys, self.mask_ratio[kind], self.norm_pix_loss)
+            values[f"rec_{kind}"], _ = reconstruct(self.vit, x, visible, self.norm_pix_loss)
+        return visible.tokens[:, 0]
 
     def _project(self, cls_tokens: Tensor) -> Tensor:
         """Student's log-probabilities (M, K), or its predicted embeddings (M, E)."""

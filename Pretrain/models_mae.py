@@ -3,6 +3,7 @@
     B volumes   q views of each   M = q*B, view-major   N patches   K kept   P voxels of a patch (times channels)
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,11 @@ from Pretrain.losses import masked_mse, norm_pix, patchify
 from Pretrain.masking import derive, num_keep, random_masking, uniform
 
 
-class Reconstruction(NamedTuple):
-    """What one masked pass gives."""
+class Visible(NamedTuple):
+    """A volume batch after masking and encoding."""
 
     tokens: Tensor  # (M, 1+K, C), normed
-    loss: Tensor  # scalar, mean over removed patches
-    prediction: Tensor  # (M, N, P)
+    ids_restore: Tensor  # (M, N)
     mask: Tensor  # (M, N), 1 = removed
 
 
@@ -32,19 +32,19 @@ def view_keys(keys: Tensor, count: int, kind: int) -> Tensor:
     return torch.cat([derive(keys, 2 * view + kind) for view in range(count)])
 
 
-def masked_autoencode(
-    vit: VisionTransformer3D, x: Tensor, keys: Tensor, mask_ratio: float, norm_pix_loss: bool = True
-) -> Reconstruction:
-    """Encode the visible patches of x (M, C, D, H, W), decode all, and compare the removed ones with the intact volume."""
-    grid = grid_of(x.shape[2:], vit.patch_size)
-    num_patches = grid[0] * grid[1] * grid[2]
+def encode_visible(vit: VisionTransformer3D, x: Tensor, keys: Tensor, mask_ratio: float) -> Visible:
+    """Encode the patches of x (M, C, D, H, W) that a random mask, drawn from keys (M,), leaves visible."""
+    num_patches = math.prod(grid_of(x.shape[2:], vit.patch_size))
     noise = uniform(keys, num_patches)  # (M, N)
     ids_keep, ids_restore, mask = random_masking(noise, num_keep(num_patches, mask_ratio))
-    tokens = vit(x, ids_keep=ids_keep)  # (M, 1+K, C)
-    prediction = vit.forward_decoder(tokens, ids_restore, grid)  # (M, N, P)
+    return Visible(vit(x, ids_keep=ids_keep), ids_restore, mask)
+
+
+def reconstruct(vit: VisionTransformer3D, x: Tensor, visible: Visible, norm_pix_loss: bool) -> tuple[Tensor, Tensor]:
+    """Decode all patches and compare the removed ones with the intact x: the loss (scalar) and the prediction (M, N, P)."""
+    prediction = vit.forward_decoder(visible.tokens, visible.ids_restore, grid_of(x.shape[2:], vit.patch_size))
     target = patchify(x, vit.patch_size)
-    loss = masked_mse(prediction, norm_pix(target) if norm_pix_loss else target, mask)
-    return Reconstruction(tokens, loss, prediction, mask)
+    return masked_mse(prediction, norm_pix(target) if norm_pix_loss else target, visible.mask), prediction
 
 
 class MAE(nn.Module):
@@ -62,11 +62,10 @@ class MAE(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
         views = batch["local"]
-        keys = view_keys(batch["key"], views.shape[1], kind=0)
-        return {"rec_local": self.reconstruct(view_major(views), keys).loss}
-
-    def reconstruct(self, x: Tensor, keys: Tensor) -> Reconstruction:
-        return masked_autoencode(self.vit, x, keys, self.mask_ratio, self.norm_pix_loss)
+        x, keys = view_major(views), view_keys(batch["key"], views.shape[1], kind=0)
+        visible = encode_visible(self.vit, x, keys, self.mask_ratio)
+        loss, _ = reconstruct(self.vit, x, visible, self.norm_pix_loss)
+        return {"rec_local": loss}
 
     @property
     def probe(self) -> nn.Parameter:

@@ -1,6 +1,8 @@
 """One process or many, CPU or CUDA: what `torchrun` says about this process, and the few collectives the programs use."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +45,17 @@ def barrier() -> None:
     """Wait for all ranks."""
     if active():
         dist.barrier()
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 goes through the block alone, then the others: it prepares files that they only read."""
+    waits = active() and dist.get_rank() > 0
+    if waits:
+        barrier()
+    yield
+    if active() and not waits:
+        barrier()
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:

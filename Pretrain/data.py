@@ -1,0 +1,33 @@
+"""Samples for pretraining: views of cached volumes, every draw a function of (seed, position in the stream)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common.sampling import generator, mix
+from Pretrain.views import ViewSpec, Volume, cut, draw_box
+
+
+class ViewDataset(Dataset):
+    """Views of each volume: {kind: (count, C, D, H, W) float32 in [0, 1]} for every kind of `specs`, and `key`, the seed of its masks.
+
+    Takes (position, index) from `common.sampling.StreamSampler`. Views are drawn independently: a local view need not lie in a global one,
+    as in the paper's figure. Crop and flip are drawn once per view, so teacher and student meet the same voxels.
+    """
+
+    def __init__(self, volumes: Sequence[Volume], specs: dict[str, ViewSpec], seed: int = 0):
+        self.volumes, self.specs, self.seed = volumes, {k: s for k, s in specs.items() if s.count}, seed
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
+        position, index = item
+        volume, rng = self.volumes[index], generator(self.seed, position)
+        sample = {}
+        for kind, spec in self.specs.items():
+            boxes = [draw_box(volume.levels[0], spec, rng) for _ in range(spec.count)]
+            sample[kind] = torch.stack([cut(volume, box, spec.size) for box in boxes])
+        return sample | {"key": torch.tensor(mix(self.seed, position, 1))}
