@@ -7,7 +7,8 @@ A method is an `nn.Module` with
 and, where it needs them,
 
     before_step(step), after_step(step)     around the optimiser step: gradients ready, weights updated (EMA teacher, centre)
-    num_parts; forward(batch, step, part)   the backward pass in parts, to save memory; each part's graph is freed before the next runs
+    num_parts; forward(batch, step, part)   the backward pass in parts, to save memory; each part's graph is freed before the next runs;
+                                            what the parts report under one name are shares of it and add up
     probe                                   a parameter at which each loss's gradient norm is logged, once an epoch
     schedule_values(step) -> {name: float}  to be logged beside the learning rate
     checkpoint_state(), load_checkpoint_state(content)
@@ -152,6 +153,7 @@ def train_one_epoch(
         loss_weights = weights(step)
         for micro in range(accum):
             batch = to_device(next(batches), run.device)
+            reported: dict[str, Tensor] = {}
             for part in range(num_parts):
                 last = micro == accum - 1 and part == num_parts - 1
                 with contextlib.nullcontext() if last or model is method else model.no_sync():
@@ -161,8 +163,10 @@ def train_one_epoch(
                     if step == steps[0] and micro == 0 and hasattr(method, "probe"):
                         recent.add(gradient_norms(losses, method.probe))
                     scaler.scale(sum(losses.values()) / accum).backward()
-                recent.add(values)
-                epoch_means.add(values)
+                for name, value in values.items():
+                    reported[name] = reported.get(name, 0.0) + value.detach()
+            recent.add(reported)
+            epoch_means.add(reported)
 
         if hasattr(method, "before_step"):
             method.before_step(step)
