@@ -1,0 +1,63 @@
+"""Patches and losses against loops and torch's own."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from Pretrain.losses import collapse_monitors, cosine_pairs, masked_mse, norm_pix, patchify, unpatchify
+
+
+def test_patchify_is_the_plain_loop_and_unpatchify_its_inverse():
+    x = torch.rand(2, 3, 4, 6, 8)
+    patches = patchify(x, (2, 3, 4))
+    assert patches.shape == (2, 8, 72)
+    n = 0
+    for d in range(0, 4, 2):
+        for h in range(0, 6, 3):
+            for w in range(0, 8, 4):
+                block = x[:, :, d : d + 2, h : h + 3, w : w + 4]
+                assert torch.equal(patches[:, n], block.permute(0, 2, 3, 4, 1).flatten(1))
+                n += 1
+    assert torch.equal(unpatchify(patches, (2, 3, 4), (2, 2, 2)), x)
+
+
+def test_patchify_has_the_order_of_the_patch_embedding():
+    """A convolution with kernel = stride equals a matrix product on the patches, channel by channel."""
+    x, conv = torch.rand(1, 1, 8, 8, 8), torch.nn.Conv3d(1, 5, 4, 4)
+    torch.testing.assert_close(patchify(x, (4, 4, 4)) @ conv.weight.flatten(1).T + conv.bias, conv(x).flatten(2).transpose(1, 2))
+
+
+def test_norm_pix_has_unit_unbiased_variance_and_silences_air():
+    patches = torch.cat([torch.rand(1, 5, 64) * 3 + 1, torch.zeros(1, 1, 64)], 1)
+    normed = norm_pix(patches)
+    torch.testing.assert_close(normed[:, :5].var(-1, unbiased=True), torch.ones(1, 5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normed[:, :5].mean(-1), torch.zeros(1, 5), atol=1e-6, rtol=0)
+    assert normed[:, 5].abs().max() == 0 and norm_pix(patches.bfloat16()).dtype == torch.float32
+
+
+def test_masked_mse_is_the_mean_over_removed_patches():
+    prediction, target = torch.rand(2, 4, 3), torch.rand(2, 4, 3)
+    mask = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0]])
+    removed = [(0, 0), (0, 3), (1, 1)]
+    expected = sum(F.mse_loss(prediction[b, n], target[b, n]) for b, n in removed) / 3
+    torch.testing.assert_close(masked_mse(prediction, target, mask), expected)
+
+
+def test_cosine_pairs():
+    a = F.normalize(torch.randn(2, 3, 8), dim=-1)
+    matrix = cosine_pairs(a, torch.cat([a, -a]))
+    torch.testing.assert_close(matrix.diagonal(), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(matrix[:, 2:].diagonal(), torch.full((2,), 4.0))
+
+
+def test_monitors_tell_the_two_collapses_apart():
+    k = 32
+    uniform = torch.full((2, 8, k), 1 / k)
+    flat = collapse_monitors(uniform, uniform.log())
+    assert abs(flat["entropy"] - 1) < 1e-5 and abs(flat["kl"]) < 1e-5
+    one = F.one_hot(torch.zeros(2, 8, dtype=torch.long), k).float()
+    assert collapse_monitors(one, uniform.log())["entropy_of_mean"] < 1e-5
+    spread = F.one_hot(torch.arange(16).reshape(2, 8), k).float()
+    healthy = collapse_monitors(spread, uniform.log())
+    assert healthy["entropy"] < 1e-5 and abs(healthy["entropy_of_mean"] - math.log(16) / math.log(k)) < 1e-5

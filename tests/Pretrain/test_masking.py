@@ -1,0 +1,64 @@
+"""Masks: counts, inverses, uniformity, and independence of who draws them."""
+
+import torch
+
+from Pretrain.masking import derive, num_keep, random_masking, uniform
+
+
+def test_counts_of_the_recipes_and_the_float_trap():
+    assert num_keep(1000, 0.6) == 400 and num_keep(216, 0.6) == 86 and num_keep(216, 0.5) == 108
+    assert num_keep(1000, 0.9) == 100  # int(1000 * (1 - 0.9)) is 99
+    for n in (8, 27, 216, 1000):
+        for percent in range(0, 100, 5):
+            assert num_keep(n, percent / 100) == max(1, n * (100 - percent) // 100)
+
+
+def test_kept_and_removed_partition_the_patches():
+    ids_keep, ids_restore, mask = random_masking(torch.rand(5, 50), 20)
+    for b in range(5):
+        kept = set(ids_keep[b].tolist())
+        assert len(kept) == 20
+        assert kept == set((mask[b] == 0).nonzero().flatten().tolist())
+        assert sorted(ids_restore[b].tolist()) == list(range(50))
+        assert all(ids_restore[b, token] == place for place, token in enumerate(ids_keep[b].tolist()))
+
+
+def test_a_samples_mask_does_not_depend_on_its_neighbours():
+    keys = torch.tensor([5, 9, 2**62, -3])
+    together = uniform(keys, 100)
+    for i in range(4):
+        assert torch.equal(uniform(keys[i : i + 1], 100)[0], together[i])
+    assert torch.equal(uniform(keys, 30), together[:, :30])
+
+
+def test_noise_is_uniform_and_keys_are_unrelated():
+    noise = uniform(torch.arange(1000), 1000)
+    assert 0 <= noise.min() and noise.max() < 1
+    assert abs(noise.mean() - 0.5) < 1e-3 and abs(noise.var() - 1 / 12) < 1e-3
+    counts = torch.histc(noise, 20, 0, 1)
+    assert (counts - 50_000).abs().max() < 5 * 50_000**0.5
+    centred = noise[:200] - 0.5
+    correlation = centred @ centred.T / (1000 / 12)
+    assert (correlation - torch.eye(200)).abs().fill_diagonal_(0).max() < 0.2  # 6 sigma at 1000 draws
+
+
+def test_noise_is_pinned():
+    """The same on every machine and device: a checkpoint resumed elsewhere sees the same masks. Reference: splitmix64 in Python."""
+
+    def splitmix64(z):
+        m = (1 << 64) - 1
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & m
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & m
+        return z ^ (z >> 31)
+
+    for key in (0, 7, -1, 2**63 - 1):
+        expected = [splitmix64((key + i * 0x9E3779B97F4A7C15) % (1 << 64)) >> 40 for i in range(1, 9)]
+        assert (uniform(torch.tensor([key]), 8)[0] * 2**24).long().tolist() == expected
+
+
+def test_derived_keys_differ_and_are_unrelated_to_the_noise():
+    keys = torch.arange(500)
+    derived = torch.stack([derive(keys, s) for s in range(8)])
+    assert len(derived.unique()) == 4000
+    a, b = uniform(keys, 1).flatten(), uniform(derived[0], 1).flatten()
+    assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.2
