@@ -1,0 +1,549 @@
+"""MiM: what is masked, which pieces of the volume become the next level, who is aligned with whom, and the backward
+pass in parts.
+"""
+
+import argparse
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from common import engine
+from common.distributed import Run
+from Finetune.models_convvit3d import ConvViT3D
+from Pretrain.losses import patchify
+from Pretrain.masking import num_keep, uniform
+from Pretrain.models_mim import (
+    HEADS,
+    align_cosine,
+    align_infonce,
+    choose_removed,
+    cosine_distance,
+    cut_blocks,
+    level_factors,
+    mim_convvit3d_base_patch16,
+    mim_convvit3d_tiny_patch16,
+    pool_units,
+    unit_masking,
+)
+
+TOY = dict(
+    img_size=32,
+    embed_dims=(6, 6, 12, 24),
+    depths=(1, 1, 1, 1),
+    num_heads=2,
+    decoder_embed_dim=24,
+    decoder_depth=1,
+    decoder_num_heads=2,
+    num_mid=3,
+    num_down=2,
+)
+
+
+def toy(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return mim_convvit3d_base_patch16(**dict(TOY, **kwargs))
+
+
+def batch_of(size, count=2, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return {"image": torch.rand(count, 1, *(size,) * 3, generator=rng), "key": torch.arange(count) + 100 * seed}
+
+
+def calls_of(method, batch):
+    """What the encoder was given, level by level: (x, ids_keep), and the raster mask (M, T) with 1 = removed."""
+    seen = []
+
+    def record(module, args, kwargs):
+        mask = torch.ones(len(args[0]), math.prod(module.grid_size)).scatter_(1, kwargs["ids_keep"], 0.0)
+        seen.append((args[0], mask))
+
+    handle = method.encoder.register_forward_pre_hook(record, with_kwargs=True)
+    with torch.no_grad():
+        method(batch)
+    handle.remove()
+    up, mid, *down = seen
+    return up, mid, tuple(torch.cat(parts) for parts in zip(*down))
+
+
+# ---------------------------------------------------------------- units, octants, blocks
+
+
+@pytest.mark.parametrize("group", [2, 3, 6])
+def test_unit_mask_removes_whole_cubes(group):
+    side = 6 // group
+    keep = num_keep(group**3, 0.5)
+    masking, units = unit_masking(uniform(torch.arange(5), group**3), keep, (6, 6, 6))
+    tokens = masking.mask.view(5, group, side, group, side, group, side)
+    cubes = tokens.mean(dim=(2, 4, 6)).flatten(1)  # the share of each cube that is removed: all or nothing
+    assert torch.equal(cubes, units) and set(cubes.unique().tolist()) == {0.0, 1.0}
+    assert (units.sum(1) == group**3 - keep).all()
+    assert torch.equal(masking.mask.scatter(1, masking.ids_keep, 7.0) == 7.0, masking.mask == 0)
+    assert len({tuple(row) for row in units.tolist()}) > 1
+
+
+def test_equal_noise_still_removes_whole_cubes():
+    masking, units = unit_masking(torch.zeros(1, 8), 4, (6, 6, 6))
+    cubes = masking.mask.view(2, 3, 2, 3, 2, 3).mean(dim=(1, 3, 5)).flatten()
+    assert torch.equal(cubes, units[0]) and units.sum() == 4
+
+
+def test_octants_are_octants():
+    values = torch.arange(8.0)
+    volume = F.interpolate(values.view(1, 1, 2, 2, 2), size=(96, 96, 96))
+    blocks = cut_blocks(volume, (48, 48, 48), torch.randperm(8).unsqueeze(0))
+    assert blocks.flatten(1).std(dim=1).max() == 0
+    ids = torch.tensor([[5, 0, 3]])
+    assert cut_blocks(volume, (48, 48, 48), ids)[:, 0, 0, 0, 0].tolist() == [5.0, 0.0, 3.0]
+    tokens = F.interpolate(values.view(1, 1, 2, 2, 2), size=(6, 6, 6)).flatten(2).transpose(1, 2)
+    assert pool_units(tokens, (6, 6, 6), 2).flatten().tolist() == values.tolist()
+
+
+def test_blocks_are_cut_in_the_order_of_patches():
+    x = torch.rand(2, 3, 32, 48, 64)
+    ids = torch.stack([torch.randperm(24)[:7] for _ in range(2)])
+    patches = patchify(x, (16, 16, 16))  # (2, 24, 16*16*16*3), channels last
+    expected = patches[torch.arange(2)[:, None], ids].view(14, 16, 16, 16, 3).movedim(-1, 1)
+    assert torch.equal(cut_blocks(x, (16, 16, 16), ids), expected)
+
+
+def test_removed_places_are_chosen_first_and_uniformly():
+    mask = torch.tensor([1.0, 0, 1, 1, 0, 0, 1, 0]).expand(4000, -1)
+    chosen = choose_removed(uniform(torch.arange(4000), 8), mask, 2)
+    counts = chosen.flatten().bincount(minlength=8) / 8000
+    assert (counts[mask[0] == 0] == 0).all() and (counts[mask[0] == 1] - 0.25).abs().max() < 0.02
+    assert (chosen[:, 0] != chosen[:, 1]).all()
+    more = choose_removed(uniform(torch.arange(50), 8), mask[:50], 6)  # four are removed: two visible ones fill up
+    assert (mask[0][more].sum(1) == 4).all()
+
+
+# ---------------------------------------------------------------- the three levels
+
+
+@pytest.mark.parametrize("group, size", [(1, 48), (2, 32), (3, 48)])
+def test_levels_are_nested_in_what_was_removed(group, size):
+    """Up: averages of the whole. Mid: pieces of the whole that up did not see. Down: tokens that mid did not see."""
+    method = toy(group=group, img_size=size, num_mid=min(3, group**3))
+    batch, grid = batch_of(group * size), (size // 16,) * 3
+    (x1, m1), (x2, m2), (x3, m3) = calls_of(method, batch)
+    torch.testing.assert_close(x1, F.interpolate(batch["image"], size=(size,) * 3, mode="area"))
+    tokens = math.prod(grid)
+    for mask, ratio in ((m2, 0.6), (m3, 0.5)):
+        assert (mask.sum(1) == tokens - int(tokens * (1 - ratio))).all()
+
+    all_ids = torch.arange(group**3).expand(2, -1)
+    pieces = cut_blocks(batch["image"], (size,) * 3, all_ids).unflatten(0, (2, group**3))
+    units = pool_units(m1.unsqueeze(-1), grid, group).squeeze(-1)  # (2, g^3), 1 = wholly removed
+    for row, x in enumerate(x2):
+        sample = row // method.num_mid
+        found = [unit for unit in range(group**3) if torch.equal(pieces[sample, unit], x)]
+        assert len(found) == 1
+        assert group == 1 or units[sample, found[0]] == 1.0
+    patches = cut_blocks(x2, (16,) * 3, torch.arange(tokens).expand(len(x2), -1)).unflatten(0, (len(x2), tokens))
+    chosen = set()
+    for row, x in enumerate(x3):
+        parent = row // method.num_down
+        grown = F.interpolate(patches[parent], size=(size,) * 3, mode="trilinear", align_corners=False)
+        found = [token for token in range(tokens) if torch.allclose(grown[token], x)]
+        assert len(found) == 1 and m2[parent, found[0]] == 1.0
+        chosen.add((parent, found[0]))
+    assert len(x2) == 2 * method.num_mid and len(chosen) == len(x3) == len(x2) * method.num_down
+
+
+def test_average_is_the_authors_trilinear_resize_for_two():
+    x = torch.rand(1, 1, 64, 64, 64)
+    resized = F.interpolate(x, size=(32, 32, 32), mode="trilinear", align_corners=False)
+    torch.testing.assert_close(F.avg_pool3d(x, 2), resized)
+
+
+def test_counts_of_the_published_setting():
+    with torch.device("meta"):
+        method = mim_convvit3d_base_patch16()
+    assert method.keep == {"up": 4, "mid": 86, "down": 108}
+    assert (method.num_mid, method.num_down, method.group) == (4, 4, 2)
+
+
+def test_reconstruction_is_the_mean_over_removed_tokens_of_normalised_patches():
+    method, batch = toy(align="none"), batch_of(64)
+    levels = calls_of(method, batch)
+    with torch.no_grad():
+        losses = method(batch)
+        for name, (x, mask) in zip(("rec_up", "rec_mid", "rec_down"), levels):
+            order = mask.argsort(dim=1, stable=True)
+            kept = int((mask[0] == 0).sum())
+            _, voxels = method.decoder(method.encoder(x, ids_keep=order[:, :kept]), order.argsort(dim=1))
+            target = patchify(x, (16, 16, 16))
+            target = (target - target.mean(-1, keepdim=True)) / (
+                target.var(-1, keepdim=True, unbiased=True) + 1e-6
+            ).sqrt()
+            errors = (voxels - target).square().mean(-1)[mask == 1]
+            torch.testing.assert_close(losses[name], errors.mean(), atol=1e-5, rtol=1e-4)
+
+
+def test_draws_follow_the_key_alone():
+    method = toy()
+    batch = batch_of(64)
+    swapped = {name: value.flip(0) for name, value in batch.items()}
+    other = batch | {"key": batch["key"] + 1}
+    with torch.no_grad():
+        a, b, c, d = (method(x) for x in (batch, batch, swapped, other))
+    for name in a:
+        assert torch.equal(a[name], b[name])
+        torch.testing.assert_close(a[name], c[name], atol=1e-5, rtol=1e-5)
+    assert a["rec_mid"] != d["rec_mid"]
+
+
+# ---------------------------------------------------------------- alignment
+
+
+def test_cosine_alignment_is_with_the_own_place_and_no_other():
+    child, keys, labels = torch.randn(4, 8), torch.randn(4, 5, 8, requires_grad=True), torch.tensor([2, 0, 4, 2])
+    align_cosine(child, keys, labels).backward()
+    touched = keys.grad.abs().sum(-1) > 0
+    assert torch.equal(touched, F.one_hot(labels, 5).bool())
+    keys = keys.detach()
+    own = keys[torch.arange(4), labels]
+    assert align_cosine(3 * own, keys, labels) == pytest.approx(0, abs=1e-5)
+    assert align_cosine(-own, keys, labels) == pytest.approx(4, abs=1e-5)
+
+
+def test_infonce_against_a_loop():
+    child, keys, labels = torch.randn(4, 8), torch.randn(4, 5, 8), torch.tensor([2, 0, 4, 2])
+    total = 0.0
+    for q, ks, label in zip(child, keys, labels):
+        logits = [float(q @ k / q.norm() / k.norm()) / 0.1 for k in ks]
+        total += math.log(sum(math.exp(v) for v in logits)) - logits[label]
+    assert align_infonce(child, keys, labels, 0.1).item() == pytest.approx(total / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("align", ["cosine", "infonce"])
+def test_children_meet_the_decoded_token_they_were_cut_from(align):
+    """From the encoder's calls alone: find the place of each child in its parent and rebuild both alignment losses."""
+    method, batch = toy(align=align, group=2), batch_of(64)
+    (x1, m1), (x2, m2), (x3, m3) = calls_of(method, batch)
+
+    def feature(x, mask):
+        order = mask.argsort(dim=1, stable=True)
+        kept = int((mask[0] == 0).sum())
+        return method.decoder(method.encoder(x, ids_keep=order[:, :kept]), order.argsort(dim=1))[0]
+
+    def term(child, keys, label):
+        cosines = F.cosine_similarity(child.unsqueeze(0), keys, dim=-1)
+        return 2 - 2 * cosines[label] if align == "cosine" else F.cross_entropy(cosines / 0.2, torch.tensor(label))
+
+    with torch.no_grad():
+        losses, f1, f2, f3 = method(batch), feature(x1, m1), feature(x2, m2), feature(x3, m3)
+        octants = f1.view(2, 2, 1, 2, 1, 2, 1, 24).mean(dim=(2, 4, 6)).view(2, 8, 24)
+        pieces = cut_blocks(batch["image"], (32,) * 3, torch.arange(8).expand(2, -1)).unflatten(0, (2, 8))
+        terms = []
+        for row, x in enumerate(x2):
+            label = next(u for u in range(8) if torch.equal(pieces[row // 3, u], x))
+            terms.append(term(method.aggregate_mid(f2[row].mean(0)), octants[row // 3], label))
+        torch.testing.assert_close(losses["align_up_mid"], torch.stack(terms).mean(), atol=1e-4, rtol=1e-4)
+        patches = cut_blocks(x2, (16,) * 3, torch.arange(8).expand(6, -1)).unflatten(0, (6, 8))
+        terms = []
+        for row, x in enumerate(x3):
+            grown = F.interpolate(patches[row // 2], size=(32,) * 3, mode="trilinear")
+            label = next(t for t in range(8) if torch.allclose(grown[t], x))
+            terms.append(term(method.aggregate_down(f3[row].mean(0)), f2[row // 2], label))
+        torch.testing.assert_close(losses["align_mid_down"], torch.stack(terms).mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_published_alignment_against_its_loops():
+    method, batch = toy(align="published"), batch_of(64)
+    features = []
+    handle = method.decoder.register_forward_hook(lambda module, args, out: features.append(out[0]))
+    with torch.no_grad():
+        losses = method(batch)
+        handle.remove()
+        mid, down = features[1].mean(1), torch.cat(features[2:]).mean(1)
+        projected, target, child = (
+            method.aggregate_mid(mid),
+            method.aggregate_pred_mid_feature(mid),
+            method.aggregate_down(down),
+        )
+        up_mid = [cosine_distance(mid[i], projected[i * 3 + j]) for i in range(2) for j in range(3)]
+        mid_down = [cosine_distance(target[i], child[i * 2 + j]) for i in range(6) for j in range(2)]
+    torch.testing.assert_close(losses["align_up_mid"], torch.stack(up_mid).mean())
+    torch.testing.assert_close(losses["align_mid_down"], torch.stack(mid_down).mean())
+
+
+def test_parents_receive_no_gradient_from_alignment():
+    method, batch = toy(align="cosine"), batch_of(64)
+    method(batch, 0, 0)
+    assert not any(value.requires_grad for value in method._carry.values())
+    method(batch, 0, 1)["rec_mid"].backward()
+    assert not any(value.requires_grad for value in method._carry.values())
+
+
+# ---------------------------------------------------------------- the backward pass
+
+WEIGHTS = dict(rec_up=1.0, rec_mid=1.0, rec_down=1.0, align_up_mid=0.1, align_mid_down=0.1)
+
+
+def weighted(values):
+    return sum(WEIGHTS[name] * value for name, value in values.items())
+
+
+def gradients(method, batch, parts):
+    method.zero_grad()
+    totals = {}
+    for part in parts:
+        values = method(batch, 0, part)
+        weighted(values).backward()
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0.0) + value.detach()
+    return totals, {name: p.grad.clone() for name, p in method.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("align", HEADS)
+@pytest.mark.parametrize("down_parts", [1, 4])
+def test_parts_give_the_gradients_of_the_whole_and_reach_every_parameter(align, down_parts):
+    method, batch = toy(align=align, down_parts=down_parts), batch_of(64)
+    whole, expected = gradients(method, batch, [None])
+    values, grads = gradients(method, batch, range(method.num_parts))
+    for name in whole:
+        torch.testing.assert_close(values[name], whole[name], atol=1e-5, rtol=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], atol=1e-5, rtol=1e-5)
+        # the published code never uses this head (its first alignment term leaves the up level out)
+        dead = align == "published" and name.startswith("aggregate_pred_up_feature")
+        assert (grad.abs().max() == 0) == dead, name
+    assert not method._carry
+
+
+def test_a_part_holds_one_level_and_a_down_part_its_share_of_volumes():
+    method, batch = toy(down_parts=6), batch_of(64)
+    sizes = []
+    method.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    for part in range(method.num_parts):
+        method(batch, 0, part)
+    assert sizes == [2, 6, 2, 2, 2, 2, 2, 2]
+
+
+class Values(list):
+    """Stands in for the run log."""
+
+    def scalars(self, values, step):
+        self.append(values)
+
+
+def train(model, batches, run, accum=1, optimizer=None):
+    """Updates in the training loop of the programs; returns the means that it logs."""
+    optimizer = optimizer or engine.build_optimizer(model, weight_decay=0.05)
+    return engine.train_one_epoch(
+        model,
+        iter(batches),
+        optimizer,
+        torch.amp.GradScaler("cpu", enabled=False),
+        range(len(batches) // accum),
+        accum,
+        run,
+        learning_rate=lambda step: optimizer.defaults["lr"] or 3e-3,
+        weights=lambda step: WEIGHTS,
+        clip_grad=None,
+        autocast=None,
+        seed=0,
+        log_every=10,
+        log=Values(),
+        desc="toy",
+    )
+
+
+def descent(method):
+    """Plain gradient descent: AdamW would blow up the rounding of gradients that are 0 by symmetry (the bias of the
+    attention keys).
+    """
+    return torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1, momentum=0.9, fused=True)
+
+
+def ddp_worker(rank, folder, align):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    run = Run(torch.device("cpu"), rank, 2, rank)
+    method = toy(align=align)
+    share = [{k: v[rank : rank + 1] for k, v in batch_of(64, seed=i).items()} for i in range(3)]
+    means = train(engine.wrap(method, run), share, run, optimizer=descent(method))
+    if rank == 0:
+        torch.save({"state": method.state_dict(), "means": means}, f"{folder}/two.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("align", ["infonce", "published"])
+def test_two_processes_equal_one(tmp_path, align):
+    """Three updates: a parameter left without gradient would stop the second. The one process takes its batch in two
+    micro-batches, as the first term of `published` mixes up the samples of a forward pass."""
+    torch.multiprocessing.start_processes(ddp_worker, args=(tmp_path, align), nprocs=2, start_method="fork")
+    two = torch.load(tmp_path / "two.pt")
+    method = toy(align=align)
+    micro = [{k: v[n : n + 1] for k, v in batch_of(64, seed=i).items()} for i in range(3) for n in range(2)]
+    means = train(method, micro, Run(torch.device("cpu")), accum=2, optimizer=descent(method))
+    for name, value in method.state_dict().items():
+        torch.testing.assert_close(two["state"][name], value, atol=1e-5, rtol=1e-4)
+    assert (method.encoder.norm.weight - 1).abs().max() > 1e-3  # it has gone somewhere
+    assert two["means"] == pytest.approx(means, rel=1e-4)
+    assert means["skipped"] == 0
+
+
+def test_the_loop_logs_whole_losses():
+    method = toy()
+    with torch.no_grad():
+        expected = method(batch_of(64))
+    means = train(method, [batch_of(64)], Run(torch.device("cpu")))
+    for name, value in expected.items():
+        assert means[name] == pytest.approx(value.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("align", HEADS)
+def test_every_alignment_trains(align):
+    method, batch = toy(align=align, num_mid=2, num_down=1), batch_of(64, count=1)
+    with torch.no_grad():
+        before = weighted(method(batch))
+    train(method, [batch] * 8, Run(torch.device("cpu")))
+    with torch.no_grad():
+        assert weighted(method(batch)) < before
+
+
+def test_autocast_to_bfloat16_stays_close():
+    method, batch = toy(align="infonce"), batch_of(64)
+    with torch.no_grad():
+        full = method(batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = method(batch)
+    for name in full:
+        assert half[name].dtype == torch.float32
+        torch.testing.assert_close(half[name], full[name], atol=0.03, rtol=0.03)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_level_schedules():
+    for progress in (0.0, 0.3, 1.0):
+        assert level_factors("concurrent", progress) == {"up": 1.0, "mid": 1.0, "down": 1.0}
+        coarse, fine = level_factors("coarse_to_fine", progress), level_factors("fine_to_coarse", progress)
+        assert (coarse["up"], coarse["down"]) == (fine["down"], fine["up"])
+    assert level_factors("coarse_to_fine", 0.0) == {"up": 2.0, "mid": 1.0, "down": 0.0}
+    assert level_factors("coarse_to_fine", 1.0) == pytest.approx({"up": 1.0, "mid": 1.0, "down": 1.0})
+    with pytest.raises(ValueError, match="'fast', allowed: concurrent"):
+        level_factors("fast", 0.0)
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        (dict(img_size=48, group=2), r"group 2 does not divide the token grid \(3, 3, 3\)"),
+        (dict(num_mid=9), r"num_mid 9 must be in 1..8"),
+        (dict(down_parts=7), r"down_parts 7 must be in 1..6"),
+        (dict(mask_ratio_up=0.0), "mask_ratio_up 0.0 removes none of 8"),
+        (dict(align="byol"), "'byol', allowed: none, cosine, infonce, published"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_numbers(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        toy(**kwargs)
+
+
+def test_an_image_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"\(2, 1, 48, 48, 48\), needs \(B, 1, 64, 64, 64\)"):
+        toy()(batch_of(48))
+
+
+# ---------------------------------------------------------------- names
+
+
+def published_table(base=48, e=576):
+    """Section 13 of the description: every name of the pretraining model with its shape, for any width of stage 1 and
+    decoder.
+    """
+    widths = (1, base, 2 * base, 4 * base, 8 * base)
+    c4 = widths[4]
+    table = {"pos_embed": (1, 216, c4), "mask_token": (1, 1, e), "decoder_pos_embed": (1, 216, e)}
+
+    def affine(name, *weight):
+        table[f"{name}.weight"], table[f"{name}.bias"] = weight, weight[:1]
+
+    def transformer(name, width):
+        affine(f"{name}.norm1", width)
+        affine(f"{name}.attn.qkv", 3 * width, width)
+        affine(f"{name}.attn.proj", width, width)
+        affine(f"{name}.norm2", width)
+        affine(f"{name}.mlp.fc1", 4 * width, width)
+        affine(f"{name}.mlp.fc2", width, 4 * width)
+
+    for i in (1, 2, 3, 4):
+        affine(f"patch_embed{i}.proj", widths[i], widths[i - 1], 2, 2, 2)
+        affine(f"patch_embed{i}.norm", widths[i])
+    affine("patch_embed5", c4, c4)
+    for i, side in ((1, 8), (2, 4), (3, 2)):
+        c = widths[i]
+        affine(f"stage{i}_output_decode", c4, c, side, side, side)
+        for j in (0, 1):
+            block = f"blocks{i}.{j}"
+            affine(f"{block}.norm1", c)
+            affine(f"{block}.conv1", c, c, 1, 1, 1)
+            affine(f"{block}.conv2", c, c, 1, 1, 1)
+            affine(f"{block}.attn", c, 1, 5, 5, 5)
+            affine(f"{block}.norm2", c)
+            affine(f"{block}.mlp.fc1", 4 * c, c, 1, 1, 1)
+            affine(f"{block}.mlp.fc2", c, 4 * c, 1, 1, 1)
+    for j in range(11):
+        transformer(f"blocks4.{j}", c4)
+    affine("norm", c4)
+    affine("decoder_embed", e, c4)
+    for j in range(8):
+        transformer(f"decoder_blocks.{j}", e)
+    affine("decoder_norm", e)
+    affine("decoder_pred", 4096, e)
+    for head in ("mid", "down", "pred_up_feature", "pred_mid_feature"):
+        for layer in ("fc1", "fc2"):
+            affine(f"aggregate_{head}.{layer}", e, e)
+    return table
+
+
+def test_written_names_and_shapes_are_the_published_ones():
+    table = published_table()
+    assert len(table) == 363
+    with torch.device("meta"):
+        for align, count in (("published", 363), ("cosine", 355), ("none", 347)):
+            method = mim_convvit3d_base_patch16(align=align)
+            shapes = {name: tuple(value.shape) for name, value in method.checkpoint_state()["model"].items()}
+            unused = {n for n in table if n.startswith("aggregate_") and n.split(".")[0] not in HEADS[align]}
+            assert len(shapes) == count
+            assert shapes == {name: shape for name, shape in table.items() if name not in unused}
+    published = mim_convvit3d_tiny_patch16(align="published", decoder_embed_dim=24)
+    assert published.checkpoint_state()["model"].keys() == table.keys()
+    with torch.device("meta"):
+        counts = mim_convvit3d_base_patch16(align="published").parameters()
+        assert sum(p.numel() for p in counts) == 71_255_056
+
+
+@pytest.mark.parametrize("base, width", [(12, 24), pytest.param(48, 576, marks=pytest.mark.slow)])
+def test_a_published_file_loads_whole_and_gives_the_segmentation_encoder_235(tmp_path, capsys, base, width):
+    state = {name: torch.randn(shape) * 0.02 for name, shape in published_table(base, width).items()}
+    torch.save({"model": state, "epoch": 799, "args": argparse.Namespace(mask_ratio=0.6)}, tmp_path / "published.pth")
+    sizes = dict(embed_dims=(base, 2 * base, 4 * base, 8 * base), num_heads=base // 4)
+    method = mim_convvit3d_base_patch16(align="published", decoder_embed_dim=width, decoder_num_heads=4, **sizes)
+    assert method.load_pretrained_checkpoint(tmp_path / "published.pth") == ([], [])
+    assert len(method.load_report.matched) == 363
+    assert torch.equal(method.encoder.blocks4[10].mlp.fc2.weight, state["blocks4.10.mlp.fc2.weight"])
+    assert torch.equal(method.decoder.decoder_pos_embed, state["decoder_pos_embed"])
+    encoder = ConvViT3D(pyramid=True, **sizes)
+    missing, dropped = encoder.load_pretrained_checkpoint(tmp_path / "published.pth")
+    assert "235 of 235 encoder tensors" in capsys.readouterr().out
+    assert (len(encoder.load_report.matched), len(dropped)) == (235, 128)
+    assert len(missing) == 51 and all(("gamma_" in n) or ("relative_" in n) or n.startswith("fpn.") for n in missing)
+
+
+def test_own_checkpoint_round_trip_and_continuing_with_another_alignment(tmp_path):
+    source = toy(align="published")
+    torch.save(source.checkpoint_state(), tmp_path / "own.pth")
+    twin = toy(seed=1, align="published")
+    twin.load_checkpoint_state(torch.load(tmp_path / "own.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), twin.state_dict().values()))
+    missing, dropped = toy(seed=1, align="none").load_pretrained_checkpoint(tmp_path / "own.pth")
+    assert missing == [] and len(dropped) == 16 and all(name.startswith("aggregate_") for name in dropped)
+    with pytest.raises(ValueError, match="encoder tensors fit"):
+        toy(embed_dims=(6, 6, 12, 48)).load_pretrained_checkpoint(tmp_path / "own.pth")
