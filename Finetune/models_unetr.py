@@ -2,8 +2,8 @@
 
     B batch   (D, H, W) voxels   (d, h, w) grid of patches   C width   K classes   f feature_size
 
-UNETR (Hatamizadeh et al., 2022) from MONAI's own blocks, on the project's ViT. Names of the head's parameters are
-MONAI's (`encoder1..`, `decoder5..2`, `out`), the encoder is `backbone`.
+UNETR (Hatamizadeh et al., 2022) on the project's ViT and MiM's decoder on its hybrid encoder, from MONAI's own blocks.
+Names of a head's parameters are MONAI's (`encoder1..`, `decoder5..`, `out`), the encoder is `backbone`.
 """
 
 import math
@@ -15,6 +15,7 @@ from monai.networks.blocks.dynunet_block import UnetOutBlock
 from torch import Tensor, nn
 
 from common.config import InputError
+from Finetune.models_convvit3d import ConvViT3D
 
 
 def num_levels(patch_size: Sequence[int]) -> int:
@@ -99,6 +100,64 @@ class UNETR(nn.Module):
         for level in range(self.levels, 0, -1):
             x = getattr(self, f"decoder{level + 1}")(x, skips[level - 1])
         return self.out(x)
+
+
+class ConvViT3DUNETR(nn.Module):
+    """MiM's segmentation network: the hybrid encoder with the convolutional decoder of Swin UNETR (Hatamizadeh et al.,
+    2022): (B, in_chans, D, H, W) -> logits (B, K, D, H, W).
+
+    From the encoder's pyramid at strides 2, 4, 8, 16, 32 (spec mim.md 9.1, the authors' code): the coarsest is the
+    bottom, the next is a skip as it is, the other three and the image pass a residual block first.
+
+    Args:
+        backbone: a `ConvViT3D` with `pyramid=True`, of any stage widths; the decoder has the same ones.
+        out_channels: K, background included.
+    """
+
+    def __init__(self, backbone: ConvViT3D, out_channels: int, norm_name: str = "instance"):
+        super().__init__()
+        if any(size % 32 for size in backbone.img_size):
+            raise InputError(f"roi: found {backbone.img_size}, MiM's network needs multiples of 32 voxels")
+        self.backbone = backbone
+        widths = list(backbone.embed_dims)  # at strides 2, 4, 8, 16
+        common = {"spatial_dims": 3, "kernel_size": 3, "norm_name": norm_name, "res_block": True}
+        basic = {"encoder1": (backbone.in_chans, widths[0])}  # names are those of the published weights
+        basic |= {f"encoder{level + 2}": (width, width) for level, width in enumerate(widths[:3])}
+        basic |= {"encoder10": (2 * widths[3], 2 * widths[3])}
+        for name, (below, width) in basic.items():
+            self.add_module(name, UnetrBasicBlock(in_channels=below, out_channels=width, stride=1, **common))
+        coarse_to_fine = [2 * widths[3], *reversed(widths), widths[0]]
+        for level, (below, width) in zip((5, 4, 3, 2, 1), zip(coarse_to_fine, coarse_to_fine[1:])):
+            block = UnetrUpBlock(in_channels=below, out_channels=width, upsample_kernel_size=2, **common)
+            self.add_module(f"decoder{level}", block)
+        self.out = UnetOutBlock(spatial_dims=3, in_channels=widths[0], out_channels=out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, (h0, h1, h2, h3, h4) = self.backbone(x, return_layers=(0, 1, 2, 3, 4))
+        y = self.decoder5(self.encoder10(h4), h3)  # (B, C_4, D/16, H/16, W/16)
+        y = self.decoder4(y, self.encoder4(h2))  # (B, C_3, D/8, ...)
+        y = self.decoder3(y, self.encoder3(h1))  # (B, C_2, D/4, ...)
+        y = self.decoder2(y, self.encoder2(h0))  # (B, C_1, D/2, ...)
+        return self.out(self.decoder1(y, self.encoder1(x)))
+
+
+def convvit3d_unetr(
+    img_size: int | Sequence[int] = 96,
+    in_channels: int = 1,
+    out_channels: int = 14,
+    feature_size: int = 48,
+    **kwargs,
+) -> ConvViT3DUNETR:
+    """MiM's network of the authors' sizes. `feature_size` sets all widths (f, 2f, 4f, 8f; 48 is base, 12 tiny) and, at
+    32 channels a head, the heads. Stochastic depth up to 0.2 as theirs. Other keyword arguments are those of
+    `ConvViT3D`."""
+    if feature_size % 4 and "num_heads" not in kwargs:
+        raise InputError(f"feature_size: found {feature_size}, needs a multiple of 4 (32 channels a head)")
+    defaults = dict(
+        embed_dims=[feature_size * n for n in (1, 2, 4, 8)], num_heads=feature_size // 4, drop_path_rate=0.2
+    )
+    backbone = ConvViT3D(img_size, in_channels, pyramid=True, **dict(defaults, **kwargs))
+    return ConvViT3DUNETR(backbone, out_channels)
 
 
 class LinearProbe(nn.Module):
