@@ -20,7 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from common.distributed import all_reduce_mean
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain.losses import collapse_monitors, cosine_pairs, cross_entropy_pairs
-from Pretrain.models_mae import encode_visible, reconstruct, view_keys, view_major
+from Pretrain.models_mae import Reconstructed, Visible, encode_visible, reconstruct, view_keys, view_major
 
 TERMS = ("rec_global", "rec_local", "global_global", "global_local")
 
@@ -130,13 +130,13 @@ class GLMAE(nn.Module):
         return bool({"global_global", "global_local"} & set(self.terms))
 
     @property
-    def vit(self) -> VisionTransformer3D:
+    def encoder(self) -> VisionTransformer3D:
         """The encoder that is trained."""
         return self.student["backbone"]
 
     @property
     def probe(self) -> nn.Parameter:
-        return self.vit.norm.weight
+        return self.encoder.norm.weight
 
     # ------------------------------------------------------------ forward
 
@@ -162,12 +162,24 @@ class GLMAE(nn.Module):
 
     def _student_pass(self, batch: dict[str, Tensor], kind: str, values: dict[str, Tensor]) -> Tensor:
         """Encode (and reconstruct) the masked views of one kind: one pass for all, they have one size. Returns their CLS tokens."""
-        views = batch[kind]
-        x, keys = view_major(views), view_keys(batch["key"], views.shape[1], kind=int(kind == "global"))
-        visible = encode_visible(self.vit, x, keys, self.mask_ratio[kind])
+        x, visible = self._masked_views(batch, kind)
         if f"rec_{kind}" in self.terms:
-            values[f"rec_{kind}"], _ = reconstruct(self.vit, x, visible, self.norm_pix_loss)
+            values[f"rec_{kind}"], _ = reconstruct(self.encoder, x, visible, self.norm_pix_loss)
         return visible.tokens[:, 0]
+
+    def _masked_views(self, batch: dict[str, Tensor], kind: str) -> tuple[Tensor, Visible]:
+        x, keys = view_major(batch[kind]), view_keys(batch["key"], batch[kind].shape[1], kind=int(kind == "global"))
+        return x, encode_visible(self.encoder, x, keys, self.mask_ratio[kind])
+
+    def reconstructions(self, batch: dict[str, Tensor]) -> dict[str, Reconstructed]:
+        """For pictures: the views, their masks and what was predicted, under the name of each kind that is reconstructed."""
+        rows = {}
+        for kind in ("global", "local"):
+            if f"rec_{kind}" in self.terms:
+                x, visible = self._masked_views(batch, kind)
+                _, prediction = reconstruct(self.encoder, x, visible, self.norm_pix_loss)
+                rows[kind] = Reconstructed(x, visible.mask, prediction)
+        return rows
 
     def _project(self, cls_tokens: Tensor) -> Tensor:
         """Student's log-probabilities (M, K), or its predicted embeddings (M, E)."""

@@ -22,6 +22,14 @@ class Visible(NamedTuple):
     mask: Tensor  # (M, N), 1 = removed
 
 
+class Reconstructed(NamedTuple):
+    """Views and what a method made of them, for pictures."""
+
+    view: Tensor  # (M, C, D, H, W) in [0, 1]
+    mask: Tensor  # (M, N), 1 = removed
+    prediction: Tensor  # (M, N, P)
+
+
 def view_major(views: Tensor) -> Tensor:
     """(B, q, C, D, H, W) -> (q*B, C, D, H, W), all first views first."""
     return views.transpose(0, 1).flatten(0, 1)
@@ -51,28 +59,35 @@ class MAE(nn.Module):
     """Plain MAE on the local views (B, q, C, D, H, W) of `batch["local"]`, masked by `batch["key"]` (B,).
 
     Args:
-        vit: an encoder with its decoder (`encoder_only=False`).
+        encoder: a ViT with its decoder (`encoder_only=False`).
         mask_ratio: share of removed patches.
         norm_pix_loss: targets normalised per patch.
     """
 
-    def __init__(self, vit: VisionTransformer3D, mask_ratio: float = 0.75, norm_pix_loss: bool = True):
+    def __init__(self, encoder: VisionTransformer3D, mask_ratio: float = 0.75, norm_pix_loss: bool = True):
         super().__init__()
-        self.vit, self.mask_ratio, self.norm_pix_loss = vit, mask_ratio, norm_pix_loss
+        self.encoder, self.mask_ratio, self.norm_pix_loss = encoder, mask_ratio, norm_pix_loss
 
     def forward(self, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
+        return {"rec_local": self._pass(batch)[0]}
+
+    def _pass(self, batch: dict[str, Tensor]) -> tuple[Tensor, Reconstructed]:
         views = batch["local"]
         x, keys = view_major(views), view_keys(batch["key"], views.shape[1], kind=0)
-        visible = encode_visible(self.vit, x, keys, self.mask_ratio)
-        loss, _ = reconstruct(self.vit, x, visible, self.norm_pix_loss)
-        return {"rec_local": loss}
+        visible = encode_visible(self.encoder, x, keys, self.mask_ratio)
+        loss, prediction = reconstruct(self.encoder, x, visible, self.norm_pix_loss)
+        return loss, Reconstructed(x, visible.mask, prediction)
+
+    def reconstructions(self, batch: dict[str, Tensor]) -> dict[str, Reconstructed]:
+        """For pictures: the views, their masks and what was predicted, under the name of each kind of view."""
+        return {"local": self._pass(batch)[1]}
 
     @property
     def probe(self) -> nn.Parameter:
-        return self.vit.norm.weight
+        return self.encoder.norm.weight
 
     def checkpoint_state(self) -> dict[str, Any]:
-        return {"model": self.vit.state_dict()}
+        return {"model": self.encoder.state_dict()}
 
     def load_checkpoint_state(self, content: dict[str, Any]) -> None:
-        self.vit.load_state_dict(content["model"])
+        self.encoder.load_state_dict(content["model"])

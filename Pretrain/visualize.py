@@ -1,47 +1,44 @@
 """Pictures of what an autoencoder reconstructs: the view, what it was shown of it, and what it made of that."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from Finetune.models_3dvit import VisionTransformer3D, grid_of
+from Finetune.models_3dvit import grid_of
 from Pretrain.losses import patchify, unpatchify
-from Pretrain.models_mae import encode_visible, reconstruct
+from Pretrain.models_mae import Reconstructed
 
 PANELS = ("view", "visible", "reconstruction")
 
 
-@torch.no_grad()
-def reconstruction_volumes(
-    vit: VisionTransformer3D, x: Tensor, keys: Tensor, mask_ratio: float, norm_pix_loss: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The view x (M, C, D, H, W), the view with its removed patches at 0, and the view with its removed patches predicted.
+def panels(made: Reconstructed, patch_size: Sequence[int], norm_pix_loss: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The view, the view with its removed patches black, and the view with its removed patches predicted, each (M, C, D, H, W).
 
     With `norm_pix_loss` a prediction has no absolute scale: it is shown with the mean and spread of the true patch.
     """
-    grid = grid_of(x.shape[2:], vit.patch_size)
-    visible = encode_visible(vit, x, keys, mask_ratio)
-    _, prediction = reconstruct(vit, x, visible, norm_pix_loss)
-    patches, removed = patchify(x, vit.patch_size), visible.mask.unsqueeze(-1)
+    view, mask, prediction = made
+    grid = grid_of(view.shape[2:], patch_size)
+    patches, removed = patchify(view, patch_size), mask.unsqueeze(-1)
+    prediction = prediction.float()
     if norm_pix_loss:
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        prediction = prediction.float() * (variance + 1e-6).sqrt() + mean
-    shown = unpatchify(patches * (1 - removed), vit.patch_size, grid)
-    filled = unpatchify(patches * (1 - removed) + prediction * removed, vit.patch_size, grid)
-    return x, shown, filled
+        prediction = prediction * (variance + 1e-6).sqrt() + mean
+    shown = unpatchify(patches * (1 - removed), patch_size, grid)
+    filled = unpatchify(patches * (1 - removed) + prediction * removed, patch_size, grid)
+    return view, shown, filled
 
 
-def picture(rows: dict[str, tuple[Tensor, Tensor, Tensor]], zoom: int = 3) -> np.ndarray:
-    """One row of three panels per name, axial middle slices (front up, the patient's right on the left): (H, W, 3) uint8.
-
-    `rows`: name to volumes (C, D, H, W) in [0, 1], the first channel is shown.
-    """
+def picture(rows: dict[str, Reconstructed], patch_size: Sequence[int], norm_pix_loss: bool, zoom: int = 3) -> np.ndarray:
+    """One row of three panels per kind of view: axial middle slices of the first view and channel, as (H, W, 3) uint8."""
     strips = []
-    for name, volumes in rows.items():
-        slices = [axial(volume[0].clamp(0, 1).cpu().numpy()) for volume in volumes]
-        panels = [Image.fromarray((s * 255).astype(np.uint8)).resize((s.shape[1] * zoom, s.shape[0] * zoom), 0) for s in slices]
-        strips.append(_strip(name, panels))
+    for name, made in rows.items():
+        volumes = panels(Reconstructed(*(t[:1] for t in made)), patch_size, norm_pix_loss)
+        slices = [axial(volume[0, 0].clamp(0, 1).cpu().numpy()) for volume in volumes]
+        images = [Image.fromarray((s * 255).astype(np.uint8)).resize((s.shape[1] * zoom, s.shape[0] * zoom), 0) for s in slices]
+        strips.append(_strip(name, images))
     canvas = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "black")
     top = 0
     for strip in strips:
@@ -55,12 +52,12 @@ def axial(volume: np.ndarray) -> np.ndarray:
     return np.flip(volume[:, :, volume.shape[2] // 2].T, axis=(0, 1))
 
 
-def _strip(name: str, panels: list[Image.Image], margin: int = 18) -> Image.Image:
-    width = sum(p.width for p in panels) + 4 * (len(panels) - 1)
-    strip = Image.new("RGB", (width, panels[0].height + margin), "black")
+def _strip(name: str, images: list[Image.Image], margin: int = 18) -> Image.Image:
+    width = sum(i.width for i in images) + 4 * (len(images) - 1)
+    strip = Image.new("RGB", (width, images[0].height + margin), "black")
     draw, left = ImageDraw.Draw(strip), 0
-    for title, panel in zip(PANELS, panels):
+    for title, image in zip(PANELS, images):
         draw.text((left + 3, 3), f"{name}: {title}", fill="white")
-        strip.paste(panel, (left, margin))
-        left += panel.width + 4
+        strip.paste(image, (left, margin))
+        left += image.width + 4
     return strip

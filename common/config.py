@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import sys
+import tempfile
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -40,6 +41,16 @@ def run_program(main: Callable[[], Any]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder where it is missing; InputError unless files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
 # ---------------------------------------------------------------- values

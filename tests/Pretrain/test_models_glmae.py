@@ -110,14 +110,14 @@ def test_reconstruction_looks_at_removed_patches_alone():
 def test_local_reconstruction_alone_is_plain_mae_bit_for_bit():
     data = batch()
     glmae = GLMAE(small_vit(), terms=("rec_local",), mask_ratio_local=0.6)
-    mae = MAE(copy.deepcopy(glmae.vit), mask_ratio=0.6)
+    mae = MAE(copy.deepcopy(glmae.encoder), mask_ratio=0.6)
     del data["global"]
     a, b = glmae(data)["rec_local"], mae(data)["rec_local"]
     a.backward()
     b.backward()
     assert torch.equal(a, b)
-    gradients = {n: p.grad for n, p in mae.vit.named_parameters()}
-    for name, p in glmae.vit.named_parameters():
+    gradients = {n: p.grad for n, p in mae.encoder.named_parameters()}
+    for name, p in glmae.encoder.named_parameters():
         assert (p.grad is None and gradients[name] is None) or torch.equal(p.grad, gradients[name]), name
     assert list(glmae.teacher.parameters()) == []
 
@@ -132,7 +132,7 @@ def test_global_pairs_same_is_the_diagonal():
     everything, same = small_glmae(), small_glmae(gg_pairs="same")
     same.load_state_dict(everything.state_dict())
     teacher = everything._teach(data["global"], 0)
-    visible = encode_visible(everything.vit, view_major(data["global"]), view_keys(data["key"], 2, kind=1), 0.6)
+    visible = encode_visible(everything.encoder, view_major(data["global"]), view_keys(data["key"], 2, kind=1), 0.6)
     student = everything._project(visible.tokens[:, 0]).unflatten(0, (2, 2))
     loop = torch.stack([torch.stack([-(teacher[i] * student[j]).sum(-1).mean() for j in range(2)]) for i in range(2)])
     torch.testing.assert_close(everything(data)["global_global"], loop.mean())
