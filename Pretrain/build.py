@@ -13,11 +13,13 @@ from common.engine import LoopSettings, Plan, Weights
 from common.schedules import cosine, linear
 from Finetune import models_3dvit
 from Finetune.models_3dvit import VisionTransformer3D
+from Pretrain import models_mim
 from Pretrain.models_glmae import GLMAE, TERMS
 from Pretrain.models_mae import MAE
 from Pretrain.views import ViewSpec
 
 Triple = tuple[int, int, int]
+Quadruple = tuple[int, int, int, int]
 
 
 @dataclass(kw_only=True)
@@ -117,7 +119,7 @@ class Task:
 def build_task(settings: PretrainSettings, plan: Plan) -> Task:
     """The task that the settings ask for. InputError where they contradict themselves."""
     try:
-        return {"mae": build_mae, "glmae": build_glmae}[settings.method](settings, plan)
+        return {"mae": build_mae, "glmae": build_glmae, "mim": build_mim}[settings.method](settings, plan)
     except (ValueError, AssertionError) as error:  # a model's own check of its sizes
         raise error if isinstance(error, InputError) else InputError(f"--method {settings.method}: {error}") from None
 
@@ -143,18 +145,9 @@ def view_spec(settings: PretrainSettings, kind: Literal["global", "local"]) -> V
     return ViewSpec(count, size, scale, settings.crop_mode, settings.flip_prob)
 
 
-class Built(NamedTuple):
-    """A method, the views it takes, the weights of its losses as a function of the step, and the encoder it trains."""
-
-    method: nn.Module
-    specs: dict[str, ViewSpec]
-    weights: Weights
-    encoder: nn.Module
-
-
 def build_mae(settings: PretrainSettings, plan: Plan) -> Task:
     method = MAE(build_vit(settings), settings.mask_ratio_local, settings.norm_pix_loss)
-    return Built(method, {"local": view_spec(settings, "local")}, lambda step: {"rec_local": 1.0}, method.vit)
+    return Task(method, {"local": view_spec(settings, "local")}, lambda step: {"rec_local": 1.0})
 
 
 def build_glmae(settings: PretrainSettings, plan: Plan) -> Task:
@@ -189,12 +182,14 @@ def build_glmae(settings: PretrainSettings, plan: Plan) -> Task:
         center_momentum=settings.center_momentum,
         freeze_last_layer=round(settings.freeze_last_layer * plan.steps_per_epoch),
     )
-    return Built(method, specs, lambda step: weights, method.vit)
+    return Task(method, specs, lambda step: weights)
 
 
 def build_mim(settings: PretrainSettings, plan: Plan) -> Task:
     if settings.model not in ("tiny", "base") or settings.patch_size != (16, 16, 16):
-        raise InputError(f"--model {settings.model}, --patch_size {settings.patch_size}: MiM has tiny and base, with patch 16")
+        raise InputError(
+            f"--model {settings.model}, --patch_size {settings.patch_size}: MiM has tiny and base, with patch 16"
+        )
     if settings.embed_dim or settings.depth:
         raise InputError("--embed_dim, --depth: the ViT's; MiM's encoder has --embed_dims and --depths, one per stage")
     names = ("in_chans", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "group", "num_mid", "num_down")
@@ -202,10 +197,7 @@ def build_mim(settings: PretrainSettings, plan: Plan) -> Task:
     own = {k: v for k in ("embed_dims", "depths", "num_heads") if (v := getattr(settings, k)) is not None}
     own |= {name: getattr(settings, name) for name in names}
     factory = getattr(models_mim, f"mim_convvit3d_{settings.model}_patch16")
-    try:
-        method = factory(img_size=settings.local_size, temperature=settings.align_temp, **own)
-    except (ValueError, AssertionError) as error:
-        raise InputError(f"MiM's settings: {error}") from None
+    method = factory(img_size=settings.local_size, temperature=settings.align_temp, **own)
     terms = [f"rec_{level}" for level in models_mim.LEVELS]
     terms += [] if settings.align == "none" else ["align_up_mid", "align_mid_down"]
 
@@ -215,7 +207,7 @@ def build_mim(settings: PretrainSettings, plan: Plan) -> Task:
 
     size = tuple(settings.group * n for n in settings.local_size)
     spec = ViewSpec(1, size, settings.global_scale, settings.crop_mode, settings.flip_prob)
-    return Built(method, {"image": spec}, weights, method.encoder)
+    return Task(method, {"image": spec}, weights)
 
 
 def scheduled(schedule: Callable[..., float], ends: tuple[float, float], total: float) -> Callable[[int], float]:

@@ -1,4 +1,4 @@
-"""Pretrain an encoder on unlabelled volumes: plain MAE or GL-MAE.
+"""Pretrain an encoder on unlabelled volumes: plain MAE, GL-MAE or MiM.
 
     python -m Pretrain.main_pretrain --method glmae --datalist data/sample_abdomen/dataset.json --section pretraining --out_dir runs/x
     torchrun --nproc_per_node=8 -m Pretrain.main_pretrain ...
@@ -80,7 +80,7 @@ def draw_reconstructions(
     sample = torch.utils.data.default_collate([dataset[(0, 0)]])
     task.method.eval()
     with torch.no_grad():
-        rows = task.method.reconstructions(to_device(sample, task.method.probe.device))
+        rows = task.method.reconstructions(to_device(sample, task.method.encoder.pos_embed.device))
     if rows:
         pixels = picture(rows, task.method.encoder.patch_size, settings.norm_pix_loss)
         Image.fromarray(pixels).save(settings.out_dir / f"reconstruction-{epoch}.png")

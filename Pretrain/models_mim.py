@@ -30,6 +30,7 @@ from Finetune.models_3dvit import Grid, get_3d_sincos_pos_embed, load_matching, 
 from Finetune.models_convvit3d import ConvViT3D, convvit3d_base_patch16, convvit3d_tiny_patch16, to_map, to_tokens
 from Pretrain.losses import masked_mse, norm_pix, patchify
 from Pretrain.masking import derive, num_keep, random_masking, uniform
+from Pretrain.models_mae import Reconstructed
 
 LEVELS = ("up", "mid", "down")
 Align = Literal["none", "cosine", "infonce", "published"]
@@ -159,7 +160,7 @@ class MaskedDecoder(nn.Module):
 
 
 class MiM(nn.Module):
-    """Mask in mask on `batch["image"]` (B, C, g*D, g*H, g*W) in [0, 1], with all draws from `batch["key"]` (B,) int64.
+    """Mask in mask on `batch["image"]` (B, [1,] C, g*D, g*H, g*W) in [0, 1], all draws from `batch["key"]` (B,) int64.
 
     `forward` gives `rec_up`, `rec_mid`, `rec_down`, and unless `align="none"` `align_up_mid`, `align_mid_down`.
 
@@ -238,6 +239,7 @@ class MiM(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         self._carry: dict[str, Tensor] = {}
+        self._seen: list[Reconstructed] | None = None
 
     # ------------------------------------------------------------ forward
 
@@ -254,7 +256,7 @@ class MiM(nn.Module):
         return values
 
     def _up(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        image, keys = self._check(batch["image"]), batch["key"]
+        image, keys = self._image(batch), batch["key"]
         units, tokens = self.group**3, math.prod(self.encoder.grid_size)
         x = F.avg_pool3d(image, self.group)  # (B, C, D, H, W); for g = 2 the authors' trilinear resize, exactly
         if self.group > 1:
@@ -270,9 +272,7 @@ class MiM(nn.Module):
     def _mid(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         keys, count, tokens = batch["key"], self.num_mid, math.prod(self.encoder.grid_size)
         labels, parent = self._carry["labels"], self._carry["parent"]
-        x = cut_blocks(
-            batch["image"], self.encoder.img_size, labels
-        )  # (B*S, C, D, H, W), as they are: masks start anew
+        x = cut_blocks(self._image(batch), self.encoder.img_size, labels)  # (B*S, C, D, H, W), intact: masks start anew
         masking = Masking(*random_masking(self._noise(keys, 2, count, tokens), self.keep["mid"]))
         loss, feature = self._reconstruct(x, masking)
         chosen = choose_removed(self._noise(keys, 3, count, tokens), masking.mask, self.num_down)  # (B*S, Q)
@@ -318,6 +318,8 @@ class MiM(nn.Module):
     def _reconstruct(self, x: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
         """The loss of removed tokens of x (M, C, D, H, W), and the decoded features (M, T, E)."""
         feature, prediction = self.decoder(self.encoder(x, ids_keep=masking.ids_keep), masking.ids_restore)
+        if self._seen is not None:
+            self._seen.append(Reconstructed(x, masking.mask, prediction))
         target = patchify(x, self.encoder.patch_size)
         return masked_mse(prediction, norm_pix(target) if self.norm_pix_loss else target, masking.mask), feature
 
@@ -331,13 +333,25 @@ class MiM(nn.Module):
         """(B*volumes, tokens): every volume of a sample has its own, whichever process or part it is in."""
         return uniform(derive(keys, stream), volumes * tokens).view(-1, tokens)
 
-    def _check(self, image: Tensor) -> Tensor:
-        size = tuple(self.group * s for s in self.encoder.img_size)
+    def _image(self, batch: dict[str, Tensor]) -> Tensor:
+        image, size = batch["image"], tuple(self.group * n for n in self.encoder.img_size)
+        if image.ndim == 6 and image.shape[1] == 1:  # one view of each volume
+            image = image.squeeze(1)
         if image.ndim != 5 or tuple(image.shape[2:]) != size:
-            raise ValueError(
-                f"found images {tuple(image.shape)}, needs (B, {self.encoder.in_chans}, {', '.join(map(str, size))})"
-            )
+            wanted = f"(B, {self.encoder.in_chans}, {', '.join(map(str, size))})"
+            raise ValueError(f"found images {tuple(image.shape)}, needs {wanted}")
         return image
+
+    @torch.no_grad()
+    def reconstructions(self, batch: dict[str, Tensor]) -> dict[str, Reconstructed]:
+        """What each level was given and what it predicts, for pictures; of the down level its first piece."""
+        self._seen = []
+        try:
+            for part in range(self.num_parts):
+                self(batch, part=part)
+            return dict(zip(LEVELS, self._seen))
+        finally:
+            self._seen = None
 
     # ------------------------------------------------------------ checkpoint
 
