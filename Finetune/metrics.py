@@ -6,6 +6,7 @@ ignores a false positive of an absent organ.
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+
+warnings.filterwarnings("ignore", message=".*always_return_as_numpy.*")  # MONAI about itself
 
 METRICS = ("dice", "nsd", "hd95")
 RULES = (

@@ -1,0 +1,232 @@
+"""Which files a preset means: cases from a published folder layout, folds, and nested subsets of few labels."""
+
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from common.config import InputError
+from common.datalist import ENDINGS, Case, read_cases, stem
+from common.logging import progress
+from common.sampling import mix
+from Finetune.presets import Layout, Preset
+
+
+def find_cases(preset: Preset, data: str | Path) -> list[Case]:
+    """The labelled cases of a data set: `data` is its folder in the published layout, or a Decathlon JSON of one's own.
+
+    Raises InputError when nothing is there, or a label is missing.
+    """
+    data = Path(data)
+    if not data.exists():
+        raise InputError(f"{data}: no such folder or list; needs the data of preset {preset.name}")
+    if data.is_file():
+        return _labelled(read_cases(data), data)
+    if preset.layout.datalist:
+        datalist = data / preset.layout.datalist
+        if not datalist.is_file():
+            raise InputError(f"{data}: found no {preset.layout.datalist}, which preset {preset.name} needs there")
+        return _labelled(read_cases(datalist), datalist)
+    return _from_patterns(preset, data)
+
+
+def _labelled(cases: list[Case], where: Path) -> list[Case]:
+    without = [case.name for case in cases if case.label is None]
+    if without or not cases:
+        found = f"{len(without)} cases without a label ({', '.join(without[:3])})" if cases else "no case"
+        raise InputError(f"{where}: found {found}, fine-tuning needs labelled cases")
+    return cases
+
+
+def _from_patterns(preset: Preset, data: Path) -> list[Case]:
+    cases, missing = [], []
+    layout = preset.layout
+    for position, pattern in enumerate(layout.images):
+        for path in sorted(data.glob(pattern.replace("{case}", "*"))):
+            match = re.fullmatch(_expression(pattern, layout), path.relative_to(data).as_posix())
+            if not match:
+                continue
+            label = data / layout.labels[position].replace("{case}", match["case"]) if layout.labels else None
+            if label and not label.exists():
+                missing.append(str(label))
+            cases.append(Case(name=stem(path), image=path, label=label, fold=None))
+    if missing:
+        raise InputError(f"{missing[0]}: this label is missing (one of {len(missing)})")
+    if not cases:
+        raise InputError(f"{data}: found no image, preset {preset.name} expects {' or '.join(layout.images)} there")
+    return cases
+
+
+def _expression(pattern: str, layout: Layout) -> str:
+    parts = [re.escape(part) for part in pattern.split("{case}")]
+    return f"(?P<case>{layout.case})".join(parts[:2]) + "".join("(?P=case)" + part for part in parts[2:])
+
+
+def class_of(preset: Preset, case: Case) -> int:
+    """Classification: the class number of a case, by the folder that holds it."""
+    for folder in case.image.parts[::-1]:
+        if folder in preset.layout.classes:
+            return preset.layout.classes[folder]
+    raise InputError(f"{case.image}: no folder above it is one of {', '.join(preset.layout.classes)}")
+
+
+def label_for(preset: Preset, name: str, labels: Path) -> Path | None:
+    """The label file in the folder `labels` of the prediction called `name`: the same name, or the one that the layout
+    pairs with it (label0035 for img0035)."""
+    layout = preset.layout
+    names = []
+    for image, label in zip(layout.images, layout.labels):
+        match = re.fullmatch(_expression(stem(image), layout), name)
+        if match:
+            names.append(stem(label).replace("{case}", match["case"]))
+    for candidate in (*names, name, name.removesuffix("_0000")):
+        for ending in ENDINGS:
+            path = labels / f"{candidate}{ending}"
+            if path.is_file():
+                return path
+    return None
+
+
+# ---------------------------------------------------------------- folds and few labels
+
+
+def split(cases: Sequence[Case], preset: Preset, fold: int) -> tuple[list[Case], list[Case]]:
+    """(training, validation) cases: `fold` validates, the rest trains.
+
+    The fold of a case is what its list says; else fold 0 is what the preset names and the rest fills the other folds
+    in order; else folds are cut from a shuffled order that depends on the preset's name alone (our choice: the seed of
+    a run never moves a case).
+    """
+    folds = _folds(cases, preset)
+    if fold not in folds:
+        raise InputError(f"fold: found {fold}, preset {preset.name} on these {len(cases)} cases has {sorted(folds)}")
+    validation = folds[fold]
+    names = {case.name for case in validation}
+    training = [case for case in cases if case.name not in names]
+    if not training:
+        raise InputError(f"fold {fold}: all {len(cases)} cases are in it, none is left to train on")
+    return training, validation
+
+
+def _folds(cases: Sequence[Case], preset: Preset) -> dict[int, list[Case]]:
+    if any(case.fold is not None for case in cases):
+        folds: dict[int, list[Case]] = {}
+        for case in cases:
+            if case.fold is not None:
+                folds.setdefault(case.fold, []).append(case)
+        return folds
+    by_name = {case.name: case for case in cases}
+    first = [by_name[name] for name in preset.validation if name in by_name]
+    if first:
+        rest = [case for case in cases if case.name not in set(preset.validation)]
+        return {0: first} | dict(enumerate(_cut(rest, preset.folds - 1), start=1))
+    order = _shuffled(sorted(by_name), f"folds of {preset.name}")
+    shuffled = [by_name[name] for name in order]
+    if preset.validation_cases and preset.validation_cases < len(cases):
+        size = preset.validation_cases
+        return {0: shuffled[:size]} | dict(enumerate(_cut(shuffled[size:], preset.folds - 1), start=1))
+    return dict(enumerate(_cut(shuffled, preset.folds)))
+
+
+def _cut(cases: Sequence[Case], parts: int) -> list[list[Case]]:
+    """`parts` runs of equal length, the first ones one longer where it does not divide; empty ones left out."""
+    small, larger = divmod(len(cases), max(parts, 1))
+    cuts, start = [], 0
+    for part in range(parts):
+        stop = start + small + (part < larger)
+        cuts.append(list(cases[start:stop]))
+        start = stop
+    return [cut for cut in cuts if cut]
+
+
+def _shuffled(names: Sequence[str], key: str) -> list[str]:
+    """An order that depends on `key` and on each name alone: adding a case does not reshuffle the others."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{key}/{name}".encode()).digest())
+
+
+def few_labels(
+    training: Sequence[Case], preset: Preset, count: int | None = None, fraction: float | None = None, seed: int = 0
+) -> list[Case]:
+    """The first `count` (or `fraction`) of the training cases in a fixed order, so that smaller subsets are nested in
+    larger ones.
+
+    The order is the preset's `label_order`, then the rest shuffled by `seed`.
+    """
+    if count is None and fraction is None:
+        return list(training)
+    if count is not None and fraction is not None:
+        raise InputError(f"label_count {count} and label_fraction {fraction}: give one of the two")
+    if fraction is not None:
+        if not 0 < fraction <= 1:
+            raise InputError(f"label_fraction: found {fraction}, needs more than 0 and at most 1")
+        count = max(1, round(fraction * len(training)))
+    if not 1 <= count <= len(training):
+        raise InputError(f"label_count: found {count}, there are {len(training)} training cases")
+    by_name = {case.name: case for case in training}
+    order = [name for name in preset.label_order if name in by_name]
+    order += _shuffled([name for name in by_name if name not in set(order)], f"labels {mix(seed)}")
+    return [by_name[name] for name in order[:count]]
+
+
+# ---------------------------------------------------------------- label values
+
+
+def map_values(values: np.ndarray, preset: Preset, where: str | Path) -> np.ndarray:
+    """Label values of a file as the preset's ids, uint8. InputError names a value that the preset does not know."""
+    known = preset.label_values or {number: number for number in preset.labels}
+    found = np.unique(values)
+    unknown = [value for value in found.tolist() if value not in known]
+    if unknown:
+        raise InputError(f"{where}: found the label value {unknown[0]:g}, preset {preset.name} allows {sorted(known)}")
+    ids = np.zeros(values.shape, np.uint8)
+    for value in found.tolist():
+        ids[values == value] = known[value]
+    return ids
+
+
+def with_mapped_labels(cases: Sequence[Case], preset: Preset, folder: Path) -> list[Case]:
+    """The cases with labels whose values are ids: themselves, or copies below `folder` where the preset maps values
+    (made once)."""
+    if not preset.label_values:
+        return list(cases)
+    mapped = []
+    for case in progress(cases, desc="map label values", unit="case"):
+        stat = case.label.stat()
+        key = f"{case.label.resolve()} {stat.st_size} {stat.st_mtime_ns} {sorted(preset.label_values.items())}"
+        target = folder / f"{case.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.nii.gz"
+        if not target.exists():
+            label = nib.load(case.label)
+            ids = map_values(np.asanyarray(label.dataobj), preset, case.label)
+            write_nifti(target, nib.Nifti1Image(ids, label.affine))
+        mapped.append(replace(case, label=target))
+    return mapped
+
+
+def write_nifti(path: Path, image: nib.Nifti1Image) -> None:
+    """Write so that `path` holds the whole file or nothing. InputError when the place cannot be written."""
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(image, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_classes(entries: Sequence, preset: Preset) -> None:
+    """InputError for a cached case whose label holds an id outside the preset."""
+    for entry in entries:
+        unknown = sorted(set(map(int, entry.class_points)) - set(preset.labels))
+        if unknown:
+            raise InputError(
+                f"{entry.source}: its label holds the id {unknown[0]}, "
+                f"preset {preset.name} allows 0..{len(preset.labels) - 1}"
+            )

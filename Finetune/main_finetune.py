@@ -1,0 +1,207 @@
+"""Fine-tune an encoder for segmentation: a preset's data, a checkpoint, a network.
+
+    python -m Finetune.main_finetune --preset BTCV --data DIR --init checkpoint.pth --out_dir runs/btcv
+    torchrun --nproc_per_node=4 -m Finetune.main_finetune ...
+
+The learning rate is `blr` at 16 crops per update, scaled linearly (the authors' rule); BTCV's epochs and learning rate
+are shipped by neither paper: ours, the same for every initialisation that is compared.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from common import cache, checkpoint, distributed
+from common.config import InputError, parse, run_program, setting, to_dict
+from common.distributed import Run
+from common.engine import LoopSettings, fit, plan_updates
+from common.logging import RunLog, say
+from common.schedules import warmup_cosine
+from Finetune.build import Architecture, ModelSettings, build_model, load_encoder, resolve
+from Finetune.cases import check_classes, few_labels, find_cases, split, with_mapped_labels
+from Finetune.data import CropDataset
+from Finetune.engine_finetune import Segmentation, make_optimizer, validate
+from Finetune.presets import Preset, load_preset
+from Finetune.sliding import Window
+
+CROPS_AT_BLR = 16
+
+
+@dataclass(kw_only=True)
+class FinetuneSettings(ModelSettings, LoopSettings):
+    """Settings of a fine-tuning run."""
+
+    preset: str = setting(help="data set: a name of Finetune/datasets/, or the path of a YAML of one's own")
+    data: Path = setting(help="its folder in the published layout, or a Decathlon JSON")
+    cache_dir: Path = setting(Path("cache"), "where preprocessed volumes are kept; missing ones are added at the start")
+    fold: int = setting(0, "this fold validates, the rest trains")
+    label_count: int | None = setting(None, "train on this many cases; smaller sets are nested in larger ones")
+    label_fraction: float | None = setting(None, "train on this share of the cases, nested likewise")
+    label_seed: int = setting(0, "seed of the order in which cases are taken")
+
+    init: str = setting("scratch", "scratch, or a checkpoint whose encoder is loaded")
+    checkpoint: Path | None = setting(None, "the same as --init FILE")
+    scratch_twin: bool = setting(False, "the same run and architecture with random weights instead of the checkpoint's")
+    freeze: bool = setting(False, "train the head alone; always so for --model linear")
+    layer_decay: float | None = setting(None, "learning rate falls by this factor per block towards the input")
+
+    epochs: int = setting(3000, "passes over the data")
+    batch_size: int = setting(4, "volumes per update, over all processes together")
+    micro_batch_size: int | None = setting(1, "volumes per process and forward pass; the rest is accumulated")
+    crops: int = setting(4, "crops per volume")
+    blr: float = setting(1e-4, "learning rate at 16 crops per update, scaled linearly")
+    lr: float | None = setting(None, "learning rate as it is, instead of blr")
+    weight_decay: float = setting(1e-5, "AdamW's, not on biases, norms and tokens")
+    warmup_epochs: float = setting(50.0, "linear warm-up")
+    clip_grad: float | None = setting(1.0, "largest norm of the gradient; none: not clipped")
+    save_every: int = setting(500, "epochs between the checkpoints that are kept")
+
+    validate_every: int = setting(50, "epochs between two validations; 0: never")
+    overlap: float = setting(0.5, "overlap of the sliding window")
+    blending: Literal["gaussian", "constant"] = setting("gaussian", "of overlapping windows; the authors': constant")
+    sw_batch_size: int = setting(2, "windows per forward pass")
+    select: Literal["last", "best"] = setting(
+        "last", "best also keeps checkpoint-best.pth, picked by validation; the card says so"
+    )
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Run the program; returns the path of the last checkpoint."""
+    config = parse(FinetuneSettings, argv, description=__doc__)
+    preset = load_preset(config.preset)
+    if preset.task != "segmentation":
+        raise InputError(f"preset {preset.name}: its task is {preset.task}, this program fine-tunes for segmentation")
+    init = initial_checkpoint(config)
+    architecture = resolve(config, preset, init)
+    run = distributed.setup(config.device)
+    try:
+        return finetune(config, preset, architecture, init, run)
+    finally:
+        distributed.shutdown()
+
+
+def finetune(config: FinetuneSettings, preset: Preset, architecture: Architecture, init: Path | None, run: Run) -> Path:
+    writable(config.out_dir)
+    training, validation = prepare_entries(config, preset, run)
+    torch.manual_seed(config.seed)
+    model = build_model(architecture)  # head and encoder from the seed, so that a scratch twin has the same head
+    if init and not config.scratch_twin:
+        load_encoder(model, init)
+    if config.grad_checkpointing:
+        model.backbone.set_grad_checkpointing()
+    method = Segmentation(model, preset, freeze=config.freeze or config.model == "linear")
+    plan = plan_updates(config, len(training), run.world_size)
+    peak = config.lr if config.lr is not None else config.blr * plan.batch * config.crops / CROPS_AT_BLR
+    warmup = round(min(config.warmup_epochs, config.epochs / 2) * plan.steps_per_epoch)
+    start = "random weights" if init is None or config.scratch_twin else str(init)
+    cases = f"{len(training)} cases train, {len(validation)} validate"
+    say(f"{preset.name} fold {config.fold}: {cases}; encoder from {start}")
+    say(
+        f"{architecture.model}, roi {architecture.roi}, patch {architecture.patch_size}, {count(method)} parameters; "
+        f"{plan.batch} volumes x {config.crops} crops per update, {plan.total_steps} updates, lr {peak:.3g}"
+    )
+    window = Window(architecture.roi, config.overlap, config.blending, config.sw_batch_size)
+    args = describe(config, preset, architecture, init, [e.name for e in training], [e.name for e in validation])
+    best = -1.0
+
+    def after_epoch(epoch: int, log: RunLog) -> dict[str, float]:
+        nonlocal best
+        last = epoch + 1 == config.epochs
+        if not validation or not config.validate_every or ((epoch + 1) % config.validate_every and not last):
+            return {}
+        scores = validate(model, validation, preset, window, run, config.amp)
+        log.scalars(scores, (epoch + 1) * plan.steps_per_epoch)
+        say(f"epoch {epoch + 1}: validation Dice {scores['val/dice']:.4f} (preprocessed grid)")
+        if config.select == "best" and scores["val/dice"] > best:
+            best = scores["val/dice"]
+            if run.rank == 0:
+                content = method.checkpoint_state() | {"epoch": epoch, "args": args | {"selected": "best"}}
+                checkpoint.save(config.out_dir / "checkpoint-best.pth", content)
+        return scores
+
+    path = fit(
+        method,
+        CropDataset(training, architecture.roi, preset.augmentation, config.crops, config.seed),
+        config,
+        run,
+        plan,
+        learning_rate=lambda step: warmup_cosine(step, plan.total_steps, warmup, peak),
+        weights=lambda step: {"dice": 1.0, "ce": 1.0},
+        args=args,
+        optimizer=make_optimizer(method, config.weight_decay, config.layer_decay),
+        after_epoch=after_epoch,
+    )
+    say(f"done: {path}")
+    return path
+
+
+def initial_checkpoint(config: FinetuneSettings) -> Path | None:
+    """The file named by --init or --checkpoint, None for scratch."""
+    if config.checkpoint and config.init != "scratch":
+        raise InputError(f"--checkpoint {config.checkpoint} and --init {config.init}: give one of the two")
+    init = config.checkpoint or (None if config.init == "scratch" else Path(config.init))
+    if config.scratch_twin and init is None:
+        raise InputError("--scratch_twin: needs --init FILE, whose twin it is")
+    return init
+
+
+def prepare_entries(config: FinetuneSettings, preset: Preset, run: Run) -> tuple[list[cache.Entry], list[cache.Entry]]:
+    """Cached (training, validation) cases. The first process fills the cache, the others wait."""
+    training, validation = split(find_cases(preset, config.data), preset, config.fold)
+    training = few_labels(training, preset, config.label_count, config.label_fraction, config.label_seed)
+
+    def entries() -> list[cache.Entry]:
+        cases = with_mapped_labels([*training, *validation], preset, config.cache_dir / "labels")
+        return cache.ensure(cases, preset.preprocessing, config.cache_dir, workers=config.workers)
+
+    if run.rank == 0:
+        entries()
+    distributed.barrier()
+    found = entries()
+    check_classes(found, preset)
+    return found[: len(training)], found[len(training) :]
+
+
+def describe(
+    config: FinetuneSettings,
+    preset: Preset,
+    architecture: Architecture,
+    init: Path | None,
+    training: list[str],
+    validation: list[str],
+) -> dict[str, Any]:
+    """What the checkpoint keeps: all that predict and the score card need, in plain types."""
+    return {
+        "config": to_dict(config),
+        "preset": to_dict(preset),
+        "architecture": to_dict(architecture),
+        "grid_size": list(architecture.grid_size),
+        "init": "scratch" if init is None or config.scratch_twin else str(init),
+        "init_sha256": checkpoint.file_sha256(init) if init and not config.scratch_twin else None,
+        "training_cases": training,
+        "validation_cases": validation,
+        "selected": "last",
+    }
+
+
+def writable(folder: Path) -> None:
+    """InputError unless files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+def count(module: torch.nn.Module) -> str:
+    """Trained parameters."""
+    return f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

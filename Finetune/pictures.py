@@ -1,0 +1,110 @@
+"""Pictures of a segmentation: three planes through it, colours for classes, radiological view (the patient's right on
+the left)."""
+
+import colorsys
+import io
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from common.config import InputError
+
+PANEL = 320  # pixels, the longer side of a plane
+Pixels = np.ndarray  # (H, W, 3) uint8
+
+
+def colour(number: int) -> tuple[int, int, int]:
+    """A colour for class `number` (from 1), well apart from its neighbours."""
+    hue = (0.61803 * number) % 1.0
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.75 if number % 2 else 0.95, 1.0))
+
+
+def overlay(
+    image: np.ndarray,
+    labels: Sequence[np.ndarray],
+    spacing: Sequence[float],
+    names: Mapping[int, str],
+    titles: Sequence[str] = ("",),
+) -> Pixels:
+    """One row of three planes (axial, coronal, sagittal) for each label map, over the same image, and a legend.
+
+    Args:
+        image: (D, H, W) in [0, 1], RAS.
+        labels: label maps (D, H, W) on the image's grid; the planes are those where the first of them that is not
+        empty shows most. spacing: mm.
+    """
+    reference = next((label for label in labels if label.any()), labels[0])
+    planes = [most_shown(reference, axis) for axis in (2, 1, 0)]
+    rows = []
+    for label, title in zip(labels, titles):
+        panels = [panel(image, label, axis, index, spacing) for axis, index in zip((2, 1, 0), planes)]
+        height = max(p.shape[0] for p in panels)
+        row = np.concatenate([np.pad(p, ((0, height - p.shape[0]), (0, 4), (0, 0))) for p in panels], axis=1)
+        rows.append(_titled(row, title))
+    present = [number for number in names if any((label == number).any() for label in labels)]
+    return _legend(np.concatenate(rows), {number: names[number] for number in present})
+
+
+def most_shown(label: np.ndarray, axis: int) -> int:
+    """The plane along `axis` with most labelled voxels; the middle one where there is none."""
+    counts = (label > 0).sum(axis=tuple(a for a in range(3) if a != axis))
+    return int(counts.argmax()) if counts.any() else label.shape[axis] // 2
+
+
+def panel(image: np.ndarray, label: np.ndarray, axis: int, index: int, spacing: Sequence[float]) -> Pixels:
+    """One plane, upright and with square pixels, classes blended over it."""
+    grey = np.clip(image.take(index, axis), 0, 1).T[::-1, ::-1]
+    classes = label.take(index, axis).T[::-1, ::-1]
+    columns, rows = (s for a, s in enumerate(spacing) if a != axis)
+    extent = np.array([grey.shape[1] * columns, grey.shape[0] * rows])
+    size = tuple(np.maximum(1, np.round(extent * PANEL / extent.max())).astype(int).tolist())
+    base = np.asarray(Image.fromarray((grey * 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR))
+    mask = np.asarray(Image.fromarray(classes.astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
+    pixels = np.repeat(base[..., None], 3, axis=2).astype(np.float32)
+    for number in np.unique(mask[mask > 0]).tolist():
+        where = mask == number
+        pixels[where] = 0.55 * pixels[where] + 0.45 * np.array(colour(number), np.float32)
+    return pixels.round().astype(np.uint8)
+
+
+def save_png(path: Path, pixels: Pixels) -> None:
+    """Write so that `path` holds the whole picture or nothing."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    save_bytes(path, buffer.getvalue())
+
+
+def save_bytes(path: Path, content: bytes) -> None:
+    """Write so that `path` holds all of `content` or nothing. InputError when the place cannot be written."""
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _titled(row: Pixels, title: str) -> Pixels:
+    if not title:
+        return row
+    canvas = Image.fromarray(np.pad(row, ((16, 0), (0, 0), (0, 0))))
+    ImageDraw.Draw(canvas).text((4, 2), title, fill=(255, 255, 255))
+    return np.asarray(canvas)
+
+
+def _legend(pixels: Pixels, names: Mapping[int, str]) -> Pixels:
+    per_row = max(1, pixels.shape[1] // 200)
+    canvas = Image.fromarray(np.pad(pixels, ((0, 16 * -(-len(names) // per_row)), (0, 0), (0, 0))))
+    draw = ImageDraw.Draw(canvas)
+    for position, (number, name) in enumerate(names.items()):
+        x, y = 200 * (position % per_row) + 4, pixels.shape[0] + 16 * (position // per_row) + 2
+        draw.rectangle((x, y, x + 10, y + 10), fill=colour(number))
+        draw.text((x + 16, y), name, fill=(255, 255, 255))
+    return np.asarray(canvas)

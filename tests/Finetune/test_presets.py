@@ -1,0 +1,93 @@
+"""Presets: the values of the specification, and what a wrong YAML is told."""
+
+import pytest
+import yaml
+
+from common.config import InputError
+from Finetune.presets import DATASETS, available, load_preset
+
+# name: classes, spacing, (intensity, low, high), roi, (flip, rotate90, shift)
+TABLE = {
+    "BTCV": (14, (1.5, 1.5, 2.0), ("window", -175, 250), (96, 96, 96), (0.1, 0.1, 0.5)),
+    "BTCV_iso": (14, (1.5, 1.5, 1.5), ("window", -175, 250), (96, 96, 96), (0.1, 0.1, 0.5)),
+    "MMWHS_CT": (8, (1.5, 1.5, 1.5), ("window", 0, 1700), (96, 96, 96), (0, 0, 0)),
+    "MSD09_Spleen": (2, (1.5, 1.5, 1.5), ("window", -175, 250), (96, 96, 96), (0.5, 0.25, 0.5)),
+    "AMOS22_CT": (16, (1.5, 1.5, 2.0), ("window", -175, 250), (96, 96, 96), (0.5, 0.5, 0.5)),
+    "FLARE22": (14, (1.5, 1.5, 2.0), ("window", -175, 250), (96, 96, 96), (0.2, 0.2, 0.1)),
+    "WORD": (17, (1.5, 1.5, 1.5), ("window", -175, 250), (96, 96, 96), (0.5, 0.5, 0.5)),
+    "MSD03_Liver": (3, (1.0, 1.0, 1.0), ("window", -21, 189), (96, 96, 96), (0.2, 0.2, 0.1)),
+    "MSD06_Lung": (2, (1.0, 1.0, 1.0), ("window", -1000, 1000), (96, 96, 96), (0.5, 0.3, 0.1)),
+    "MSD07_Pancreas": (3, (1.5, 1.5, 1.5), ("window", -87, 199), (96, 96, 96), (0.5, 0.25, 0.5)),
+    "MSD08_HepaticVessel": (3, (1.5, 1.5, 1.5), ("window", 0, 230), (96, 96, 96), (0.5, 0.25, 0.5)),
+    "MSD10_Colon": (2, (1.5, 1.5, 1.5), ("window", -57, 175), (96, 96, 96), (0.5, 0.25, 0.5)),
+    "COVID19_20": (2, (1.25, 1.25, 5.0), ("window", -1000, 500), (192, 192, 32), (0.5, 0, 0)),
+    "MSD01_BrainTumour": (4, (1.0, 1.0, 1.0), ("zscore", -175, 250), (128, 128, 128), (0.5, 0, 0.1)),
+    "CC_CCII": (3, None, ("percentiles", 0, 100), (384, 384, 32), (0.5, 0, 0)),
+    "MSD04_Hippocampus": (3, (1.0, 1.0, 1.0), ("percentiles", 0.5, 99.5), (48, 48, 48), (0.5, 0, 0.1)),
+    "sample_abdomen": (14, (3.0, 3.0, 3.0), ("window", -175, 250), (64, 64, 64), (0, 0, 0)),
+}
+
+
+def test_every_row_of_the_specification_has_its_yaml():
+    assert set(available()) == set(TABLE)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_values(name):
+    preset = load_preset(name)
+    classes, spacing, intensity, roi, probabilities = TABLE[name]
+    assert preset.name == name and len(preset.labels) == classes
+    assert preset.spacing == spacing and preset.roi == roi
+    assert (preset.intensity, preset.low, preset.high) == intensity
+    a = preset.augmentation
+    assert (a.flip, a.rotate90, a.shift_intensity) == probabilities
+    assert preset.preprocessing.spacing == spacing
+
+
+def test_overlapping_regions_of_brain_tumours():
+    preset = load_preset("MSD01_BrainTumour")
+    assert preset.out_channels == 3 and preset.channels == 4
+    assert list(preset.scored().values()) == [(2, 3), (1, 2, 3), (3,)]
+    assert load_preset("MSD03_Liver").scored() == {"liver": (1,), "tumour": (2,)}
+
+
+def own(tmp_path, **changes):
+    content = yaml.safe_load((DATASETS / "MSD09_Spleen.yaml").read_text()) | changes
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value != "removed"}))
+    return path
+
+
+def test_a_yaml_of_ones_own(tmp_path):
+    assert load_preset(own(tmp_path, name="mine", roi=[64, 64, 32])).roi == (64, 64, 32)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"spacng": [1, 1, 1]}, "'spacng'.*'spacing'"),
+        ({"augmentation": {"flips": 0.5}}, "augmentation.*'flips'.*'flip'"),
+        ({"roi": "removed"}, "missing setting.*roi"),
+        ({"roi": [96, 96, 90]}, r"roi: found \(96, 96, 90\), the patch size \(16, 16, 16\)"),
+        ({"intensity": "windows"}, "intensity: found 'windows', allowed: window, percentiles, zscore"),
+        ({"labels": {0: "background", 2: "spleen"}}, r"labels: found the ids \[0, 2\]"),
+        ({"low": 300}, "low: found 300"),
+        ({"label_values": {0: 0, 205: 7}}, r"label_values: found the ids \[0, 7\], allowed: \[0, 1\]"),
+        ({"augmentation": {"flip": 5}}, "flip: found 5"),
+        ({"spacing": "two"}, "spacing: found 'two'"),
+        ({"layout": {"images": ["img/*.nii.gz"], "labels": ["label/*.nii.gz"]}}, "case"),
+        ({"layout": {}}, "layout: needs either"),
+    ],
+)
+def test_a_wrong_yaml_names_file_key_and_what_is_allowed(tmp_path, changes, words):
+    path = own(tmp_path, **changes)
+    with pytest.raises(InputError, match=words) as caught:
+        load_preset(path)
+    assert str(path) in str(caught.value)
+
+
+def test_an_unknown_name_is_told_the_nearest():
+    with pytest.raises(InputError, match="'BTCVV'.*did you mean BTCV"):
+        load_preset("BTCVV")
+    with pytest.raises(InputError, match="nowhere.yaml"):
+        load_preset("nowhere.yaml")
