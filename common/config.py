@@ -60,7 +60,8 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     """Check and convert one value (from YAML or a flag) to the annotated type `kind`; `where` names it in errors."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+        word = value[0] if isinstance(value, list) and len(value) == 1 else value  # a flag of several values gives a list
+        if word is None or (isinstance(word, str) and word.lower() in ("none", "null")):
             if type(None) in args:
                 return None
         options = [a for a in args if a is not type(None)]
@@ -213,10 +214,11 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: A
 
 
 def _help_text(cls: type, values: dict[str, Any], prog: str, description: str | None) -> str:
+    hints = typing.get_type_hints(cls)
     lines = [f"usage: {prog} [--config FILE.yaml] [--SETTING VALUE ...]", "", (description or cls.__doc__ or "").strip(), ""]
     for field in dataclasses.fields(cls):
         if field.name in values:
-            default = values[field.name]
+            default = convert(values[field.name], hints[field.name], field.name)
         elif field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         else:
