@@ -1,0 +1,93 @@
+"""MiM from settings: the recipe's numbers, the weights over time, and what contradicts itself."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.config import InputError, parse
+from common.engine import plan_updates
+from Pretrain.build import PretrainSettings, build_task
+from Pretrain.data import ViewDataset
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = """--method mim --datalist x --out_dir x --batch_size 2 --epochs 10 --local_size 32 --model tiny --num_heads 2
+ --embed_dims 6 6 12 24 --depths 1 1 1 1 --decoder_embed_dim 24 --decoder_depth 1 --decoder_num_heads 2"""
+
+
+def build(arguments, volumes=4):
+    settings = parse(PretrainSettings, arguments.split())
+    plan = plan_updates(settings, volumes, 1)
+    return build_task(settings, plan), plan, settings
+
+
+class Noise:
+    """A cached volume of noise."""
+
+    levels = [(80, 72, 96)]
+
+    def read(self, start, size, level=0):
+        return torch.rand(1, *size, generator=torch.Generator().manual_seed(sum(start)))
+
+
+def test_the_recipe_is_the_published_run():
+    text = (ROOT / "scripts/pretrain_mim.sh").read_text()
+    recipe = re.search(r"launch Pretrain.main_pretrain (.*) \"\$@\"", text.replace("\\\n", " "), re.S).group(1)
+    settings = parse(PretrainSettings, [*shlex.split(recipe), "--datalist", "x"])
+    plan = plan_updates(settings, 746, 2)
+    assert (plan.batch, plan.micro_batch, plan.accum) == (128, 1, 64)
+    assert settings.blr * plan.batch / 256 == pytest.approx(2e-4)
+    with torch.device("meta"):
+        task = build_task(settings, plan)
+    assert task.specs["image"].size == (192, 192, 192) and task.views == 1
+    assert task.method.keep == {"up": 4, "mid": 86, "down": 108}
+    expected = {"rec_up": 1, "rec_mid": 1, "rec_down": 1, "align_up_mid": 0.1, "align_mid_down": 0.1}
+    assert task.weights(0) == task.weights(plan.total_steps) == expected
+
+
+def test_batches_of_the_loader_are_what_the_method_takes():
+    task, _, _ = build(TOY + " --num_mid 2 --num_down 1")
+    batch = torch.utils.data.default_collate([ViewDataset([Noise()], task.specs)[(0, 0)]])
+    assert batch["image"].shape == (1, 1, 1, 64, 64, 64)
+    with torch.no_grad():
+        losses = task.method(batch)
+        flat = task.method(batch | {"image": batch["image"][0]})
+    assert losses == flat and losses.keys() == task.weights(0).keys()
+
+
+def test_pictures_show_each_level_as_it_was_trained():
+    task, _, _ = build(TOY + " --num_mid 2 --num_down 2")
+    batch = {"image": torch.rand(1, 1, 64, 64, 64), "key": torch.tensor([5])}
+    rows = task.method.reconstructions(batch)
+    assert list(rows) == ["up", "mid", "down"]
+    assert [len(row.mask) for row in rows.values()] == [1, 2, 2]
+    for row in rows.values():
+        assert row.prediction.shape == (len(row.mask), 8, 4096) and not row.prediction.requires_grad
+    assert task.method.encoder is not None and task.method._seen is None
+
+
+def test_weights_follow_the_mode_and_none_has_no_alignment():
+    task, plan, _ = build(TOY + " --level_mode coarse_to_fine --weight_rec_up 3")
+    assert task.weights(0) | {"rec_up": 6.0, "rec_mid": 1.0, "rec_down": 0.0} == task.weights(0)
+    last = task.weights(plan.total_steps)
+    assert (last["rec_up"], last["rec_down"]) == pytest.approx((3.0, 1.0))
+    task, _, _ = build(TOY + " --align none")
+    assert set(task.weights(0)) == {"rec_up", "rec_mid", "rec_down"}
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        ("--model small", "--model small.*tiny and base"),
+        ("--patch_size 8", r"\(8, 8, 8\).*patch 16"),
+        ("--embed_dim 96", "--embed_dims and --depths"),
+        ("--local_size 40", "not divisible by the patch size"),
+        ("--group 3", "group 3 does not divide"),
+        ("--num_heads 5", "24 .* not divisible by its 5 heads"),
+    ],
+)
+def test_contradictions_are_named(extra, words):
+    with pytest.raises(InputError, match=words):
+        build(f"{TOY} {extra}")
