@@ -54,7 +54,7 @@ def cosine_pairs(teacher: Tensor, student: Tensor) -> Tensor:
 def collapse_monitors(teacher: Tensor, student: Tensor) -> dict[str, Tensor]:
     """Signs of collapse, in shares of ln K: teacher (p, B, K) probabilities, student (s, B, K) log-probabilities.
 
-    `entropy_of_mean` near 0: one prototype takes all. `entropy` near 1 with `kl` near 0: the output is uniform and says nothing.
+    Over the batch of this process. `entropy_of_mean` near 0: one prototype takes all. `entropy` near 1 with `kl` near 0: the output is uniform and says nothing.
     """
     scale = math.log(teacher.shape[-1])
     entropy = -(teacher * teacher.clamp_min(1e-12).log()).sum(-1).mean()

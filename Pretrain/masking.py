@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 
 
-def num_keep(num_patches: int, mask_ratio: float) -> int:
-    """Kept patches: N*(1-ratio) rounded down, safe from floats that fall just short (`int(1000*(1-0.9))` is 99)."""
+def checked_ratio(mask_ratio: float) -> float:
+    """The ratio, if it can be one."""
     if not 0.0 <= mask_ratio < 1.0:
         raise ValueError(f"mask_ratio {mask_ratio} is outside [0, 1)")
+    return mask_ratio
+
+
+def num_keep(num_patches: int, mask_ratio: float) -> int:
+    """Kept patches: N*(1-ratio) rounded down, safe from floats that fall just short (`int(1000*(1-0.9))` is 99)."""
     return max(1, int(num_patches * (1.0 - mask_ratio) + 1e-6))
 
 

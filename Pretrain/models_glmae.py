@@ -20,6 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from common.distributed import all_reduce_mean
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain.losses import collapse_monitors, cosine_pairs, cross_entropy_pairs
+from Pretrain.masking import checked_ratio
 from Pretrain.models_mae import Reconstructed, Visible, encode_visible, reconstruct, view_keys, view_major
 
 TERMS = ("rec_global", "rec_local", "global_global", "global_local")
@@ -104,7 +105,7 @@ class GLMAE(nn.Module):
         if unknown or not terms:
             raise ValueError(f"terms: found {tuple(terms)}, allowed: at least one of {', '.join(TERMS)}")
         self.terms, self.norm_pix_loss = tuple(terms), norm_pix_loss
-        self.mask_ratio = {"global": mask_ratio_global, "local": mask_ratio_local}
+        self.mask_ratio = {"global": checked_ratio(mask_ratio_global), "local": checked_ratio(mask_ratio_local)}
         self.consistency, self.gg_pairs = consistency, gg_pairs
         self.student_temp, self.teacher_temp, self.momentum = student_temp, teacher_temp, momentum
         self.center_momentum, self.freeze_last_layer = center_momentum, freeze_last_layer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from Finetune.models_3dvit import VisionTransformer3D, grid_of
 from Pretrain.losses import masked_mse, norm_pix, patchify
-from Pretrain.masking import derive, num_keep, random_masking, uniform
+from Pretrain.masking import checked_ratio, derive, num_keep, random_masking, uniform
 
 
 class Visible(NamedTuple):
@@ -66,7 +66,7 @@ class MAE(nn.Module):
 
     def __init__(self, encoder: VisionTransformer3D, mask_ratio: float = 0.75, norm_pix_loss: bool = True):
         super().__init__()
-        self.encoder, self.mask_ratio, self.norm_pix_loss = encoder, mask_ratio, norm_pix_loss
+        self.encoder, self.mask_ratio, self.norm_pix_loss = encoder, checked_ratio(mask_ratio), norm_pix_loss
 
     def forward(self, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
         return {"rec_local": self._pass(batch)[0]}

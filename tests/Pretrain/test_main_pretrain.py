@@ -1,0 +1,154 @@
+"""The pretraining program as a user starts it: what it writes, what it refuses, and that processes change nothing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common.config import InputError
+from Finetune.models_3dvit import VisionTransformer3D
+from Pretrain import main_pretrain
+from tests.helpers import ROOT, ct, run_module, write_nifti
+
+SMALL = """
+  --model tiny --embed_dim 24 --depth 2 --num_heads 2 --patch_size 8 --decoder_embed_dim 24 --decoder_depth 1 --decoder_num_heads 2
+  --global_size 32 --local_size 16 --global_views 2 --local_views 2 --hidden_dim 32 --bottleneck_dim 8 --out_dim 16
+  --batch_size 2 --samples_per_epoch 4 --epochs 2 --warmup_epochs 0 --workers 0 --save_every 1 --log_every 1 --lr 1e-3
+""".split()
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scans")
+    for i in range(3):
+        write_nifti(folder / f"scan{i}.nii.gz", ct((40, 36, 30 + 4 * i), seed=i))
+    return folder
+
+
+def pretrain(scans, out, *more):
+    argv = [*SMALL, "--datalist", str(scans), "--cache_dir", str(scans.parent / "cache"), "--out_dir", str(out), *more]
+    sys_argv, sys.argv = sys.argv, ["main_pretrain", *argv]
+    try:
+        main_pretrain.main()
+    finally:
+        sys.argv = sys_argv
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_checkpoints_log_and_pictures(scans, tmp_path, capsys):
+    pretrain(scans, tmp_path / "run", "--method", "glmae")
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-last.pth", "log.jsonl", "reconstruction-1.png"} <= names
+    content = torch.load(tmp_path / "run/checkpoint-1.pth", weights_only=True)
+    assert set(content) == {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"}
+    assert content["epoch"] == 1 and content["args"]["grid_size"] == [2, 2, 2] and len(content["args"]["data"]) == 3
+    said = capsys.readouterr().out
+    assert "effective batch 2 volumes = 8 views" in said and "4 updates" in said and "learning rate 0.001" in said
+    encoder = VisionTransformer3D(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+    missing, unexpected = encoder.load_pretrained_checkpoint(tmp_path / "run/checkpoint-last.pth")
+    assert missing == [] and {k.split(".")[0] for k in unexpected} >= {"decoder_embed", "head"}
+    terms = {"rec_global", "rec_local", "global_global", "global_local", "monitor/entropy", "grad_norm"}
+    assert terms <= set(log(tmp_path / "run")[0])
+
+
+@pytest.mark.parametrize("method", ["mae", "glmae"])
+def test_the_loss_falls(scans, tmp_path, method):
+    more = ["--epochs", "12", "--lr", "3e-3", "--save_every", "100"]
+    pretrain(scans, tmp_path / "run", "--method", method, "--weight_global_global", "0", "--weight_global_local", "0", *more)
+    curve = [entry["rec_local"] for entry in log(tmp_path / "run")]
+    assert sum(curve[-3:]) / 3 < sum(curve[:3]) / 3 - 0.005
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mae", "glmae"])
+def test_two_processes_give_the_loss_curve_of_one(scans, tmp_path, method):
+    """Same global batch, no dropout: equal to 1e-4 through torchrun on two CPU processes, and with accumulation."""
+    settings = [*SMALL, "--datalist", scans, "--cache_dir", tmp_path / "cache", "--method", method, "--epochs", 6, "--samples_per_epoch", 2]
+    run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "one")
+    run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "two", nproc=2)
+    run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "parts", "--micro_batch_size", 1)
+    one = log(tmp_path / "one")
+    assert len(one) == 6
+    for other in ("two", "parts"):
+        for a, b in zip(one, log(tmp_path / other)):
+            for term in (k for k in a if k.startswith(("rec_", "global_", "grad_norm"))):
+                assert abs(a[term] - b[term]) < 1e-4, (other, a["epoch"], term)
+    weights = [torch.load(tmp_path / n / "checkpoint-last.pth", weights_only=True) for n in ("one", "two")]
+    key = "student" if method == "glmae" else "model"
+    for name, value in weights[0][key].items():
+        torch.testing.assert_close(weights[1][key][name], value, atol=1e-4, rtol=0)
+    if method == "glmae":
+        torch.testing.assert_close(weights[0]["dino_loss"]["center"], weights[1]["dino_loss"]["center"], atol=1e-5, rtol=0)
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(scans, tmp_path):
+    """Teacher, centre, schedules and data go on where they stopped: bit for bit."""
+    pretrain(scans, tmp_path / "whole", "--epochs", "3")
+
+    class Stop(Exception):
+        pass
+
+    real = main_pretrain.draw_reconstructions
+
+    def stop(settings, task, dataset, epoch, log):
+        if epoch == 1:
+            raise Stop
+        return real(settings, task, dataset, epoch, log)
+
+    main_pretrain.draw_reconstructions = stop
+    try:
+        with pytest.raises(Stop):
+            pretrain(scans, tmp_path / "cut", "--epochs", "3")
+    finally:
+        main_pretrain.draw_reconstructions = real
+    pretrain(scans, tmp_path / "cut", "--epochs", "3")
+    a, b = (torch.load(tmp_path / n / "checkpoint-last.pth", weights_only=True) for n in ("whole", "cut"))
+    assert all(torch.equal(v, b["student"][k]) for k, v in a["student"].items())
+    assert all(torch.equal(v, b["teacher"][k]) for k, v in a["teacher"].items())
+    assert torch.equal(a["dino_loss"]["center"], b["dino_loss"]["center"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--local_size", "20"], r"volume \(20, 20, 20\) is not divisible by the patch size \(8, 8, 8\)"),
+        (["--global_size", "36"], r"\(36, 36, 36\)"),
+        (["--num_heads", "5"], "--method glmae"),
+        (["--mask_ratio_local", "1.0"], r"mask_ratio 1.0 is outside"),
+        (["--global_views", "0"], "--global_views 0"),
+        (["--batch_size", "3", "--micro_batch_size", "2"], "multiple of 2"),
+        (["--datalist", "nowhere"], "nowhere"),
+        (["--methot", "mae"], "--method"),
+    ],
+)
+def test_bad_settings_are_named(scans, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        pretrain(scans, tmp_path / "run", *flags)
+    assert not list(tmp_path.rglob("checkpoint*"))
+
+
+def test_an_empty_folder_is_named(scans, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty"):
+        pretrain(scans, tmp_path / "run", "--datalist", str(tmp_path / "empty"))
+
+
+def test_a_place_that_cannot_be_written_is_named(scans, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file"):
+        pretrain(scans, tmp_path / "file" / "run")
+
+
+def test_the_recipe_shows_every_setting_with_its_value():
+    done = subprocess.run(
+        ["bash", "scripts/pretrain_glmae.sh", "--help"], cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for line in ("--global_size", "--momentum", "[default 160 160 160]", "[default 0.996 1.0]", "[default 1600]", "[required]"):
+        assert line in done.stdout
