@@ -1,0 +1,99 @@
+"""CT-like volumes with labels, drawn from a seed: for a demo without a network, for tests and benchmarks. Never real data."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+# BTCV id -> centre and radii in units of the body's half axes (right, anterior, superior; superior in units of the
+# volume's half height), and HU. Places and sizes are roughly anatomical: right is +, as in RAS.
+ORGANS = {
+    6: ((0.42, 0.15, 0.25), (0.45, 0.55, 0.55), 105),  # liver
+    1: ((-0.62, -0.25, 0.35), (0.20, 0.28, 0.30), 115),  # spleen
+    7: ((-0.35, 0.35, 0.30), (0.24, 0.28, 0.32), 45),  # stomach
+    2: ((0.38, -0.42, -0.25), (0.15, 0.20, 0.35), 160),  # right kidney
+    3: ((-0.38, -0.42, -0.20), (0.15, 0.20, 0.35), 160),  # left kidney
+    4: ((0.35, 0.50, -0.10), (0.09, 0.12, 0.16), 12),  # gallbladder
+    11: ((-0.05, 0.12, -0.05), (0.28, 0.10, 0.12), 90),  # pancreas
+    5: ((-0.06, -0.20, 0.75), (0.06, 0.07, 0.30), 40),  # oesophagus
+    8: ((-0.05, -0.33, 0.0), (0.07, 0.09, 2.0), 190),  # aorta
+    9: ((0.12, -0.30, 0.0), (0.08, 0.09, 2.0), 130),  # inferior vena cava
+    10: ((0.10, 0.02, 0.15), (0.14, 0.06, 0.10), 150),  # portal and splenic vein
+    12: ((0.22, -0.35, 0.20), (0.06, 0.06, 0.10), 60),  # right adrenal gland
+    13: ((-0.22, -0.35, 0.22), (0.06, 0.06, 0.10), 60),  # left adrenal gland
+}
+
+
+def phantom(shape: Sequence[int], seed: int = 0, noise: float = 12.0) -> tuple[np.ndarray, np.ndarray]:
+    """(HU int16, label uint8 with BTCV's ids), both (D, H, W) in RAS: a body with fat, muscle, a spine and 13 blobs.
+
+    Sizes and places vary with `seed`; `noise` is the deviation of the grain in HU.
+    """
+    rng = np.random.default_rng(seed)
+    axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
+    x, y, z = np.meshgrid(axes[0] / 0.86, axes[1] / 0.72, axes[2], indexing="ij", sparse=True)  # the body's half axes
+    body = x**2 + y**2
+    hu = np.full(shape, -1000, np.float32)  # air
+    hu[np.broadcast_to(body < 1, hu.shape)] = -90  # fat
+    hu[np.broadcast_to(body < 0.85, hu.shape)] = 50  # muscle
+    label = np.zeros(shape, np.uint8)
+    for number, (centre, radii, value) in ORGANS.items():
+        middle = np.add(centre, rng.uniform(-0.03, 0.03, 3))
+        radius = np.multiply(radii, rng.uniform(0.9, 1.1, 3))
+        inside = sum(((a - m) / r) ** 2 for a, m, r in zip((x, y, z), middle, radius)) < 1
+        inside = inside & (body < 0.85)
+        hu[inside], label[inside] = value + rng.uniform(-8, 8), number
+    spine = (x / 0.14) ** 2 + ((y + 0.62) / 0.16) ** 2 < 1
+    hu[np.broadcast_to(spine, hu.shape)] = 350
+    label[np.broadcast_to(spine, hu.shape)] = 0
+    hu += noise * rng.standard_normal(shape, dtype=np.float32)
+    return np.clip(np.rint(hu), -1024, 3071).astype(np.int16), label
+
+
+def affine_of(shape: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
+    """(4, 4): RAS, the origin in the middle of the volume."""
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = -np.multiply(np.subtract(shape, 1), spacing) / 2
+    return affine
+
+
+def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+    """A NIfTI file, its folder made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_xyzt_units("mm")
+    nib.save(image, path)
+
+
+def write_dicom(folder: Path, hu: np.ndarray, affine: np.ndarray, name: str = "synthetic") -> None:
+    """`hu` (D, H, W; RAS, `affine` diagonal) as a DICOM series of axial CT slices, slice-000.dcm and so on."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    folder.mkdir(parents=True, exist_ok=True)
+    study, series, frame = (generate_uid(entropy_srcs=[name, kind]) for kind in ("study", "series", "frame"))
+    dx, dy, dz = (float(mm) for mm in np.diag(affine)[:3])
+    # DICOM's axes point left and posterior, ours right and anterior: the first pixel is our last voxel
+    left, posterior = (-(affine[axis, 3] + (hu.shape[axis] - 1) * affine[axis, axis]) for axis in (0, 1))
+    for k in range(hu.shape[2]):
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID = CTImageStorage
+        meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[name, str(k)])
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+        ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+        ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.FrameOfReferenceUID = study, series, frame
+        ds.PatientName, ds.PatientID, ds.Modality = name, name, "CT"
+        ds.SeriesDescription = "synthetic, not a patient"
+        ds.InstanceNumber = k + 1
+        ds.ImagePositionPatient = [round(float(v), 6) for v in (left, posterior, affine[2, 3] + k * dz)]
+        ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        ds.PixelSpacing, ds.SliceThickness = [dy, dx], dz
+        pixels = (hu[::-1, ::-1, k].T.astype(np.int32) + 1024).astype(np.uint16)
+        ds.Rows, ds.Columns = pixels.shape
+        ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
+        ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = -1024, 1, "HU"
+        ds.PixelData = np.ascontiguousarray(pixels).tobytes()
+        ds.save_as(folder / f"slice-{k:03d}.dcm", enforce_file_format=True)
