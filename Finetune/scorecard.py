@@ -75,9 +75,8 @@ def as_table(card: Mapping[str, Any]) -> str:
         f"{key}: {_plain(value)}" for key, value in card["protocol"].items() if key not in ("cases", "checkpoints")
     ]
     for member in card["protocol"].get("checkpoints", []):
-        lines.append(
-            f"checkpoint: {member['checkpoint']} (sha256 {member['sha256'][:12]}), fold {member['fold']}, init {member['init']}"
-        )
+        origin = f"fold {member['fold']}, init {member['init']}"
+        lines.append(f"checkpoint: {member['checkpoint']} (sha256 {member['sha256'][:12]}), {origin}")
     return "\n".join(lines) + "\n"
 
 

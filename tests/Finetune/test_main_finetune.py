@@ -1,0 +1,212 @@
+"""The fine-tuning program on small made-up data: it learns, resumes, starts from checkpoints, and refuses bad input in
+words."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from common.config import InputError
+from Finetune.build import load_finetuned
+from Finetune.main_finetune import main
+from Finetune.models_3dvit import VisionTransformer3D
+from Finetune.presets import available, load_preset
+from tests.Finetune.made import make_dataset
+
+SMALL = [
+    "--embed_dim",
+    "24",
+    "--depth",
+    "4",
+    "--num_heads",
+    "2",
+    "--feature_size",
+    "4",
+    "--roi",
+    "32",
+    "--patch_size",
+    "16",
+]
+QUICK = [
+    "--epochs",
+    "1",
+    "--batch_size",
+    "1",
+    "--crops",
+    "1",
+    "--workers",
+    "0",
+    "--warmup_epochs",
+    "0",
+    "--validate_every",
+    "0",
+]
+
+
+def run(tmp_path, preset, data, *extra, out="run"):
+    flags = [
+        "--preset",
+        preset,
+        "--data",
+        str(data),
+        "--out_dir",
+        str(tmp_path / out),
+        "--cache_dir",
+        str(tmp_path / "cache"),
+    ]
+    return main([*flags, *SMALL, *QUICK, *map(str, extra)])
+
+
+@pytest.fixture(scope="module")
+def spleen(tmp_path_factory):
+    return make_dataset(load_preset("MSD09_Spleen"), tmp_path_factory.mktemp("spleen"))
+
+
+def vit_file(path, **kwargs):
+    torch.manual_seed(1)
+    defaults = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 4, "num_heads": 2}
+    model = VisionTransformer3D(**(defaults | kwargs))
+    args = {"grid_size": list(model.grid_size), "num_heads": kwargs.get("num_heads", 2)}
+    torch.save({"student": {f"module.backbone.{k}": v for k, v in model.state_dict().items()}, "args": args}, path)
+    return model
+
+
+def test_it_learns_and_its_checkpoint_is_all_that_is_needed(tmp_path, spleen):
+    path = run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 12, "--lr", 0.01, "--crops", 2, "--validate_every", 12)
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert log[-1]["dice"] < 0.8 * log[0]["dice"]
+    assert log[-1]["val/dice"] > 0.02
+    model, architecture, preset, args = load_finetuned(path)
+    assert (architecture.roi, architecture.patch_size, preset.name) == ((32, 32, 32), (16, 16, 16), "MSD09_Spleen")
+    assert args["validation_cases"] == ["spleen_2"] and args["training_cases"] == ["spleen_16", "spleen_17"]
+    assert model(torch.zeros(1, 1, 32, 32, 32)).shape == (1, 2, 32, 32, 32)
+
+
+def test_interrupted_and_resumed_is_the_same_run(tmp_path, spleen):
+    whole = torch.load(run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 2, out="whole"), weights_only=True)
+    import Finetune.main_finetune as program
+
+    fit = program.fit
+
+    class Stopped(Exception):
+        pass
+
+    def stop_after_one(*args, after_epoch, **kwargs):
+        def after(epoch, log):
+            if epoch == 1:
+                raise Stopped
+            return after_epoch(epoch, log)
+
+        return fit(*args, after_epoch=after, **kwargs)
+
+    program.fit = stop_after_one
+    try:
+        with pytest.raises(Stopped):
+            run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 2, out="parts")
+    finally:
+        program.fit = fit
+    parts = torch.load(run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 2, out="parts"), weights_only=True)
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][name]), name
+
+
+def test_a_checkpoint_reaches_the_encoder_and_its_twin_differs_in_nothing_else(tmp_path, spleen):
+    file = tmp_path / "pretrained.pth"
+    pretrained = vit_file(file).state_dict()
+    frozen = ("--freeze", "--lr", "0")
+    loaded, architecture, *_ = load_finetuned(run(tmp_path, "MSD09_Spleen", spleen, "--init", file, *frozen, out="a"))
+    twin, *_ = load_finetuned(run(tmp_path, "MSD09_Spleen", spleen, "--init", file, "--scratch_twin", *frozen, out="b"))
+    a, b = loaded.state_dict(), twin.state_dict()
+    assert torch.equal(a["backbone.blocks.0.attn.qkv.weight"], pretrained["blocks.0.attn.qkv.weight"])
+    assert not torch.equal(b["backbone.blocks.0.attn.qkv.weight"], pretrained["blocks.0.attn.qkv.weight"])
+    head = [name for name in a if not name.startswith("backbone.")]
+    assert head and all(torch.equal(a[name], b[name]) for name in head)
+
+
+def test_freeze_and_layer_decay(tmp_path, spleen):
+    file = tmp_path / "pretrained.pth"
+    pretrained = vit_file(file).state_dict()
+    model, *_ = load_finetuned(run(tmp_path, "MSD09_Spleen", spleen, "--init", file, "--freeze", "--lr", 0.01, out="f"))
+    assert all(torch.equal(v, pretrained[k]) for k, v in model.backbone.state_dict().items() if k != "pos_embed")
+    decayed = ("--init", file, "--layer_decay", 0.1, "--lr", 0.01, "--weight_decay", 0)
+    model, *_ = load_finetuned(run(tmp_path, "MSD09_Spleen", spleen, *decayed, out="d"))
+    after = model.backbone.state_dict()
+    moved = [
+        (after[f"blocks.{i}.mlp.fc1.weight"] - pretrained[f"blocks.{i}.mlp.fc1.weight"]).abs().max() for i in range(4)
+    ]
+    assert all(later > 3 * earlier for earlier, later in zip(moved, moved[1:]))
+
+
+def test_linear_probe_trains_its_head_alone(tmp_path, spleen):
+    file = tmp_path / "pretrained.pth"
+    pretrained = vit_file(file).state_dict()
+    flags = ("--init", file, "--model", "linear", "--lr", 0.1)
+    model, *_ = load_finetuned(run(tmp_path, "MSD09_Spleen", spleen, *flags))
+    assert torch.equal(model.backbone.state_dict()["norm.weight"], pretrained["norm.weight"])
+    assert model.head.weight.std() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in available() if load_preset(n).task == "segmentation"])
+def test_every_preset_runs_on_its_published_layout(tmp_path, name):
+    preset = load_preset(name)
+    affine = np.diag([*(-np.array((preset.spacing or (1, 1, 1))[:2])), preset.spacing[2], 1.0])
+    data = make_dataset(preset, tmp_path / "data", affine)
+    path = run(tmp_path, name, data, "--epochs", 2, "--validate_every", 2)
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert np.isfinite(log[-1]["dice"]) and 0 <= log[-1]["val/dice"] <= 1
+    _, architecture, *_ = load_finetuned(path)
+    assert architecture.out_channels == preset.out_channels and architecture.in_chans == preset.channels
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_bad_settings_are_refused_in_words(tmp_path, spleen):
+    for extra, words in (
+        (["--roi", "40"], r"roi: found \(40, 40, 40\), the patch size \(16, 16, 16\) must divide it"),
+        (["--patch_size", "12", "--roi", "36"], "patch_size: found .*4, 8, 16 or 32"),
+        (["--num_heads", "5"], "num_heads: found 5, must divide the width 24"),
+        (["--fold", "9"], "fold: found 9"),
+        (["--layer_decay", "1.5"], "layer_decay: found 1.5"),
+        (["--init", "nowhere.pth"], "nowhere.pth: no such checkpoint"),
+        (["--scratch_twin"], "scratch_twin: needs --init FILE"),
+        (["--modle", "unetr"], "did you mean --model"),
+    ):
+        with pytest.raises(InputError, match=words):
+            run(tmp_path, "MSD09_Spleen", spleen, *extra)
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path, spleen):
+    vit_file(tmp_path / "wide.pth", embed_dim=48)
+    with pytest.raises(InputError, match="wide.pth: its encoder has embed_dim 48, the settings ask for 24"):
+        run(tmp_path, "MSD09_Spleen", spleen, "--init", tmp_path / "wide.pth")
+    torch.save({"model": {"stages.0.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="other.pth: holds no ViT encoder"):
+        run(tmp_path, "MSD09_Spleen", spleen, "--init", tmp_path / "other.pth")
+
+
+def test_bad_labels_and_lists(tmp_path):
+    preset = load_preset("MSD09_Spleen")
+    data = make_dataset(preset, tmp_path / "ids")
+    path = data / "labelsTr/spleen_17.nii.gz"
+    label = nib.load(path)
+    values = np.asarray(label.dataobj).copy()
+    values[5, 5, 5] = 7
+    nib.save(nib.Nifti1Image(values, label.affine), path)
+    with pytest.raises(InputError, match="spleen_17.nii.gz: its label holds the id 7, preset MSD09_Spleen allows 0..1"):
+        run(tmp_path, "MSD09_Spleen", data)
+    nib.save(nib.Nifti1Image(values[:-1] * 0, label.affine), path)
+    with pytest.raises(InputError, match="spleen_17.nii.gz: found a label of shape"):
+        run(tmp_path, "MSD09_Spleen", data)
+    (data / "dataset.json").write_text('{"training": []}')
+    with pytest.raises(InputError, match="dataset.json.*empty"):
+        run(tmp_path, "MSD09_Spleen", data)
+
+
+def test_no_permission_to_write(tmp_path, spleen):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be written"):
+        run(tmp_path, "MSD09_Spleen", spleen, out="file/run")
