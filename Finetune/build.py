@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from common import checkpoint
 from common.config import InputError, from_dict, setting
 from Finetune.models_3dvit import VisionTransformer3D, grid_of, read_checkpoint
-from Finetune.models_unetr import UNETR, LinearProbe
+from Finetune.models_convvit3d import STRIDE, ConvViT3D
+from Finetune.models_unetr import UNETR, ConvViT3DUNETR, LinearProbe
 from Finetune.presets import Preset
 
 SIZES = {  # width, blocks, heads
@@ -20,6 +21,10 @@ SIZES = {  # width, blocks, heads
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
+HYBRID_SIZES = {  # widths and blocks of the four stages, heads
+    "tiny": ((12, 24, 48, 96), (2, 2, 2, 11), 3),
+    "base": ((48, 96, 192, 384), (2, 2, 2, 11), 12),
+}
 HEADS = {width: heads for width, _, heads in SIZES.values()}
 Triple = tuple[int, int, int]
 
@@ -28,19 +33,24 @@ Triple = tuple[int, int, int]
 class ModelSettings:
     """Settings that choose the network."""
 
-    model: Literal["unetr", "linear"] = setting(
-        "unetr", "unetr: ViT with UNETR's decoder; linear: one layer on the ViT"
+    model: Literal["unetr", "linear", "mim"] = setting(
+        "unetr", "unetr: ViT with UNETR's decoder; linear: one layer on the ViT; mim: hybrid encoder with MiM's decoder"
     )
     size: Literal["auto", "tiny", "small", "base", "large", "huge"] = setting(
-        "auto", "size of the encoder; auto: that of the checkpoint, base from scratch"
+        "auto", "size of the encoder (mim: tiny, base); auto: that of the checkpoint, base from scratch"
     )
     embed_dim: int | None = setting(None, "width of the encoder instead of the size's own")
     depth: int | None = setting(None, "blocks of the encoder instead of the size's own")
     num_heads: int | None = setting(None, "attention heads instead of the size's own")
     patch_size: Triple | None = setting(None, "voxels of a patch (D H W); none: the checkpoint's, else the preset's")
     roi: Triple | None = setting(None, "voxels of a crop and of the sliding window (D H W); none: the preset's")
-    feature_size: int = setting(16, "width of the decoder at full resolution: 16 MONAI's default, 48 the authors'")
-    drop_path: float = setting(0.0, "stochastic depth of the encoder")
+    feature_size: int = setting(
+        16, "unetr: width of the decoder at full resolution, 16 MONAI's default, 48 the authors'; mim: its encoder's"
+    )
+    drop_path: float | None = setting(None, "stochastic depth of the encoder; none: 0, and mim's own 0.2")
+    stride32_norm: Literal["batch", "instance"] = setting(
+        "batch", "mim: norm of its coarsest map; instance: single crops"
+    )
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,9 @@ class Architecture:
     num_heads: int
     feature_size: int
     drop_path: float = 0.0
+    embed_dims: tuple[int, ...] = ()  # of the hybrid encoder's four stages
+    depths: tuple[int, ...] = ()
+    stride32_norm: Literal["batch", "instance"] = "batch"
 
     @property
     def grid_size(self) -> Triple:
@@ -66,6 +79,8 @@ class Architecture:
 def resolve(settings: ModelSettings, preset: Preset, init: Path | None) -> Architecture:
     """The architecture that the settings, the preset and the checkpoint `init` mean together. InputError where they
     disagree."""
+    if settings.model == "mim":
+        return resolve_mim(settings, preset, init)
     known = encoder_of(init) if init else {}
     if settings.size != "auto" or not known:
         width, depth, heads = SIZES["base" if settings.size == "auto" else settings.size]
@@ -92,8 +107,54 @@ def resolve(settings: ModelSettings, preset: Preset, init: Path | None) -> Archi
         roi=tuple(roi),
         num_heads=heads,
         feature_size=settings.feature_size,
-        drop_path=settings.drop_path,
+        drop_path=settings.drop_path or 0.0,
         **wanted,
+    )
+
+
+def resolve_mim(settings: ModelSettings, preset: Preset, init: Path | None) -> Architecture:
+    """`resolve` for the hybrid encoder: widths and depths of its four stages are the checkpoint's, else the size's."""
+    for name in ("embed_dim", "depth"):
+        if getattr(settings, name):
+            raise InputError(
+                f"{name}: one number says nothing of MiM's four stages; --size tiny or base, or --init FILE"
+            )
+    if settings.patch_size not in (None, (STRIDE,) * 3):
+        raise InputError(f"patch_size: found {settings.patch_size}, MiM's tokens have {STRIDE} voxels an axis")
+    roi = tuple(settings.roi or preset.roi)
+    if any(n % 32 for n in roi):
+        raise InputError(f"roi: found {roi}, MiM's network needs multiples of 32 voxels")
+    if settings.stride32_norm == "instance" and roi == (32, 32, 32):
+        raise InputError(f"stride32_norm: found instance, the coarsest map of roi {roi} has one voxel; use batch")
+    known = hybrid_of(init) if init else {}
+    size = HYBRID_SIZES.get("base" if settings.size == "auto" else settings.size)
+    if size is None:
+        raise InputError(f"size: found {settings.size}, MiM has {' and '.join(HYBRID_SIZES)}")
+    widths, depths, heads = size
+    if known and settings.size != "auto" and (known["embed_dims"], known["depths"]) != (widths, depths):
+        raise InputError(
+            f"{init}: its encoder has widths {known['embed_dims']} and depths {known['depths']}, "
+            f"--size {settings.size} asks for {widths} and {depths}"
+        )
+    if known:
+        widths, depths, heads = known["embed_dims"], known["depths"], known["num_heads"]
+    heads = settings.num_heads or heads
+    if not heads or widths[-1] % heads:
+        raise InputError(f"num_heads: found {heads}, must divide the width {widths[-1]}")
+    return Architecture(
+        model="mim",
+        in_chans=preset.channels,
+        out_channels=preset.out_channels,
+        roi=roi,
+        patch_size=(STRIDE,) * 3,
+        embed_dim=widths[-1],
+        depth=depths[-1],
+        num_heads=heads,
+        feature_size=widths[0],
+        drop_path=0.2 if settings.drop_path is None else settings.drop_path,
+        embed_dims=widths,
+        depths=depths,
+        stride32_norm=settings.stride32_norm,
     )
 
 
@@ -114,6 +175,26 @@ def encoder_of(path: Path) -> dict[str, Any]:
     return {"embed_dim": width, "depth": depth, "num_heads": heads, "patch_size": tuple(patch.shape[2:])}
 
 
+def hybrid_of(path: Path) -> dict[str, Any]:
+    """Widths, blocks and heads of the hybrid encoder in a checkpoint, read off its tensors (heads: off its settings, or
+    32 channels each)."""
+    state, extras = read_weights(path)
+    try:
+        widths = tuple(len(state[f"patch_embed{stage}.proj.weight"]) for stage in (1, 2, 3, 4))
+        depths = tuple(
+            1 + max(int(name.split(".")[1]) for name in state if name.startswith(f"blocks{stage}."))
+            for stage in (1, 2, 3, 4)
+        )
+    except (KeyError, ValueError):
+        raise InputError(
+            f"{path}: holds no hybrid encoder (patch_embed1..4, blocks1..4); found {shown(state)}"
+        ) from None
+    args = extras.get("args") or {}
+    _, _, named = HYBRID_SIZES.get(args.get("model"), (None, None, widths[-1] // 32))
+    heads = args.get("num_heads") or (args.get("architecture") or {}).get("num_heads") or named
+    return {"embed_dims": widths, "depths": depths, "num_heads": heads}
+
+
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     """`read_checkpoint` with an InputError."""
     try:
@@ -130,6 +211,18 @@ def shown(state: dict) -> str:
 def build_model(architecture: Architecture) -> nn.Module:
     """The network with random weights: (B, in_chans, *roi) -> logits (B, out_channels, *roi)."""
     a = architecture
+    if a.model == "mim":
+        hybrid = ConvViT3D(
+            img_size=a.roi,
+            in_chans=a.in_chans,
+            embed_dims=a.embed_dims,
+            depths=a.depths,
+            num_heads=a.num_heads,
+            pyramid=True,
+            drop_path_rate=a.drop_path,
+            stride32_norm=a.stride32_norm,
+        )
+        return ConvViT3DUNETR(hybrid, a.out_channels)
     backbone = VisionTransformer3D(
         img_size=a.roi,
         patch_size=a.patch_size,

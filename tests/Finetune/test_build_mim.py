@@ -1,0 +1,92 @@
+"""MiM's network from settings and checkpoints: `main_finetune --model mim`."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from common.config import InputError, from_dict, to_dict
+from Finetune.build import Architecture, ModelSettings, build_model, load_encoder, load_finetuned, resolve
+from Finetune.models_convvit3d import convvit3d_tiny_patch16
+from Finetune.models_unetr import convvit3d_unetr
+from Finetune.presets import load_preset
+
+PRESET = load_preset("sample_abdomen")
+
+
+def pretrained(tmp_path, args=None, **kwargs):
+    encoder = convvit3d_tiny_patch16(img_size=32, **kwargs)
+    path = tmp_path / "pretrained.pth"
+    torch.save({"model": encoder.state_dict(), "args": args or {}}, path)
+    return path, encoder
+
+
+def test_from_scratch_it_is_the_published_network():
+    architecture = resolve(ModelSettings(model="mim", roi=(96, 96, 96)), PRESET, None)
+    with torch.device("meta"):
+        ours, published = build_model(architecture), convvit3d_unetr(96, 1, PRESET.out_channels)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in published.state_dict().items()}
+    assert architecture.drop_path == 0.2
+    assert resolve(ModelSettings(model="mim", size="tiny"), PRESET, None).embed_dims == (12, 24, 48, 96)
+
+
+def test_widths_and_depths_are_the_checkpoints_and_its_weights_arrive(tmp_path):
+    path, encoder = pretrained(tmp_path, embed_dims=(6, 12, 12, 24), depths=(1, 2, 1, 2), num_heads=2)
+    settings = ModelSettings(model="mim", num_heads=2)
+    architecture = resolve(settings, PRESET, path)
+    assert (architecture.embed_dims, architecture.depths, architecture.grid_size) == (
+        (6, 12, 12, 24),
+        (1, 2, 1, 2),
+        (4, 4, 4),
+    )
+    model = build_model(architecture)
+    load_encoder(model, path)
+    assert torch.equal(model.backbone.blocks4[1].attn.qkv.weight, encoder.blocks4[1].attn.qkv.weight)
+
+
+@pytest.mark.parametrize(
+    "args, heads", [({"num_heads": 2, "model": "base"}, 2), ({"num_heads": None, "model": "base"}, 12), ({}, 3)]
+)
+def test_heads_are_those_of_the_pretraining_run(tmp_path, args, heads):
+    path, _ = pretrained(tmp_path, args, depths=(1, 1, 1, 1))
+    assert resolve(ModelSettings(model="mim"), PRESET, path).num_heads == heads
+
+
+def test_a_fine_tuned_file_is_enough_to_build_the_network(tmp_path):
+    settings = ModelSettings(model="mim", size="tiny", roi=(64, 32, 32), stride32_norm="instance")
+    architecture = dataclasses.replace(resolve(settings, PRESET, None), depths=(1, 1, 1, 1))
+    assert from_dict(to_dict(architecture), Architecture) == architecture
+    model = build_model(architecture).eval()
+    args = {"architecture": to_dict(architecture), "preset": to_dict(PRESET)}
+    torch.save({"state_dict": model.state_dict(), "args": args}, tmp_path / "tuned.pth")
+    twin, found, _, _ = load_finetuned(tmp_path / "tuned.pth")
+    x = torch.rand(1, 1, 64, 32, 32)
+    with torch.no_grad():
+        assert found == architecture and torch.equal(twin(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(roi=(48, 48, 48)), r"roi: found \(48, 48, 48\).*multiples of 32"),
+        (dict(patch_size=(8, 8, 8)), r"patch_size: found \(8, 8, 8\)"),
+        (dict(roi=(32, 32, 32), stride32_norm="instance"), "stride32_norm: found instance.*one voxel"),
+        (dict(size="large"), "size: found large, MiM has tiny and base"),
+        (dict(embed_dim=96), "embed_dim: .*four stages"),
+        (dict(num_heads=7), "num_heads: found 7, must divide the width 384"),
+    ],
+)
+def test_contradictions_are_named(settings, words):
+    with pytest.raises(InputError, match=words):
+        resolve(ModelSettings(model="mim", **settings), PRESET, None)
+
+
+def test_the_checkpoint_must_hold_the_encoder_that_is_asked_for(tmp_path):
+    path, _ = pretrained(tmp_path, depths=(1, 1, 1, 1))
+    with pytest.raises(InputError, match=r"depths \(1, 1, 1, 1\), --size base asks for"):
+        resolve(ModelSettings(model="mim", size="base"), PRESET, path)
+    with pytest.raises(InputError, match="holds no ViT encoder"):
+        resolve(ModelSettings(model="unetr"), PRESET, path)
+    torch.save({"model": {"patch_embed.proj.weight": torch.zeros(8, 1, 16, 16, 16)}}, path)
+    with pytest.raises(InputError, match="holds no hybrid encoder"):
+        resolve(ModelSettings(model="mim"), PRESET, path)
