@@ -3,7 +3,7 @@
     python generate_cache_files.py --datalist data/sample_abdomen/dataset.json --section pretraining
     python generate_cache_files.py --datalist data/my_scans --spacing 1.5 --low -175 --high 250
 
-The work is in common/cache.py. Settings here must be those of the run that will read the cache: they are part of its key.
+The work is in common/cache.py. Settings must be those of the run that will read the cache: they are part of its key.
 """
 
 import sys

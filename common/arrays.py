@@ -152,7 +152,7 @@ class Box:
 
 
 def read_box(path: Path, start: Sequence[int], size: Sequence[int]) -> Box:
-    """The stored numbers of [start, start + size) as far as they lie in the array; InputError when it cannot be read."""
+    """The stored numbers of [start, start + size) as far as they lie in the array. InputError when it is damaged."""
     array = _open(path)
     start, size = [int(a) for a in start], tuple(int(n) for n in size)
     first = [min(max(a, 0), n) for a, n in zip(start, array.shape[1:])]
@@ -183,7 +183,7 @@ def _open(path: Path) -> Any:
             except Exception as error:
                 raise _damaged(path, error) from None
         _arrays[path] = array
-        if len(_arrays) > MAX_OPEN:
+        while len(_arrays) > MAX_OPEN:
             _arrays.popitem(last=False)
         return array
 

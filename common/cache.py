@@ -6,8 +6,8 @@
                     label.b2nd  points.npz  meta.json
 
 The key is content: the bytes of the files, every preprocessing setting, the format's version. So another spacing makes
-new entries, a replaced file is noticed, and the same call again does nothing. An entry is written under a temporary name
-and renamed: it is whole or absent, and any number of processes may fill one cache.
+new entries, a replaced file is noticed, and the same call again does nothing. An entry is written under a temporary
+name and renamed: it is whole or absent, and any number of processes may fill one cache.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -219,7 +219,7 @@ def open_entry(folder: Path, case: Case | None = None) -> Entry | None:
 
 
 def _build_case(case: Case, preprocessing: Preprocessing, cache_dir: Path):
-    """(entry, what the index learns, peak memory of this process in bytes), or the reason why the case cannot be used."""
+    """(entry, what the index learns, peak memory of this process in bytes), or why the case cannot be used."""
     try:
         known = [identity.fingerprint(path) for path in _files(case)]
         folder = cache_dir / entry_key([file.hash for file in known], preprocessing)

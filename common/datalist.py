@@ -27,9 +27,10 @@ class Case:
 def read_cases(source: str | Path, root: str | Path | None = None, section: str = "training") -> list[Case]:
     """The cases of a list, in its order.
 
-    `source`: a JSON in the Decathlon's layout, of which `section` is read; a folder, searched for NIfTI files and DICOM series; or a text file
-    with one path per line (`#` begins a comment). `root` is what relative paths start from; without it, the folder of the list.
-    InputError for a list that is missing, empty or malformed, for a path that leaves the root, and for two cases of one name and file.
+    `source`: a JSON in the Decathlon's layout, of which `section` is read; a folder, searched for NIfTI files and DICOM
+    series; or a text file with one path per line (`#` begins a comment). Relative paths start from `root`, without it
+    from the folder of the list. Names are made unique by the folders above.
+    InputError for a list that is missing, empty or malformed, a path that leaves the root, a file listed twice.
     """
     source = Path(source)
     try:
@@ -38,9 +39,7 @@ def read_cases(source: str | Path, root: str | Path | None = None, section: str 
     except OSError as error:
         raise InputError(f"{source}: the data list cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise InputError(
-            f"{source}: found a binary file, needs a JSON list, a text file of paths, or a folder"
-        ) from None
+        raise InputError(f"{source}: found a binary file, needs a JSON or text list, or a folder") from None
     if is_folder:
         cases = [Case(stem(path), path) for path in find_volumes(source)]
     elif source.suffix.lower() == ".json":
@@ -131,7 +130,7 @@ def _inside(root: Path, text: str, source: Path) -> Path:
 
 
 def _unique_names(cases: list[Case], source: Path) -> list[Case]:
-    """Cases of one name in different folders (every series called CT) are told apart by as many parents as that takes."""
+    """Cases of one name in different folders (every series called CT) get the names of the folders above as well."""
     depth = {case.image: 1 for case in cases}
     if len(depth) < len(cases):
         double = next(case.image for i, case in enumerate(cases) if case.image in [other.image for other in cases[:i]])

@@ -1,4 +1,4 @@
-"""One DICOM series in a folder: which files it has, and whether it is whole. Only headers are read here; MONAI reads the pixels."""
+"""One DICOM series in a folder: its files, and whether it is whole. Only headers are read; MONAI reads the pixels."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -76,9 +76,7 @@ def _check_positions(folder: Path, headers: list[pydicom.Dataset]) -> None:
     except ValueError as error:
         raise InputError(f"{folder}: found positions that are not numbers ({error})") from None
     if orientation.shape != (6,) or positions.shape[1:] != (3,) or not np.isfinite(positions).all():
-        raise InputError(
-            f"{folder}: found slices without a position in space, needs ImagePositionPatient and ImageOrientationPatient"
-        )
+        raise InputError(f"{folder}: found slices without a position in space, or one that is not finite")
     places = positions @ np.cross(orientation[:3], orientation[3:])
     ordered = np.sort(places)
     gaps = np.diff(ordered)
@@ -91,9 +89,8 @@ def _check_positions(folder: Path, headers: list[pydicom.Dataset]) -> None:
     if float(gaps.max()) > 1.5 * usual:
         lost = int(np.round(gaps / usual).sum()) - len(gaps)
         at = float(ordered[int(gaps.argmax())])
-        raise InputError(
-            f"{folder}: {lost or 1} slice(s) missing, a gap of {gaps.max():.3g} mm after {at:.4g} mm (usual: {usual:.3g} mm)"
-        )
+        gap = f"a gap of {gaps.max():.3g} mm after {at:.4g} mm, {usual:.3g} mm elsewhere"
+        raise InputError(f"{folder}: {lost or 1} slice(s) missing, {gap}")
     if float(gaps.max() - gaps.min()) > 0.1 * usual:
         raise InputError(f"{folder}: found slices {gaps.min():.3g} to {gaps.max():.3g} mm apart, needs even spacing")
     steps = [b - a for a, b in pairwise(places.tolist())]

@@ -1,4 +1,4 @@
-"""CT-like volumes with labels, drawn from a seed: for a demo without a network, for tests and benchmarks. Never real data."""
+"""CT-like volumes with labels, drawn from a seed: for a demo without a network, tests and benchmarks."""
 
 from collections.abc import Sequence
 from pathlib import Path
