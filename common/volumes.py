@@ -166,6 +166,11 @@ class Preprocessing:
     dtype: Literal["int16", "uint8"] = "int16"
 
     def __post_init__(self):
+        for name in ("low", "high", "foreground_threshold"):  # 250 and 250.0 are one setting, and one cache key
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else float(value))
+        if self.spacing is not None:
+            object.__setattr__(self, "spacing", tuple(map(float, self.spacing)))
         if self.spacing is not None and not all(0 < mm < 1000 for mm in self.spacing):
             raise InputError(f"spacing: found {self.spacing}, needs three positive numbers of mm")
         if self.intensity == "window" and not self.low < self.high:

@@ -102,6 +102,12 @@ def test_any_other_setting_or_content_is_another_entry(case, tmp_path):
     assert not torch.equal(whole(replaced), whole(entry))
 
 
+def test_whole_and_decimal_settings_are_the_same_setting(case, tmp_path):
+    (one,) = cache.ensure([case], Preprocessing(spacing=(5, 5, 5), low=-175, high=250), tmp_path / "cache")
+    (two,) = cache.ensure([case], Preprocessing(spacing=(5.0, 5.0, 5.0), low=-175.0, high=250.0), tmp_path / "cache")
+    assert one.folder == two.folder
+
+
 def test_the_same_call_again_builds_nothing_and_reads_no_volume(case, tmp_path, monkeypatch):
     before = cache.ensure([case], Preprocessing(), tmp_path / "cache")
     monkeypatch.setattr(cache.identity, "file_hash", None)  # would be called to look into a file
@@ -147,7 +153,7 @@ def _read(entry):
     return entry.read((1, 2, 3), (8, 8, 8))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_entries_work_in_other_processes(case, tmp_path, method):
     (entry,) = cache.ensure([case], Preprocessing(), tmp_path / "cache")
     here = _read(entry)  # opened in this process first
@@ -166,11 +172,8 @@ def test_more_entries_than_arrays_held_open(tmp_path, monkeypatch):
 
 
 def test_a_bad_case_is_reported_and_the_others_are_built(case, tmp_path):
-    cases = [
-        Case("bad", nifti(tmp_path / "bad.nii.gz", np.ones(SHAPE, np.int16))),
-        case,
-        Case("no", tmp_path / "no.nii"),
-    ]
+    bad = nifti(tmp_path / "bad.nii.gz", np.ones(SHAPE, np.int16))
+    cases = [Case("bad", bad), case, Case("no", tmp_path / "no.nii")]
     filled = cache.fill(cases, Preprocessing(), tmp_path / "cache")
     assert [entry.name for entry in filled.entries] == ["a"] and filled.built == 1
     assert [failed.name for failed, _ in filled.failures] == ["bad", "no"]
