@@ -36,7 +36,9 @@ def picture(rows: dict[str, Reconstructed], patch_size: Sequence[int], norm_pix_
     strips = []
     for name, made in rows.items():
         volumes = panels(Reconstructed(*(t[:1] for t in made)), patch_size, norm_pix_loss)
-        slices = [axial(volume[0, 0].clamp(0, 1).cpu().numpy()) for volume in volumes]
+        slices = [axial(volume[0, 0].cpu().numpy()) for volume in volumes]
+        low, high = np.percentile(slices[0], (1, 99))  # the view's own contrast, for all three
+        slices = [((s - low) / max(high - low, 1e-6)).clip(0, 1) for s in slices]
         images = [Image.fromarray((s * 255).astype(np.uint8)).resize((s.shape[1] * zoom, s.shape[0] * zoom), 0) for s in slices]
         strips.append(_strip(name, images))
     canvas = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "black")
