@@ -108,14 +108,24 @@ class PatchEmbed(nn.Module):
         return self.act(self.norm(self.proj(x)))
 
 
+class Pointwise(nn.Conv3d):
+    """A 1x1x1 convolution of channels-last maps (B, d, h, w, C): a linear layer with a convolution's parameters."""
+
+    def __init__(self, in_chans: int, out_chans: int):
+        super().__init__(in_chans, out_chans, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
 class ConvMlp(nn.Module):
-    """Two pointwise convolutions with a GELU between."""
+    """Two pointwise layers with a GELU between, on channels-last maps."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1 = nn.Conv3d(dim, hidden_dim, 1)
+        self.fc1 = Pointwise(dim, hidden_dim)
         self.act = nn.GELU()
-        self.fc2 = nn.Conv3d(hidden_dim, dim, 1)
+        self.fc2 = Pointwise(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -126,21 +136,28 @@ class ConvBlock(nn.Module):
 
     def __init__(self, dim: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
-        self.norm1 = ChannelNorm(dim)
-        self.conv1 = nn.Conv3d(dim, dim, 1)
+        self.norm1 = nn.LayerNorm(dim)
+        self.conv1 = Pointwise(dim, dim)
         self.attn = nn.Conv3d(dim, dim, 5, padding=2, groups=dim)
-        self.conv2 = nn.Conv3d(dim, dim, 1)
-        self.norm2 = ChannelNorm(dim)
+        self.conv2 = Pointwise(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """x (B, C, d, h, w), visible (B, 1, d, h, w) 1 for kept voxels. All but `attn` is pointwise: nothing leaks."""
+        """x (B, C, d, h, w), visible (B, 1, d, h, w) 1 for kept voxels. All but `attn` is pointwise: nothing leaks.
+
+        Channels last inside, which spares transpositions; the depthwise convolution's backward pass on a CPU is three
+        times as fast with its input so laid out (measured).
+        """
+        x = x.movedim(1, -1)  # (B, d, h, w, C)
         h = self.conv1(self.norm1(x))
         if visible is not None:
-            h = h * visible
-        x = x + self.drop_path(self.conv2(self.attn(h)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+            h = h * visible.movedim(1, -1)
+        h = self.attn(h.movedim(-1, 1)).movedim(1, -1)
+        x = x + self.drop_path(self.conv2(h))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x.movedim(-1, 1)
 
 
 class RelativeBlock(Block):

@@ -66,15 +66,24 @@ def test_keeping_all_tokens_equals_no_mask_and_order_follows_ids(pyramid):
         torch.testing.assert_close(model(x, order), take(model(x), order), atol=1e-5, rtol=1e-5)
 
 
-def test_convolution_sees_visible_voxels_only_and_keeps_the_residual():
+def test_convolution_block_against_a_plain_transcription():
     block = ConvBlock(4)
     x = torch.randn(1, 4, 8, 8, 8)
     visible = torch.zeros(1, 1, 8, 8, 8)
     visible[..., :4] = 1
+
+    def conv(layer, x, **kwargs):
+        return F.conv3d(x, layer.weight, layer.bias, **kwargs)
+
+    def norm(x):  # fresh weights: no scale, no shift
+        mean, variance = x.mean(1, keepdim=True), x.var(1, keepdim=True, unbiased=False)
+        return (x - mean) / (variance + 1e-5).sqrt()
+
     with torch.no_grad():
-        zeroed = block.conv1(block.norm1(x)) * visible
-        mixed = x + block.conv2(block.attn(zeroed))
-        torch.testing.assert_close(block(x, visible), mixed + block.mlp(block.norm2(mixed)))
+        seen = conv(block.conv1, norm(x)) * visible
+        mixed = x + conv(block.conv2, conv(block.attn, seen, padding=2, groups=4))
+        expected = mixed + conv(block.mlp.fc2, F.gelu(conv(block.mlp.fc1, norm(mixed))))
+        torch.testing.assert_close(block(x, visible), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_latents_are_fused_with_every_convolution_stage():
