@@ -1,9 +1,7 @@
 """Which files a preset means: cases from a published folder layout, folds, and nested subsets of few labels."""
 
 import hashlib
-import os
 import re
-import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from common.config import InputError
 from common.datalist import ENDINGS, Case, read_cases, stem
 from common.logging import progress
 from common.sampling import mix
+from Finetune.files import write_nifti
 from Finetune.presets import Layout, Preset
 
 
@@ -77,20 +76,18 @@ def class_of(preset: Preset, case: Case) -> int:
 
 
 def label_for(preset: Preset, name: str, labels: Path) -> Path | None:
-    """The label file in the folder `labels` of the prediction called `name`: the same name, or the one that the layout
-    pairs with it (label0035 for img0035)."""
+    """The label file of the prediction called `name`: the one that the layout pairs with it (label0035 for img0035), in
+    the folder `labels` or where the layout has it below that folder; else the one of the same name."""
     layout = preset.layout
-    names = []
+    places = []
     for image, label in zip(layout.images, layout.labels):
         match = re.fullmatch(_expression(stem(image), layout), name)
         if match:
-            names.append(stem(label).replace("{case}", match["case"]))
-    for candidate in (*names, name, name.removesuffix("_0000")):
-        for ending in ENDINGS:
-            path = labels / f"{candidate}{ending}"
-            if path.is_file():
-                return path
-    return None
+            path = label.replace("{case}", match["case"])
+            places += [labels / path, labels / Path(path).name]
+    for candidate in (name, name.removesuffix("_0000")):
+        places += [labels / f"{candidate}{ending}" for ending in ENDINGS]
+    return next((path for path in places if path.is_file()), None)
 
 
 # ---------------------------------------------------------------- folds and few labels
@@ -206,19 +203,6 @@ def with_mapped_labels(cases: Sequence[Case], preset: Preset, folder: Path) -> l
             write_nifti(target, nib.Nifti1Image(ids, label.affine))
         mapped.append(replace(case, label=target))
     return mapped
-
-
-def write_nifti(path: Path, image: nib.Nifti1Image) -> None:
-    """Write so that `path` holds the whole file or nothing. InputError when the place cannot be written."""
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nib.save(image, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_classes(entries: Sequence, preset: Preset) -> None:

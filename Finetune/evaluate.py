@@ -18,13 +18,15 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from common import volumes
 from common.config import InputError, parse, run_program, setting
 from common.datalist import ENDINGS, stem
 from common.logging import progress, say
 from Finetune.cases import label_for, map_values
+from Finetune.files import save_bytes
 from Finetune.metrics import Score, case_means, score_case
-from Finetune.pictures import overlay, save_bytes, save_png
-from Finetune.predict import PROTOCOL
+from Finetune.pictures import overlay, save_png
+from Finetune.predict import PROTOCOL, to_grey
 from Finetune.presets import Preset, load_preset
 from Finetune.scorecard import box_plots, compare, compare_table, write_card
 
@@ -154,17 +156,20 @@ def protocol(config: EvaluateSettings, preset: Preset, cases: list[str]) -> dict
         if key not in ("checkpoints", "cases") and all(m.get(key) == made[0][key] for m in made)
     }
     members = [member for one in made for member in one.get("checkpoints", [])]
-    scored = {"preset": preset.name, "nsd_tolerance_mm": preset.nsd_tolerance, "labels_by": preset.labels_by}
+    scored = {
+        "preset": preset.name,
+        "nsd_tolerance_mm": preset.nsd_tolerance,
+        "labels_by": labels_by(config.labels, preset),
+    }
     return common | scored | {"fold": sorted({m["fold"] for m in members}), "checkpoints": members, "cases": cases}
 
 
 def notes(config: EvaluateSettings, preset: Preset) -> list[str]:
     """What a reader of the scores must know."""
     lines = []
-    if preset.labels_by != "experts":
-        lines.append(
-            f"reference labels are by {preset.labels_by}: these scores are agreement with them, not with the truth"
-        )
+    author = labels_by(config.labels, preset)
+    if author != "experts":
+        lines.append(f"REFERENCE LABELS: {author}. These scores are agreement with them, not with the truth")
     for folder in config.predictions:
         path = folder / PROTOCOL
         if not path.is_file():
@@ -178,6 +183,19 @@ def notes(config: EvaluateSettings, preset: Preset) -> list[str]:
     return lines
 
 
+def labels_by(labels: Path, preset: Preset) -> str:
+    """Who made the reference labels: what the data set's own list says (`labels_by`, as common.sample_data writes it),
+    else the preset."""
+    for folder in (labels, labels.parent):
+        try:
+            listing = json.loads((folder / "dataset.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(listing, dict) and isinstance(listing.get("labels_by"), str):
+            return listing["labels_by"]
+    return preset.labels_by
+
+
 def draw_worst(
     config: EvaluateSettings, preset: Preset, pairs: dict[str, tuple[Path, Path]], scores: Sequence[Score]
 ) -> None:
@@ -185,15 +203,9 @@ def draw_worst(
     dice = {case: value for case, value in case_means(scores, "dice").items() if value is not None}
     for rank, case in enumerate(sorted(dice, key=dice.get)[: config.worst], start=1):
         found, reference, spacing = read_pair(*pairs[case], preset)
-        image = np.zeros(reference.shape, np.float16)
-        source = image_of(config.images, case)
-        if source:
-            pixels, _ = read_map(source)
-            low, high = (
-                (preset.low, preset.high) if preset.intensity == "window" else np.percentile(pixels, [0.5, 99.5])
-            )
-            if pixels.shape == reference.shape:
-                image = np.clip((pixels - low) / max(high - low, 1e-6), 0, 1).astype(np.float16)
+        image = picture_of(config.images, case, preset)
+        if image is None or image.shape != reference.shape:
+            image = np.zeros(reference.shape, np.float16)
         titles = (f"{case}: reference", f"prediction, mean Dice {dice[case]:.4f}")
         save_png(
             config.out / "worst" / f"{rank}-{case}.png",
@@ -201,10 +213,13 @@ def draw_worst(
         )
 
 
-def image_of(folder: Path | None, case: str) -> Path | None:
-    if folder is None:
-        return None
-    return next((p for p in (folder / f"{case}{ending}" for ending in (".nii.gz", ".nii")) if p.is_file()), None)
+def picture_of(folder: Path | None, case: str, preset: Preset) -> np.ndarray | None:
+    """The image of a case (D, H, W) in [0, 1], RAS; None without a folder of images, or where it holds none of that
+    name."""
+    for path in (folder / f"{case}{ending}" for ending in (*ENDINGS, "") if folder):
+        if path.exists():
+            return to_grey(volumes.read_image(path, channels=preset.channels), preset)
+    return None
 
 
 if __name__ == "__main__":

@@ -3,15 +3,13 @@ the left)."""
 
 import colorsys
 import io
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common.config import InputError
+from Finetune.files import save_bytes
 
 PANEL = 320  # pixels, the longer side of a plane
 Pixels = np.ndarray  # (H, W, 3) uint8
@@ -76,19 +74,6 @@ def save_png(path: Path, pixels: Pixels) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
     save_bytes(path, buffer.getvalue())
-
-
-def save_bytes(path: Path, content: bytes) -> None:
-    """Write so that `path` holds all of `content` or nothing. InputError when the place cannot be written."""
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _titled(row: Pixels, title: str) -> Pixels:

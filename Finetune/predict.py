@@ -31,9 +31,9 @@ from common.distributed import setup
 from common.engine import autocast_dtype
 from common.logging import progress, say
 from Finetune.build import load_finetuned
-from Finetune.cases import write_nifti
 from Finetune.engine_finetune import predictor
-from Finetune.pictures import overlay, save_bytes, save_png
+from Finetune.files import save_bytes, write_nifti
+from Finetune.pictures import overlay, save_png
 from Finetune.presets import Preset
 from Finetune.regrid import Grid, regrid
 from Finetune.sliding import Window, slabs, window_starts

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from common.config import InputError
+from Finetune.files import save_bytes
 from Finetune.metrics import METRICS, RULES, Score, bootstrap_interval, case_means, mean, summarise
-from Finetune.pictures import save_bytes
 
 CSV, JSON, TABLE = "scores.csv", "scores.json", "scores.txt"
 

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# FLARE22: 13 abdominal organs, 40 cases train, 10 validate.
+# Fine-tunes UNETR on a ViT-B/16, predicts the validation cases of the fold, scores them.
+#
+#   DATA=/path/to/FLARE22 bash scripts/FLARE22/run.sh --init runs/glmae/checkpoint-1599.pth
+#   bash scripts/FLARE22/run.sh --init scratch          the same from random weights
+#   bash scripts/FLARE22/run.sh --help                  every setting, with the values of this recipe
+#
+# Arguments go to Finetune.main_finetune and win over the ones below. DATA: FLARE22Train/ as published: images/, labels/.
+# OUT: folder of the run. NPROC: processes, one per GPU. The batch does not change with NPROC.
+# Hardware: one GPU of 24 GB (expected). Time and result: not measured by us.
+# From the authors' code: loss, lr rule, weight decay, crops, overlap, feature_size 48.
+# Ours: epochs, warm-up, gaussian blending.
+
+source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
+
+data="${DATA:-data/FLARE22}"
+out="${OUT:-runs/FLARE22}"
+
+launch Finetune.main_finetune --preset FLARE22 --data "$data" --out_dir "$out" --fold 0 \
+  --model unetr --size base --patch_size 16 --feature_size 48 \
+  --epochs 1000 --warmup_epochs 50 --blr 1e-4 --weight_decay 1e-5 --clip_grad 1 \
+  --batch_size 4 --micro_batch_size 1 --crops 4 --validate_every 50 --overlap 0.5 --blending gaussian --seed 0 \
+  "$@"
+case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
+
+"$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data" --cases validation --out "$out/predictions"
+"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data" --preset FLARE22 --out "$out/scores"

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# sample_abdomen: BTCV's organs on two real CT scans, one trains, the other (a DICOM series) is predicted and scored.
+#
+#   bash scripts/sample_abdomen/run.sh --init scratch
+#   bash scripts/sample_abdomen/run.sh --help          every setting, with the values of this recipe
+#
+# Arguments go to Finetune.main_finetune and win over the ones below. OUT: folder of the run.
+# Hardware: two CPU cores, minutes. Two scans are no benchmark: this shows that the chain works. Its labels are a model's.
+
+source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
+
+data="${DATA:-data/sample_abdomen}"
+out="${OUT:-runs/sample_abdomen}"
+
+case " $* " in *" --help "* | *" -h "*) ;; *) "$PYTHON" -m common.sample_data --out "$data" ;; esac
+launch Finetune.main_finetune --preset sample_abdomen --data "$data" --out_dir "$out" --fold 0 \
+  --model unetr --size tiny --depth 6 --patch_size 8 --feature_size 8 --roi 64 \
+  --epochs 60 --warmup_epochs 2 --lr 1e-3 --weight_decay 1e-5 --clip_grad 1 \
+  --batch_size 1 --micro_batch_size 1 --crops 2 --validate_every 0 --overlap 0.5 --blending gaussian --seed 0 --workers 0 \
+  "$@"
+case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
+
+"$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data/imagesTs" --out "$out/predictions"
+"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data/labelsTs" --preset sample_abdomen --out "$out/scores"

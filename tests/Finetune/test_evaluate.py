@@ -1,0 +1,154 @@
+"""The score card from files: pairing, geometry, rules, notes, comparison, pictures."""
+
+import csv
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from common.config import InputError
+from Finetune.evaluate import main
+from Finetune.presets import load_preset
+from Finetune.scorecard import difference
+from tests.Finetune.made import volume
+
+AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
+
+
+def save(path, values, affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(values.astype(np.uint8), affine), path)
+
+
+def run(tmp_path, *extra, preset="BTCV", out="card"):
+    flags = [
+        "--predictions",
+        tmp_path / "p",
+        "--labels",
+        tmp_path / "label",
+        "--preset",
+        preset,
+        "--out",
+        tmp_path / out,
+    ]
+    main([*map(str, flags), *map(str, extra)])
+    return json.loads((tmp_path / out / "scores.json").read_text())
+
+
+@pytest.fixture
+def two_cases(tmp_path):
+    """Two BTCV cases; the second has no kidneys, and its prediction misses the spleen and invents a kidney."""
+    for number, name in enumerate(("0035", "0036")):
+        _, label = volume(load_preset("BTCV"), number)
+        prediction = np.roll(label, 1, axis=1)
+        if number:
+            label[(label == 2) | (label == 3)] = 0
+            prediction[(prediction == 1) | (prediction == 3)] = 0
+        save(tmp_path / f"label/label{name}.nii.gz", label)
+        save(tmp_path / f"p/img{name}.nii.gz", prediction)
+    return tmp_path
+
+
+def test_card_of_two_cases(two_cases, capsys):
+    card = run(two_cases)
+    rows = list(csv.DictReader(open(two_cases / "card/scores.csv")))
+    assert len(rows) == 2 * 13 and len(card["classes"]) == 13
+    by_key = {(row["case"], row["name"]): row for row in rows}
+    assert by_key["img0036", "left kidney"]["status"] == "absent" and by_key["img0036", "left kidney"]["dice"] == ""
+    assert by_key["img0036", "right kidney"]["status"] == "false positive"
+    assert by_key["img0036", "spleen"]["status"] == "missed" and float(by_key["img0036", "spleen"]["nsd"]) == 0
+    diagonal = np.linalg.norm(np.array([30, 28, 26]) * [2, 2, 3])
+    assert float(by_key["img0036", "spleen"]["hd95"]) == pytest.approx(diagonal)
+    assert card["counts"] == {"present": 24, "missed": 1, "false_positives": 1, "absent": 1}
+    dice = {
+        case: [float(r["dice"]) for r in rows if r["case"] == case and r["dice"]] for case in ("img0035", "img0036")
+    }
+    assert card["mean"]["dice"]["mean"] == pytest.approx(np.mean([np.mean(v) for v in dice.values()]))
+    low, high = card["mean"]["dice"]["ci95"]
+    assert low <= card["mean"]["dice"]["mean"] <= high
+    text = capsys.readouterr().out
+    assert "right adrenal gland" in text and "rule: " in text and "how its label maps were made is not known" in text
+    assert (two_cases / "card/dice.png").stat().st_size > 5000
+    assert [p.name for p in sorted((two_cases / "card/worst").iterdir())] == ["1-img0036.png", "2-img0035.png"]
+
+
+def test_flipped_axes_of_a_file_do_not_matter(two_cases):
+    before = run(two_cases)["mean"]
+    path = two_cases / "p/img0035.nii.gz"
+    nib.save(nib.as_closest_canonical(nib.load(path)), path)
+    assert run(two_cases)["mean"] == before
+
+
+def test_the_card_says_who_made_labels_and_choices(two_cases):
+    (two_cases / "dataset.json").write_text(json.dumps({"labels_by": "a model (X), not experts"}))
+    member = {"checkpoint": "c.pth", "sha256": "0" * 64, "selected": "best", "fold": 0, "init": "scratch"}
+    protocol = {"checkpoints": [member], "overlap": 0.5, "blending": "gaussian", "flips": False, "cases": []}
+    (two_cases / "p/predictions.json").write_text(json.dumps(protocol))
+    card = run(two_cases)
+    assert any("a model (X), not experts" in note for note in card["notes"])
+    assert any("picked by validation" in note for note in card["notes"])
+    assert card["protocol"]["overlap"] == 0.5 and card["protocol"]["checkpoints"] == [member]
+
+
+def test_folds_are_pooled_and_no_case_counts_twice(two_cases):
+    whole = run(two_cases)
+    (two_cases / "q").mkdir()
+    (two_cases / "p/img0036.nii.gz").rename(two_cases / "q/img0036.nii.gz")
+    flags = ["--predictions", two_cases / "p", two_cases / "q", "--labels", two_cases / "label", "--preset", "BTCV"]
+    main([*map(str, flags), "--out", str(two_cases / "folds")])
+    assert json.loads((two_cases / "folds/scores.json").read_text())["mean"] == whole["mean"]
+    (two_cases / "q/img0035.nii.gz").write_bytes((two_cases / "p/img0035.nii.gz").read_bytes())
+    with pytest.raises(InputError, match="img0035 is in .* as well"):
+        main([*map(str, flags), "--out", str(two_cases / "folds")])
+
+
+def test_compare_is_paired_by_case(two_cases, capsys):
+    run(two_cases, out="a")
+    for path in (two_cases / "p").glob("*.nii.gz"):  # b is a perfect prediction
+        save(path, np.asarray(nib.load(two_cases / f"label/label{path.name[3:]}").dataobj))
+    run(two_cases, out="b")
+    main(["--compare", str(two_cases / "a"), str(two_cases / "b"), "--out", str(two_cases / "ab")])
+    result = json.loads((two_cases / "ab/compare.json").read_text())
+    a = json.loads((two_cases / "a/scores.json").read_text())
+    assert result["metrics"]["dice"]["difference"] == pytest.approx(1 - a["mean"]["dice"]["mean"])
+    assert result["metrics"]["dice"]["b_higher"] == 2 and result["metrics"]["hd95"]["difference"] < 0
+    assert result["classes"]["right kidney"]["one_sided"] == 1  # a false positive in a, absent in b: no pair
+    assert "b higher in 2 of 2" in capsys.readouterr().out
+    (two_cases / "p/img0036.nii.gz").unlink()
+    run(two_cases, out="c")
+    with pytest.raises(InputError, match="not the same cases"):
+        main(["--compare", str(two_cases / "a"), str(two_cases / "c"), "--out", str(two_cases / "ac")])
+
+
+def test_pairing_removes_what_cases_have_in_common():
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0.3, 0.9, 20)
+    row = difference([(h, h + 0.02 + rng.normal(0, 0.005)) for h in hard])
+    assert row["ci95"][0] > 0.01 and row["ci95"][1] < 0.03  # unpaired it would be lost in the spread of cases
+
+
+def test_bad_input(two_cases):
+    label = np.asarray(nib.load(two_cases / "label/label0035.nii.gz").dataobj)
+    save(two_cases / "p/img0035.nii.gz", label[:-1])
+    with pytest.raises(InputError, match=r"img0035.nii.gz: found the shape \(29, 28, 26\), its label .*\(30, 28, 26\)"):
+        run(two_cases)
+    save(two_cases / "p/img0035.nii.gz", label, np.diag([-2.0, -2.0, 3.3, 1.0]))
+    with pytest.raises(InputError, match="img0035.nii.gz: lies up to .* mm off its label"):
+        run(two_cases)
+    save(two_cases / "p/img0035.nii.gz", np.where(label == 1, 14, label))
+    with pytest.raises(InputError, match="img0035.nii.gz: found the label value 14"):
+        run(two_cases)
+    (two_cases / "p/img0035.nii.gz").write_bytes(b"no nifti")
+    with pytest.raises(InputError, match="img0035.nii.gz: cannot be read"):
+        run(two_cases)
+    (two_cases / "label/label0035.nii.gz").unlink()
+    with pytest.raises(InputError, match="img0035.nii.gz: found no label for it"):
+        run(two_cases)
+    for path in (two_cases / "p").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match="found no label map"):
+        run(two_cases)
+    with pytest.raises(InputError, match="--labels: missing"):
+        main(["--predictions", str(two_cases / "p"), "--out", str(two_cases / "x")])
+    assert not (two_cases / "card").exists()

@@ -1,0 +1,213 @@
+"""Prediction: on the file's own grid for every orientation, as MONAI would, whole or not at all."""
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.inferers import SlidingWindowInferer
+from monai.transforms import SpatialResample
+
+from common import checkpoint, volumes
+from common.config import InputError, to_dict
+from Finetune.build import Architecture, build_model, load_finetuned
+from Finetune.predict import label_map, main, mean_logits
+from Finetune.presets import load_preset
+from tests.Finetune.made import volume
+
+ROTATION = np.linalg.qr(np.array([[1.0, 0.12, 0.05], [-0.1, 1.0, 0.2], [0.02, -0.15, 1.0]]))[0]
+AFFINES = {
+    "flipped": np.diag([-3.0, -3.0, 3.0, 1.0]),
+    "anisotropic": np.diag([1.5, -1.5, 6.0, 1.0]),
+    "permuted": np.array([[0, 0, 3.5, 5], [-3.2, 0, 0, -9], [0, 2.8, 0, 40], [0, 0, 0, 1.0]]),
+    "oblique": np.block(
+        [[ROTATION * [2.8, -3.1, 4.0], np.array([[7], [8], [-9]])], [np.zeros((1, 3)), np.ones((1, 1))]]
+    ),
+}
+
+
+class Bright(torch.nn.Module):
+    """Stands for a perfect network: class by brightness, so that a prediction lies where the image is bright."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.levels = torch.nn.Parameter(torch.linspace(0, 1, classes))
+
+    def forward(self, x):
+        return -((x - self.levels.reshape(1, -1, 1, 1, 1)) ** 2) * 50
+
+
+def save_checkpoint(path, preset, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    sizes = {
+        "embed_dim": 24,
+        "depth": 4,
+        "num_heads": 2,
+        "feature_size": 4,
+        "roi": (32, 32, 32),
+        "patch_size": (16, 16, 16),
+    }
+    architecture = Architecture(
+        model="unetr", in_chans=preset.channels, out_channels=preset.out_channels, **(sizes | kwargs)
+    )
+    args = {
+        "preset": to_dict(preset),
+        "architecture": to_dict(architecture),
+        "config": {"fold": 0, "seed": seed},
+        "init": "scratch",
+        "selected": "last",
+        "training_cases": ["a"],
+        "validation_cases": ["plain"],
+        "step": 1,
+    }
+    checkpoint.save(path, {"state_dict": build_model(architecture).state_dict(), "args": args})
+    return path
+
+
+@pytest.fixture(scope="module")
+def preset():
+    return load_preset("sample_abdomen")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory, preset):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "c.pth", preset)
+
+
+def write_ct(path, preset, affine, shape=(30, 28, 26)):
+    image, label = volume(preset, 0, shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(image, affine), path)
+    return image, label
+
+
+def run(file, images, out, *extra):
+    main(["--checkpoint", *map(str, np.atleast_1d(file)), "--images", str(images), "--out", str(out), *map(str, extra)])
+
+
+@pytest.mark.parametrize("kind", AFFINES)
+def test_a_prediction_lies_on_its_image(tmp_path, monkeypatch, preset, file, kind):
+    shape = (30, 28, 26)
+    x, y, z = np.meshgrid(*(np.linspace(0, 1, n) for n in shape), indexing="ij")
+    bright = 0.3 + 0.5 * x + 0.3 * y**2 - 0.25 * z + 0.1 * np.sin(6 * z)  # another one after any flip or swap of axes
+    nifti = nib.Nifti1Image((bright * 425 - 175).astype(np.int16), AFFINES[kind])
+    nifti.set_qform(AFFINES[kind], 1)
+    nifti.set_sform(AFFINES[kind], 2)
+    nifti.header.set_xyzt_units("mm", "sec")
+    (tmp_path / "in").mkdir()
+    nib.save(nifti, tmp_path / "in/scan.nii.gz")
+    monkeypatch.setattr("Finetune.predict.mean_logits", lambda *_: Bright(14).requires_grad_(False))
+    run(file, tmp_path / "in", tmp_path / "out")
+    source, found = nib.load(tmp_path / "in/scan.nii.gz"), nib.load(tmp_path / "out/scan.nii.gz")
+    assert found.shape == source.shape and found.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(found.affine, source.affine)
+    for field in ("qform_code", "sform_code", "pixdim", "xyzt_units", "srow_x", "quatern_b"):
+        np.testing.assert_array_equal(found.header[field], source.header[field])
+    error = (np.asarray(found.dataobj) - bright.clip(0, 1) * 13)[(slice(2, -2),) * 3]
+    assert np.abs(error).max() < 0.75  # 0.5 from rounding to a class; a shift by a voxel is 0.3 and more
+    assert np.abs(error.mean()) < 0.03
+
+
+def test_labels_equal_monais_inferer_and_resampling(tmp_path, preset, file):
+    write_ct(tmp_path / "in/scan.nii.gz", preset, AFFINES["oblique"])
+    run(file, tmp_path / "in", tmp_path / "out", "--no-overlays")
+    model, architecture, *_ = load_finetuned(file)
+    image = volumes.read_image(tmp_path / "in/scan.nii.gz")
+    prepared, _ = preset.preprocessing.apply(image)
+    inferer = SlidingWindowInferer(architecture.roi, 1, overlap=0.5, mode="gaussian")
+    with torch.no_grad():
+        logits = inferer(prepared[None], model)[0]
+    logits = volumes.MetaTensor(logits.as_tensor(), affine=prepared.affine)
+    affine = nib.load(tmp_path / "in/scan.nii.gz").affine
+    back = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False)(
+        logits, dst_affine=torch.from_numpy(affine), spatial_size=(30, 28, 26)
+    )
+    found = np.asarray(nib.load(tmp_path / "out/scan.nii.gz").dataobj)
+    inside = found > 0  # outside the foreground box ours is background, MONAI's the nearest class
+    assert inside.mean() > 0.2
+    assert (found[inside] == back.argmax(0).numpy()[inside]).mean() > 0.999
+
+
+def test_on_a_grid_that_needs_no_resampling_labels_equal_monais_to_the_last_voxel(tmp_path, preset, file):
+    from dataclasses import replace
+
+    plain = replace(preset, spacing=None, foreground_threshold=None)
+    own = save_checkpoint(tmp_path / "plain.pth", plain)
+    write_ct(tmp_path / "in/scan.nii.gz", preset, np.diag([3.0, 3.0, 3.0, 1.0]), shape=(45, 33, 36))
+    run(own, tmp_path / "in", tmp_path / "out", "--no-overlays", "--blending", "constant")
+    model, architecture, *_ = load_finetuned(own)
+    prepared, _ = plain.preprocessing.apply(volumes.read_image(tmp_path / "in/scan.nii.gz"))
+    with torch.no_grad():
+        logits = SlidingWindowInferer(architecture.roi, 1, overlap=0.5, mode="constant")(prepared[None], model)[0]
+    found = np.asarray(nib.load(tmp_path / "out/scan.nii.gz").dataobj)
+    assert len(np.unique(found)) > 1
+    np.testing.assert_array_equal(found, logits.argmax(0).numpy())
+
+
+def test_flips_and_ensembles_are_means_of_logits(tmp_path, preset, file):
+    other = save_checkpoint(tmp_path / "other.pth", preset, seed=1)
+    a, b = load_finetuned(file)[0], load_finetuned(other)[0]
+    x, cpu = torch.rand(2, 1, 32, 32, 32), torch.device("cpu")
+    with torch.no_grad():
+        expected = (a(x) + b(x)) / 2
+        mirrored = (
+            sum(a(x.flip(axes)).flip(axes) for axes in ([], [2], [3], [4], [2, 3], [2, 4], [3, 4], [2, 3, 4])) / 8
+        )
+    torch.testing.assert_close(mean_logits([a, b], cpu, None, False)(x), expected)
+    torch.testing.assert_close(mean_logits([a], cpu, None, True)(x), mirrored)
+    with pytest.raises(InputError, match="differ from those of"):
+        small = save_checkpoint(tmp_path / "small.pth", preset, roi=(48, 48, 48))
+        run([file, small], tmp_path, tmp_path / "out")
+
+
+def test_probabilities_and_protocol(tmp_path, preset, file):
+    write_ct(tmp_path / "in/scan.nii.gz", preset, AFFINES["permuted"])
+    run(file, tmp_path / "in", tmp_path / "out", "--probabilities", "--flips", "--overlap", 0.25)
+    found = nib.load(tmp_path / "out/scan.nii.gz")
+    share = nib.load(tmp_path / "out/scan_probabilities.nii")
+    assert share.shape == (*found.shape, 14)
+    np.testing.assert_allclose(share.affine, found.affine, atol=1e-5)
+    values = share.get_fdata()
+    np.testing.assert_allclose(values.sum(-1), 1, atol=14 / 255)
+    top = np.take_along_axis(values, np.asarray(found.dataobj).astype(int)[..., None], -1)[..., 0]
+    assert (top >= values.max(-1) - 1.01 / 255).all()
+    protocol = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert protocol["flips"] and protocol["overlap"] == 0.25 and protocol["cases"] == ["scan"]
+    assert protocol["checkpoints"][0]["sha256"] == checkpoint.file_sha256(file)
+    assert (tmp_path / "out/overlays/scan.png").stat().st_size > 1000
+    assert not [p for p in (tmp_path / "out").rglob(".*")]  # no temporary file stays
+
+
+def test_regions_become_ids_from_the_outside_in():
+    brain = load_preset("MSD01_BrainTumour")
+    logits = torch.full((3, 1, 1, 5), -1.0)  # channels: core {2,3}, whole {1,2,3}, enhancing {3}
+    logits[1, ..., 1:4] = 1
+    logits[0, ..., 2:4] = 1
+    logits[2, ..., 3:5] = 1
+    assert label_map(logits, brain).flatten().tolist() == [0, 1, 2, 3, 3]
+
+
+def test_bad_volumes_are_named_and_the_others_done(tmp_path, preset, file, capsys):
+    write_ct(tmp_path / "in/good.nii.gz", preset, AFFINES["flipped"])
+    (tmp_path / "in/torn.nii.gz").write_bytes((tmp_path / "in/good.nii.gz").read_bytes()[:2000])
+    with pytest.raises(InputError, match="1 of 2 volumes gave no label map: torn"):
+        run(file, tmp_path / "in", tmp_path / "out")
+    assert "torn.nii.gz" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"good.nii.gz", "overlays", "predictions.json"}
+
+
+def test_bad_input(tmp_path, preset, file):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty"):
+        run(file, tmp_path / "empty", tmp_path / "out")
+    write_ct(tmp_path / "in/scan.nii.gz", preset, AFFINES["flipped"])
+    with pytest.raises(InputError, match="found no volume called plain"):
+        run(file, tmp_path / "in", tmp_path / "out", "--cases", "validation")
+    torch.save({"student": {}}, tmp_path / "pretraining.pth")
+    with pytest.raises(InputError, match="pretraining.pth: not a fine-tuned checkpoint"):
+        run(tmp_path / "pretraining.pth", tmp_path / "in", tmp_path / "out")
+    shutil.copy(tmp_path / "in/scan.nii.gz", tmp_path / "out")  # a file where the folder should be
+    with pytest.raises(InputError, match="volumes gave no label map|cannot be written"):
+        run(file, tmp_path / "in", tmp_path / "out")
