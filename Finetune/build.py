@@ -1,10 +1,12 @@
 """From settings to a network, and from a fine-tuned checkpoint back to it. `Architecture` is all that is needed to
 build one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from monai.networks.nets import DynUNet, SwinUNETR
 from torch import Tensor, nn
 
 from common import checkpoint
@@ -14,228 +16,196 @@ from Finetune.models_convvit3d import STRIDE, ConvViT3D
 from Finetune.models_unetr import UNETR, ConvViT3DUNETR, LinearProbe
 from Finetune.presets import Preset
 
-SIZES = {  # width, blocks, heads
+Triple = tuple[int, int, int]
+Quadruple = tuple[int, int, int, int]
+VIT_SIZES = {  # width, blocks, heads
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
-HYBRID_SIZES = {  # widths and blocks of the four stages, heads
-    "tiny": ((12, 24, 48, 96), (2, 2, 2, 11), 3),
-    "base": ((48, 96, 192, 384), (2, 2, 2, 11), 12),
-}
-HEADS = {width: heads for width, _, heads in SIZES.values()}
-Triple = tuple[int, int, int]
+HYBRID_SIZES = {"tiny": (12, 24, 48, 96), "base": (48, 96, 192, 384)}  # widths of the stages; 32 channels a head
+HYBRID_DEPTHS = (2, 2, 2, 11)
+ENCODERS = ("unetr", "linear", "mim")  # the others have no encoder of ours, and start from scratch
 
 
 @dataclass(kw_only=True)
 class ModelSettings:
     """Settings that choose the network."""
 
-    model: Literal["unetr", "linear", "mim"] = setting(
-        "unetr", "unetr: ViT with UNETR's decoder; linear: one layer on the ViT; mim: hybrid encoder with MiM's decoder"
+    model: Literal["unetr", "mim", "linear", "swinunetr", "dynunet"] = setting(
+        "unetr",
+        "unetr: ViT with UNETR's decoder; mim: hybrid encoder with Swin UNETR's decoder; "
+        "linear: one layer on the frozen ViT; swinunetr, dynunet (nnU-Net-like): MONAI's, from scratch only",
     )
     size: Literal["auto", "tiny", "small", "base", "large", "huge"] = setting(
-        "auto", "size of the encoder (mim: tiny, base); auto: that of the checkpoint, base from scratch"
+        "auto", "size of the encoder (MiM has tiny and base); auto: that of the checkpoint, base from scratch"
     )
-    embed_dim: int | None = setting(None, "width of the encoder instead of the size's own")
-    depth: int | None = setting(None, "blocks of the encoder instead of the size's own")
+    embed_dim: int | None = setting(None, "width of the ViT instead of the size's own")
+    depth: int | None = setting(None, "blocks of the ViT instead of the size's own")
+    embed_dims: Quadruple | None = setting(
+        None, "widths of the hybrid encoder's stages instead of the size's own (mim)"
+    )
+    depths: Quadruple | None = setting(None, "blocks of the hybrid encoder's stages instead of 2 2 2 11 (mim)")
     num_heads: int | None = setting(None, "attention heads instead of the size's own")
     patch_size: Triple | None = setting(None, "voxels of a patch (D H W); none: the checkpoint's, else the preset's")
     roi: Triple | None = setting(None, "voxels of a crop and of the sliding window (D H W); none: the preset's")
     feature_size: int = setting(
-        16, "unetr: width of the decoder at full resolution, 16 MONAI's default, 48 the authors'; mim: its encoder's"
+        16, "width of the decoder at full resolution: 16 MONAI's default, 48 the authors'; swinunetr: a multiple of 12"
     )
-    drop_path: float | None = setting(None, "stochastic depth of the encoder; none: 0, and mim's own 0.2")
-    stride32_norm: Literal["batch", "instance"] = setting(
-        "batch", "mim: norm of its coarsest map; instance: single crops"
-    )
+    drop_path: float | None = setting(None, "stochastic depth of the encoder; none: 0, or 0.2 for mim (the authors')")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a network is, in plain types; stored in every checkpoint."""
+    """What a network is, in plain types; stored in every checkpoint. A ViT has embed_dim and depth, the hybrid
+    embed_dims and depths."""
 
     model: str
     in_chans: int
     out_channels: int
     roi: Triple
     patch_size: Triple
-    embed_dim: int
-    depth: int
-    num_heads: int
     feature_size: int
-    drop_path: float = 0.0
-    embed_dims: tuple[int, ...] = ()  # of the hybrid encoder's four stages
+    num_heads: int = 0
+    embed_dim: int = 0
+    depth: int = 0
+    embed_dims: tuple[int, ...] = ()
     depths: tuple[int, ...] = ()
-    stride32_norm: Literal["batch", "instance"] = "batch"
+    drop_path: float = 0.0
 
     @property
     def grid_size(self) -> Triple:
         return grid_of(self.roi, self.patch_size)
 
 
+# ---------------------------------------------------------------- from settings
+
+
 def resolve(settings: ModelSettings, preset: Preset, init: Path | None) -> Architecture:
     """The architecture that the settings, the preset and the checkpoint `init` mean together. InputError where they
     disagree."""
-    if settings.model == "mim":
-        return resolve_mim(settings, preset, init)
-    known = encoder_of(init) if init else {}
-    if settings.size != "auto" or not known:
-        width, depth, heads = SIZES["base" if settings.size == "auto" else settings.size]
+    roi = tuple(settings.roi or preset.roi)
+    if settings.model in ("unetr", "linear"):
+        encoder, patch = _vit(settings, preset, init)
+    elif settings.model == "mim":
+        encoder, patch = _hybrid(settings, init), (STRIDE,) * 3
     else:
-        width, depth, heads = known["embed_dim"], known["depth"], known["num_heads"]
-    width, depth = settings.embed_dim or width, settings.depth or depth
-    heads = settings.num_heads or heads
-    if not heads or width % heads:
-        raise InputError(f"num_heads: found {heads}, must divide the width {width}")
-    patch = settings.patch_size or known.get("patch_size") or preset.patch_size
-    roi = settings.roi or preset.roi
+        encoder, patch = {}, (1, 1, 1)
+        if init:
+            raise InputError(f"{init}: --model {settings.model} starts from scratch only, it has none of our encoders")
+        if settings.model == "swinunetr" and settings.feature_size % 12:
+            raise InputError(f"feature_size: found {settings.feature_size}, --model swinunetr needs a multiple of 12")
+    if settings.model in ("mim", "swinunetr") and (any(size % 32 for size in roi) or max(roi) < 64):
+        raise InputError(
+            f"roi: found {roi}, --model {settings.model} needs multiples of 32 voxels, one of them 64 or more"
+        )
     try:
         grid_of(roi, patch)
     except ValueError:
         raise InputError(f"roi: found {roi}, the patch size {patch} must divide it") from None
-    wanted = {"embed_dim": width, "depth": depth, "patch_size": tuple(patch)}
-    for name, value in wanted.items():
-        if known and known[name] != value:
-            raise InputError(f"{init}: its encoder has {name} {known[name]}, the settings ask for {value}")
     return Architecture(
         model=settings.model,
         in_chans=preset.channels,
         out_channels=preset.out_channels,
-        roi=tuple(roi),
-        num_heads=heads,
-        feature_size=settings.feature_size,
-        drop_path=settings.drop_path or 0.0,
-        **wanted,
-    )
-
-
-def resolve_mim(settings: ModelSettings, preset: Preset, init: Path | None) -> Architecture:
-    """`resolve` for the hybrid encoder: widths and depths of its four stages are the checkpoint's, else the size's."""
-    for name in ("embed_dim", "depth"):
-        if getattr(settings, name):
-            raise InputError(
-                f"{name}: one number says nothing of MiM's four stages; --size tiny or base, or --init FILE"
-            )
-    if settings.patch_size not in (None, (STRIDE,) * 3):
-        raise InputError(f"patch_size: found {settings.patch_size}, MiM's tokens have {STRIDE} voxels an axis")
-    roi = tuple(settings.roi or preset.roi)
-    if any(n % 32 for n in roi):
-        raise InputError(f"roi: found {roi}, MiM's network needs multiples of 32 voxels")
-    if settings.stride32_norm == "instance" and roi == (32, 32, 32):
-        raise InputError(f"stride32_norm: found instance, the coarsest map of roi {roi} has one voxel; use batch")
-    known = hybrid_of(init) if init else {}
-    size = HYBRID_SIZES.get("base" if settings.size == "auto" else settings.size)
-    if size is None:
-        raise InputError(f"size: found {settings.size}, MiM has {' and '.join(HYBRID_SIZES)}")
-    widths, depths, heads = size
-    if known and settings.size != "auto" and (known["embed_dims"], known["depths"]) != (widths, depths):
-        raise InputError(
-            f"{init}: its encoder has widths {known['embed_dims']} and depths {known['depths']}, "
-            f"--size {settings.size} asks for {widths} and {depths}"
-        )
-    if known:
-        widths, depths, heads = known["embed_dims"], known["depths"], known["num_heads"]
-    heads = settings.num_heads or heads
-    if not heads or widths[-1] % heads:
-        raise InputError(f"num_heads: found {heads}, must divide the width {widths[-1]}")
-    return Architecture(
-        model="mim",
-        in_chans=preset.channels,
-        out_channels=preset.out_channels,
         roi=roi,
-        patch_size=(STRIDE,) * 3,
-        embed_dim=widths[-1],
-        depth=depths[-1],
-        num_heads=heads,
-        feature_size=widths[0],
-        drop_path=0.2 if settings.drop_path is None else settings.drop_path,
-        embed_dims=widths,
-        depths=depths,
-        stride32_norm=settings.stride32_norm,
+        patch_size=tuple(patch),
+        feature_size=settings.feature_size,
+        drop_path=(0.2 if settings.model == "mim" else 0.0) if settings.drop_path is None else settings.drop_path,
+        **encoder,
     )
 
 
-def encoder_of(path: Path) -> dict[str, Any]:
-    """Width, blocks, heads and patch of the ViT in a checkpoint, read off its tensors (heads: off its settings, or its
-    width)."""
-    state, extras = read_weights(path)
+def _vit(settings: ModelSettings, preset: Preset, init: Path | None) -> tuple[dict[str, Any], Triple]:
+    known = read_encoder(init, vit_of, "a ViT") if init else {}
+    if known and settings.size == "auto":
+        width, depth, heads = known["embed_dim"], known["depth"], known["num_heads"]
+    else:
+        width, depth, heads = VIT_SIZES["base" if settings.size == "auto" else settings.size]
+    wanted = {"embed_dim": settings.embed_dim or width, "depth": settings.depth or depth}
+    patch = settings.patch_size or known.get("patch_size") or preset.patch_size
+    _agree(init, known, wanted | {"patch_size": tuple(patch)})
+    return wanted | {"num_heads": _heads(settings.num_heads or heads, wanted["embed_dim"])}, patch
+
+
+def _hybrid(settings: ModelSettings, init: Path | None) -> dict[str, Any]:
+    known = read_encoder(init, hybrid_of, "MiM's hybrid") if init else {}
+    size = "base" if settings.size == "auto" else settings.size
+    if size not in HYBRID_SIZES:
+        raise InputError(f"size: found {size}, --model mim has {', '.join(HYBRID_SIZES)}")
+    given = known if settings.size == "auto" else {}
+    wanted = {
+        "embed_dims": tuple(settings.embed_dims or given.get("embed_dims") or HYBRID_SIZES[size]),
+        "depths": tuple(settings.depths or given.get("depths") or HYBRID_DEPTHS),
+    }
+    _agree(init, known, wanted)
+    width = wanted["embed_dims"][3]
+    heads = settings.num_heads or given.get("num_heads") or max(1, width // 32)
+    return wanted | {"num_heads": _heads(heads, width)}
+
+
+def _heads(heads: int | None, width: int) -> int:
+    if not heads or width % heads:
+        raise InputError(f"num_heads: found {heads}, must divide the width {width}")
+    return heads
+
+
+def _agree(init: Path | None, known: dict[str, Any], asked: dict[str, Any]) -> None:
+    for name, value in asked.items():
+        if known and known[name] != value:
+            raise InputError(f"{init}: its encoder has {name} {known[name]}, the settings ask for {value}")
+
+
+# ---------------------------------------------------------------- from checkpoints
+
+
+def read_encoder(
+    path: Path, describe: Callable[[dict[str, Tensor], dict], dict[str, Any]], kind: str
+) -> dict[str, Any]:
+    """What `describe` reads off the tensors of a checkpoint. InputError when the file cannot be read or holds another
+    encoder."""
     try:
-        patch, table = state["patch_embed.proj.weight"], state["pos_embed"]
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    except (KeyError, ValueError):
-        raise InputError(
-            f"{path}: holds no ViT encoder (patch_embed, pos_embed, blocks); found {shown(state)}"
-        ) from None
-    width = table.shape[-1]
-    args = extras.get("args") or {}
-    heads = args.get("num_heads") or (args.get("architecture") or {}).get("num_heads") or HEADS.get(width)
-    return {"embed_dim": width, "depth": depth, "num_heads": heads, "patch_size": tuple(patch.shape[2:])}
-
-
-def hybrid_of(path: Path) -> dict[str, Any]:
-    """Widths, blocks and heads of the hybrid encoder in a checkpoint, read off its tensors (heads: off its settings, or
-    32 channels each)."""
-    state, extras = read_weights(path)
-    try:
-        widths = tuple(len(state[f"patch_embed{stage}.proj.weight"]) for stage in (1, 2, 3, 4))
-        depths = tuple(
-            1 + max(int(name.split(".")[1]) for name in state if name.startswith(f"blocks{stage}."))
-            for stage in (1, 2, 3, 4)
-        )
-    except (KeyError, ValueError):
-        raise InputError(
-            f"{path}: holds no hybrid encoder (patch_embed1..4, blocks1..4); found {shown(state)}"
-        ) from None
-    args = extras.get("args") or {}
-    _, _, named = HYBRID_SIZES.get(args.get("model"), (None, None, widths[-1] // 32))
-    heads = args.get("num_heads") or (args.get("architecture") or {}).get("num_heads") or named
-    return {"embed_dims": widths, "depths": depths, "num_heads": heads}
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """`read_checkpoint` with an InputError."""
-    try:
-        return read_checkpoint(path)
+        state, extras = read_checkpoint(path)
     except ValueError as error:
         raise InputError(str(error)) from None
+    args = extras.get("args") or {}
+    try:
+        return describe(state, args.get("architecture") or args)
+    except (KeyError, ValueError, IndexError):
+        raise InputError(f"{path}: holds no encoder of {kind}, found {shown(state)}") from None
+
+
+def vit_of(state: dict[str, Tensor], args: dict) -> dict[str, Any]:
+    """Width, blocks and patch of a ViT from its tensors; heads from its settings, or 64 channels a head as in all
+    sizes but huge."""
+    width = state["pos_embed"].shape[-1]
+    known = {embed_dim: heads for embed_dim, _, heads in VIT_SIZES.values()}
+    return {
+        "embed_dim": width,
+        "depth": _count(state, "blocks"),
+        "num_heads": args.get("num_heads") or known.get(width),
+        "patch_size": tuple(state["patch_embed.proj.weight"].shape[2:]),
+    }
+
+
+def hybrid_of(state: dict[str, Tensor], args: dict) -> dict[str, Any]:
+    """Widths and blocks of the hybrid encoder's stages from its tensors; heads from its settings."""
+    return {
+        "embed_dims": tuple(state[f"patch_embed{stage}.proj.weight"].shape[0] for stage in (1, 2, 3, 4)),
+        "depths": tuple(_count(state, f"blocks{stage}") for stage in (1, 2, 3, 4)),
+        "num_heads": args.get("num_heads"),
+    }
+
+
+def _count(state: dict[str, Tensor], blocks: str) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith(f"{blocks}."))
 
 
 def shown(state: dict) -> str:
+    """A few names of a state dict, for messages."""
     names = sorted(state)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def build_model(architecture: Architecture) -> nn.Module:
-    """The network with random weights: (B, in_chans, *roi) -> logits (B, out_channels, *roi)."""
-    a = architecture
-    if a.model == "mim":
-        hybrid = ConvViT3D(
-            img_size=a.roi,
-            in_chans=a.in_chans,
-            embed_dims=a.embed_dims,
-            depths=a.depths,
-            num_heads=a.num_heads,
-            pyramid=True,
-            drop_path_rate=a.drop_path,
-            stride32_norm=a.stride32_norm,
-        )
-        return ConvViT3DUNETR(hybrid, a.out_channels)
-    backbone = VisionTransformer3D(
-        img_size=a.roi,
-        patch_size=a.patch_size,
-        in_chans=a.in_chans,
-        embed_dim=a.embed_dim,
-        depth=a.depth,
-        num_heads=a.num_heads,
-        class_token=False,
-        drop_path_rate=a.drop_path,
-    )
-    if a.model == "linear":
-        return LinearProbe(backbone, a.out_channels)
-    return UNETR(backbone, a.in_chans, a.out_channels, a.feature_size)
 
 
 def load_encoder(model: nn.Module, path: Path) -> None:
@@ -267,3 +237,62 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str | Path) ->
         model.load_state_dict(state)
     except RuntimeError as error:
         raise InputError(f"{where}: does not fit the model: {' '.join(str(error).split())[:300]}") from None
+
+
+# ---------------------------------------------------------------- networks
+
+
+def build_model(a: Architecture) -> nn.Module:
+    """The network with random weights: (B, in_chans, *roi) -> logits (B, out_channels, *roi)."""
+    if a.model == "swinunetr":
+        return SwinUNETR(in_channels=a.in_chans, out_channels=a.out_channels, feature_size=a.feature_size)
+    if a.model == "dynunet":
+        return dynunet(a)
+    if a.model == "mim":
+        backbone = ConvViT3D(
+            a.roi, a.in_chans, a.embed_dims, a.depths, a.num_heads, pyramid=True, drop_path_rate=a.drop_path
+        )
+        return ConvViT3DUNETR(backbone, a.out_channels)
+    backbone = VisionTransformer3D(
+        img_size=a.roi,
+        patch_size=a.patch_size,
+        in_chans=a.in_chans,
+        embed_dim=a.embed_dim,
+        depth=a.depth,
+        num_heads=a.num_heads,
+        class_token=False,  # as the authors fine-tune
+        drop_path_rate=a.drop_path,
+    )
+    if a.model == "linear":
+        return LinearProbe(backbone, a.out_channels)
+    return UNETR(backbone, a.in_chans, a.out_channels, a.feature_size)
+
+
+def dynunet(a: Architecture) -> DynUNet:
+    """nnU-Net's plain U-Net by its own rules of thumb: an axis is halved while it keeps 4 voxels, at most 5 times,
+    widths double from 2 x feature_size (32) up to 320. Without deep supervision, which is a matter of the loss (so it
+    is nnU-Net-like, not nnU-Net)."""
+    strides, size = [(1, 1, 1)], list(a.roi)
+    while len(strides) < 6 and max(size) >= 8:
+        strides.append(tuple(2 if s >= 8 and s % 2 == 0 else 1 for s in size))
+        size = [s // stride for s, stride in zip(size, strides[-1])]
+        if max(strides[-1]) == 1:
+            strides.pop()
+            break
+    return DynUNet(
+        spatial_dims=3,
+        in_channels=a.in_chans,
+        out_channels=a.out_channels,
+        kernel_size=[3] * len(strides),
+        strides=strides,
+        upsample_kernel_size=strides[1:],
+        filters=[min(320, 2 * a.feature_size * 2**level) for level in range(len(strides))],
+    )
+
+
+def freeze_encoder(model: nn.Module) -> None:
+    """No gradient for what pretraining hands on. The hybrid's pyramid has parts of its own, which stay trainable."""
+    names = set(getattr(model.backbone, "_shared_names", None) or dict(model.backbone.named_parameters()))
+    for name, parameter in model.backbone.named_parameters():
+        if name in names:
+            parameter.requires_grad_(False)

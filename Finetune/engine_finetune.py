@@ -12,7 +12,7 @@ from common.config import InputError
 from common.distributed import Run
 from common.engine import autocast_dtype, build_optimizer
 from common.logging import progress
-from Finetune.build import load_state
+from Finetune.build import freeze_encoder, load_state
 from Finetune.losses import DiceCE, RegionDice
 from Finetune.metrics import dice_of
 from Finetune.presets import Preset
@@ -28,7 +28,7 @@ class Segmentation(nn.Module):
         self.criterion = RegionDice(preset.regions) if preset.regions else DiceCE()
         self.frozen = freeze
         if freeze:
-            model.backbone.requires_grad_(False)
+            freeze_encoder(model)
 
     def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """`image` (B, crops, C, d, h, w), `label` (B, crops, 1, d, h, w)."""

@@ -20,7 +20,7 @@ from common.distributed import Run
 from common.engine import LoopSettings, fit, plan_updates
 from common.logging import RunLog, say
 from common.schedules import warmup_cosine
-from Finetune.build import Architecture, ModelSettings, build_model, load_encoder, resolve
+from Finetune.build import ENCODERS, Architecture, ModelSettings, build_model, load_encoder, resolve
 from Finetune.cases import check_classes, few_labels, find_cases, split, with_mapped_labels
 from Finetune.data import CropDataset
 from Finetune.engine_finetune import Segmentation, make_optimizer, validate
@@ -75,6 +75,12 @@ def main(argv: list[str] | None = None) -> Path:
     if preset.task != "segmentation":
         raise InputError(f"preset {preset.name}: its task is {preset.task}, this program fine-tunes for segmentation")
     init = initial_checkpoint(config)
+    if config.model not in ENCODERS:
+        for name in ("freeze", "layer_decay", "grad_checkpointing"):
+            if getattr(config, name):
+                raise InputError(
+                    f"--{name}: --model {config.model} has none of our encoders, allowed: {', '.join(ENCODERS)}"
+                )
     architecture = resolve(config, preset, init)
     run = distributed.setup(config.device)
     try:
@@ -92,6 +98,8 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         load_encoder(model, init)
     if config.grad_checkpointing:
         model.backbone.set_grad_checkpointing()
+    if run.world_size > 1 and run.device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # MiM's stride-32 map, as the authors'
     method = Segmentation(model, preset, freeze=config.freeze or config.model == "linear")
     plan = plan_updates(config, len(training), run.world_size)
     peak = config.lr if config.lr is not None else config.blr * plan.batch * config.crops / CROPS_AT_BLR

@@ -12,8 +12,10 @@ from common.config import InputError
 from Finetune.build import load_finetuned
 from Finetune.main_finetune import main
 from Finetune.models_3dvit import VisionTransformer3D
+from Finetune.models_convvit3d import ConvViT3D
 from Finetune.presets import available, load_preset
 from tests.Finetune.made import make_dataset
+from tests.helpers import run_module
 
 SMALL = [
     "--embed_dim",
@@ -148,6 +150,50 @@ def test_linear_probe_trains_its_head_alone(tmp_path, spleen):
     assert model.head.weight.std() > 0
 
 
+def test_mims_network_from_its_pretrained_encoder(tmp_path, spleen):
+    torch.manual_seed(2)
+    encoder = ConvViT3D(img_size=32, embed_dims=(4, 8, 16, 24), depths=(1, 1, 1, 2), num_heads=3)
+    file = tmp_path / "mim.pth"
+    torch.save({"model": encoder.state_dict(), "args": {"num_heads": 3, "grid_size": [2, 2, 2]}}, file)
+    flags = ["--preset", "MSD09_Spleen", "--data", spleen, "--cache_dir", tmp_path / "cache", "--model", "mim", *QUICK]
+    flags += ["--roi", 64, 32, 32, "--batch_size", 2, "--micro_batch_size", 2]
+    path = main([*map(str, flags), "--init", str(file), "--freeze", "--lr", "0.01", "--out_dir", str(tmp_path / "m")])
+    model, architecture, *_ = load_finetuned(path)
+    assert architecture.embed_dims == (4, 8, 16, 24) and architecture.depths == (1, 1, 1, 2)
+    state = model.backbone.state_dict()
+    assert torch.equal(state["blocks4.1.attn.qkv.weight"], encoder.state_dict()["blocks4.1.attn.qkv.weight"])
+    assert not torch.equal(state["blocks4.0.gamma_1"], torch.ones(24))  # not from pretraining, so trained
+    with pytest.raises(InputError, match="mim.pth: holds no encoder of a ViT"):
+        run(tmp_path, "MSD09_Spleen", spleen, "--init", file)
+    with pytest.raises(InputError, match=r"roi: found \(48, 48, 48\), --model mim needs multiples of 32"):
+        main([*map(str, flags), "--out_dir", str(tmp_path / "n"), "--roi", "48"])
+
+
+@pytest.mark.parametrize(
+    "name, roi", [pytest.param("swinunetr", (64, 32, 32), marks=pytest.mark.slow), ("dynunet", (32, 32, 16))]
+)
+def test_anchors_from_scratch(tmp_path, spleen, name, roi):
+    flags = ("--model", name, "--feature_size", 12, "--roi", *roi)
+    model, architecture, *_ = load_finetuned(run(tmp_path, "MSD09_Spleen", spleen, *flags))
+    assert model(torch.zeros(1, 1, *roi)).shape == (1, 2, *roi)
+    vit_file(tmp_path / "vit.pth")
+    for extra in (("--init", tmp_path / "vit.pth"), ("--freeze",)):
+        with pytest.raises(InputError, match="from scratch only|has none of our encoders"):
+            run(tmp_path, "MSD09_Spleen", spleen, *flags, *extra)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_run_as_one(tmp_path, spleen):
+    flags = ["--preset", "MSD09_Spleen", "--data", spleen, "--cache_dir", tmp_path / "cache", *SMALL, *QUICK]
+    flags += ["--epochs", 3, "--batch_size", 2, "--validate_every", 3, "--lr", 0.01, "--micro_batch_size", 1]
+    for processes in (1, 2):
+        run_module("Finetune.main_finetune", *flags, "--out_dir", tmp_path / str(processes), nproc=processes)
+    one, two = ([json.loads(line) for line in open(tmp_path / n / "log.jsonl")] for n in ("1", "2"))
+    for a, b in zip(one, two):
+        assert a["dice"] == pytest.approx(b["dice"], abs=1e-4) and a["ce"] == pytest.approx(b["ce"], abs=1e-4)
+    assert one[-1]["val/dice"] == pytest.approx(two[-1]["val/dice"], abs=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in available() if load_preset(n).task == "segmentation"])
 def test_every_preset_runs_on_its_published_layout(tmp_path, name):
@@ -184,7 +230,7 @@ def test_a_checkpoint_of_another_architecture(tmp_path, spleen):
     with pytest.raises(InputError, match="wide.pth: its encoder has embed_dim 48, the settings ask for 24"):
         run(tmp_path, "MSD09_Spleen", spleen, "--init", tmp_path / "wide.pth")
     torch.save({"model": {"stages.0.weight": torch.zeros(3)}}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="other.pth: holds no ViT encoder"):
+    with pytest.raises(InputError, match="other.pth: holds no encoder of a ViT"):
         run(tmp_path, "MSD09_Spleen", spleen, "--init", tmp_path / "other.pth")
 
 
