@@ -1,0 +1,366 @@
+"""A grid of fine-tuning runs: {initialisations} x {label counts} x {seeds}, one table, one curve.
+
+    python -m Finetune.compare --preset BTCV --data DIR --inits scratch,glmae.pth,mae.pth --label_counts 3,6,12,24
+    --seeds 0,1,2 --out DIR
+
+Every cell is trained, predicted and scored in a folder of its own by the ordinary programs, one after another. Start
+the command again at any point: what is done is skipped, what was interrupted goes on from its last checkpoint. A cell
+that fails is reported and the rest goes on. On a SLURM cluster, --slurm writes an array script with one task per cell;
+the same command without it collects the results.
+
+A scratch cell is the twin of the first checkpoint: its architecture, its schedule, its seed, its labels, random
+weights.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint import file_sha256
+from common.config import InputError, load_yaml, parse, run_program, setting, to_dict
+from common.logging import say
+from Finetune.cases import few_labels, find_cases, split
+from Finetune.files import save_bytes
+from Finetune.metrics import bootstrap_interval, case_means, mean
+from Finetune.presets import Preset, load_preset
+from Finetune.scorecard import CSV, JSON, read_scores
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = (
+    "preset",
+    "data",
+    "init",
+    "checkpoint",
+    "scratch_twin",
+    "label_count",
+    "label_fraction",
+    "label_seed",
+    "seed",
+    "fold",
+)
+
+
+@dataclass(kw_only=True)
+class CompareSettings:
+    """Settings of a comparison."""
+
+    preset: str = setting(help="data set: a name of Finetune/datasets/, or the path of a YAML of one's own")
+    data: Path = setting(help="its folder in the published layout, or a Decathlon JSON")
+    out: Path = setting(help="folder for cells/, compare.json, compare.txt, compare.png")
+    inits: str = setting("scratch", "initialisations, separated by commas: scratch, or checkpoints")
+    label_counts: str = setting("all", "numbers of training cases, separated by commas; all is every one")
+    seeds: str = setting("0", "seeds, separated by commas; a seed also draws which cases are taken")
+    fold: int = setting(0, "this fold is scored")
+    settings: Path | None = setting(
+        None, "YAML of Finetune.main_finetune's settings (epochs, model, ...), the same for every cell"
+    )
+    cache_dir: Path = setting(Path("cache"), "where preprocessed volumes are kept")
+    slurm: bool = setting(False, "write OUT/array.sbatch instead of running")
+    slurm_options: str = setting("--gpus=1 --cpus-per-task=8 --time=24:00:00", "options of the array's tasks")
+    only: int | None = setting(None, "run this cell alone (its number), as a task of the array does")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    init: str
+    count: int
+    seed: int
+    flags: tuple[str, ...]
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        return f"{Path(self.init).name if self.init != 'scratch' else 'scratch'}, {self.count} labels, seed {self.seed}"
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "scores" / JSON).is_file() and (self.folder / "scores" / CSV).is_file()
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(CompareSettings, argv, description=__doc__)
+    preset = load_preset(config.preset)
+    cells = plan(config, preset)
+    if config.slurm:
+        write_array(config, len(cells), sys.argv[1:] if argv is None else argv)
+        return
+    if config.only is not None and not 0 <= config.only < len(cells):
+        raise InputError(f"only: found {config.only}, there are the cells 0..{len(cells) - 1}")
+    chosen = cells if config.only is None else [cells[config.only]]
+    failures = {}
+    for number, cell in enumerate(chosen, start=1):
+        if cell.done:
+            say(f"cell {number}/{len(chosen)}: {cell.title}: done before")
+            continue
+        say(f"cell {number}/{len(chosen)}: {cell.title} -> {cell.folder}")
+        reason = run_cell(config, preset, cell)
+        if reason:
+            failures[cell.title] = reason
+            say(f"cell {number}/{len(chosen)}: FAILED: {reason}")
+    if config.only is None:
+        table = collect(config, cells, failures)
+        say(table)
+    if failures:
+        raise InputError(f"{len(failures)} of {len(chosen)} cells failed; the log of each is in its folder")
+
+
+# ---------------------------------------------------------------- the grid
+
+
+def plan(config: CompareSettings, preset: Preset) -> list[Cell]:
+    """The cells in order. InputError for what can be seen to be wrong before the first run."""
+    inits = _items(config.inits, "inits")
+    for init in inits:
+        if init != "scratch" and not Path(init).is_file():
+            raise InputError(f"inits: found '{init}', needs scratch or an existing checkpoint")
+    names = [_name(init) for init in inits]
+    if len(set(names)) < len(names):
+        raise InputError(f"inits: found {config.inits}, each initialisation once")
+    common = load_yaml(config.settings) or {} if config.settings else {}
+    taken = sorted(set(common) & {*OURS, "out_dir", "cache_dir"})
+    if taken:
+        raise InputError(f"{config.settings}: found '{taken[0]}', which the grid sets itself")
+    training, _ = split(find_cases(preset, config.data), preset, config.fold)
+    first = next((init for init in inits if init != "scratch"), None)
+    cells = []
+    for init in inits:
+        for text in _items(config.label_counts, "label_counts"):
+            count = len(training) if text == "all" else _number(text, "label_counts")
+            few_labels(training, preset, count)
+            for seed in (_number(text, "seeds") for text in _items(config.seeds, "seeds")):
+                start = ["--init", init] if init != "scratch" or not first else ["--init", first, "--scratch_twin"]
+                flags = [*start, "--label_count", str(count), "--label_seed", str(seed), "--seed", str(seed)]
+                what = [to_dict(preset), common, config.fold, _hash_of(init, first), count, seed]
+                key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+                folder = config.out / "cells" / f"{_name(init)}-{count}-seed{seed}-{key}"
+                cells.append(Cell(init, count, seed, tuple(flags), folder))
+    return cells
+
+
+def _hash_of(init: str, first: str | None) -> list[str | None]:
+    """What a cell starts from: content, not path. A scratch cell depends on the checkpoint whose twin it is."""
+    return ["scratch", file_sha256(first) if first else None] if init == "scratch" else [file_sha256(init)]
+
+
+def _name(init: str) -> str:
+    """Short and fit for a folder: run/checkpoint-last.pth -> run-checkpoint-last."""
+    path = Path(init)
+    return init if init == "scratch" else f"{path.resolve().parent.name}-{path.stem}"
+
+
+def _items(text: str, name: str) -> list[str]:
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    if not items:
+        raise InputError(f"{name}: found '{text}', needs at least one value")
+    return items
+
+
+def _number(text: str, name: str) -> int:
+    if not text.isdigit():
+        raise InputError(f"{name}: found '{text}', needs whole numbers separated by commas")
+    return int(text)
+
+
+# ---------------------------------------------------------------- one cell
+
+
+def run_cell(config: CompareSettings, preset: Preset, cell: Cell) -> str | None:
+    """Train, predict, score in `cell.folder`; None when done, else the reason in one line. The output goes to log.txt
+    there."""
+    _, validation = split(find_cases(preset, config.data), preset, config.fold)
+    images = "".join(f"{case.image.resolve()}\n" for case in validation)
+    save_bytes(cell.folder / "images.txt", images.encode())
+    labels = validation[0].label.parent if preset.layout.datalist or config.data.is_file() else config.data
+    run, predictions = cell.folder / "run", cell.folder / "predictions"
+    train = ["Finetune.main_finetune", *(["--config", str(config.settings.resolve())] if config.settings else [])]
+    train += ["--preset", _preset(config), "--data", str(config.data.resolve()), "--fold", str(config.fold)]
+    train += ["--cache_dir", str(config.cache_dir.resolve()), "--out_dir", str(run.resolve()), *_absolute(cell.flags)]
+    checkpoint = run.resolve() / "checkpoint-last.pth"
+    predict = [
+        "Finetune.predict",
+        "--checkpoint",
+        str(checkpoint),
+        "--images",
+        str((cell.folder / "images.txt").resolve()),
+    ]
+    predict += ["--out", str(predictions.resolve()), "--no-overlays"]
+    score = ["Finetune.evaluate", "--predictions", str(predictions.resolve()), "--labels", str(labels.resolve())]
+    score += ["--preset", _preset(config), "--out", str((cell.folder / "scores").resolve()), "--worst", "1"]
+    for command in (train, predict, score):
+        with open(cell.folder / "log.txt", "a") as log:
+            done = subprocess.run(
+                [sys.executable, "-m", *command],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+            )
+        if done.returncode:
+            return f"{command[0]} ended with code {done.returncode}: {_last_line(cell.folder / 'log.txt')}"
+    return None
+
+
+def _preset(config: CompareSettings) -> str:
+    return str(Path(config.preset).resolve()) if Path(config.preset).is_file() else config.preset
+
+
+def _absolute(flags: Sequence[str]) -> list[str]:
+    """Flags with the checkpoint's path made absolute: a cell runs from the project's root."""
+    return [
+        str(Path(f).resolve()) if previous == "--init" and f != "scratch" else f
+        for previous, f in zip(["", *flags], flags)
+    ]
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").replace("\r", "\n").split("\n")
+    wanted = [line for line in lines if line.startswith("error:") or "Error" in line]
+    return (wanted or [line for line in lines if line.strip()] or ["no output"])[-1].strip()[:300]
+
+
+def write_array(config: CompareSettings, count: int, argv: Sequence[str]) -> None:
+    """OUT/array.sbatch: one task per cell."""
+    arguments = [word for word in argv if word not in ("--slurm", "--no-slurm")]
+    quoted = " ".join("'" + word.replace("'", "'\\''") + "'" for word in arguments)
+    options = "\n".join(f"#SBATCH {option}" for option in config.slurm_options.split())
+    out = config.out.resolve()
+    script = f"""#!/usr/bin/env bash
+#SBATCH --job-name=compare
+#SBATCH --array=0-{count - 1}
+#SBATCH --output={out}/array-%a.txt
+{options}
+# One cell of the grid per task. Submit again to go on after an interruption; the same command without --slurm collects.
+set -euo pipefail
+cd '{Path.cwd()}'
+export PYTHONPATH='{ROOT}'
+'{sys.executable}' -m Finetune.compare {quoted} --only "$SLURM_ARRAY_TASK_ID"
+"""
+    save_bytes(config.out / "array.sbatch", script.encode())
+    say(f"{count} cells: sbatch {config.out / 'array.sbatch'}")
+
+
+# ---------------------------------------------------------------- the table
+
+
+def collect(config: CompareSettings, cells: Sequence[Cell], failures: dict[str, str]) -> str:
+    """compare.json, compare.txt and compare.png from the cells that are done; returns the table."""
+    rows = []
+    for init, count in dict.fromkeys((cell.init, cell.count) for cell in cells):
+        group = [cell for cell in cells if (cell.init, cell.count) == (init, count)]
+        done = {cell.seed: case_means(read_scores(cell.folder / "scores")[0], "dice") for cell in group if cell.done}
+        rows.append(summary(init, count, len(group), done))
+    by_key = {(row["init"], row["count"]): row for row in rows}
+    for row in rows:
+        row["minus_scratch"] = versus(row, by_key.get(("scratch", row["count"]))) if row["init"] != "scratch" else None
+    for row in rows:
+        del row["cases"]
+    result = {"preset": config.preset, "fold": config.fold, "rows": rows, "failed": failures}
+    table = as_table(result)
+    save_bytes(config.out / "compare.json", json.dumps(result, indent=2).encode())
+    save_bytes(config.out / "compare.txt", table.encode())
+    draw(config.out / "compare.png", rows)
+    return table
+
+
+def summary(init: str, count: int, wanted: int, done: dict[int, dict[str, float | None]]) -> dict[str, Any]:
+    """One initialisation with one number of labels: mean Dice over cases and seeds, its interval by bootstrap over
+    cases (each the mean over seeds), and the mean of each seed. `done`: seed -> case -> mean Dice."""
+    names = sorted({case for cases in done.values() for case in cases})
+    cases = {name: mean(scores.get(name) for scores in done.values()) for name in names}
+    values = [value for value in cases.values() if value is not None]
+    return {
+        "init": init,
+        "count": count,
+        "seeds": {str(seed): mean(scores.values()) for seed, scores in done.items()},
+        "missing": wanted - len(done),
+        "dice": mean(values),
+        "ci95": bootstrap_interval(values),
+        "cases": {str(seed): scores for seed, scores in done.items()},
+    }
+
+
+def versus(row: dict[str, Any], scratch: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Paired by case and seed: the mean difference to scratch over cases, and its interval. None without a seed in
+    common."""
+    seeds = sorted(row["cases"].keys() & scratch["cases"].keys()) if scratch else []
+    if not seeds:
+        return None
+    deltas = []
+    for name in row["cases"][seeds[0]]:
+        pairs = [(row["cases"][seed].get(name), scratch["cases"][seed].get(name)) for seed in seeds]
+        deltas.append(mean(a - b for a, b in pairs if a is not None and b is not None))
+    deltas = [delta for delta in deltas if delta is not None]
+    return {"difference": mean(deltas), "ci95": bootstrap_interval(deltas), "seeds": len(seeds)}
+
+
+def as_table(result: dict[str, Any]) -> str:
+    width = max(len("initialisation"), *(len(_name(row["init"])) for row in result["rows"]))
+    lines = [
+        f"{result['preset']}, fold {result['fold']}: mean Dice over cases (95 % interval by bootstrap over cases)",
+        "",
+    ]
+    lines.append(
+        f"{'initialisation':{width}}  labels    Dice  interval          seeds (min..max)          minus scratch"
+    )
+    for row in result["rows"]:
+        seeds = [value for value in row["seeds"].values() if value is not None]
+        spread = f"{len(seeds)} ({min(seeds):.4f}..{max(seeds):.4f})" if seeds else "none done"
+        dice = f"{row['dice']:.4f}" if row["dice"] is not None else "     -"
+        delta = row["minus_scratch"]
+        gain = f"{delta['difference']:+.4f} {_interval(delta['ci95'])}" if delta else ""
+        name = _name(row["init"])
+        lines.append(
+            f"{name:{width}}  {row['count']:6}  {dice}  {_interval(row['ci95']):16}  {spread:24}  {gain}".rstrip()
+        )
+        if row["missing"]:
+            lines.append(f"{'':{width}}  {row['missing']} of {row['missing'] + len(seeds)} cells are missing")
+    lines += [f"FAILED: {title}: {reason}" for title, reason in result["failed"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _interval(interval: list[float] | None) -> str:
+    return f"{interval[0]:.4f}..{interval[1]:.4f}" if interval else "(one case)"
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Mean Dice against the number of labels, one curve per initialisation, with intervals and the single seeds."""
+    import io
+
+    import matplotlib  # slow to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for init in dict.fromkeys(row["init"] for row in rows):
+        mine = sorted((r for r in rows if r["init"] == init and r["dice"] is not None), key=lambda r: r["count"])
+        if not mine:
+            continue
+        x, y = [r["count"] for r in mine], [r["dice"] for r in mine]
+        (line,) = axes.plot(x, y, "o-", label=_name(init))
+        bounds = [(r["ci95"] or [r["dice"]] * 2) for r in mine]
+        axes.fill_between(x, [b[0] for b in bounds], [b[1] for b in bounds], alpha=0.2, color=line.get_color())
+        for r in mine:
+            axes.plot(
+                [r["count"]] * len(r["seeds"]), list(r["seeds"].values()), ".", markersize=4, color=line.get_color()
+            )
+    axes.set_xlabel("training cases with labels")
+    axes.set_ylabel("mean Dice")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    pyplot.close(figure)
+    save_bytes(path, buffer.getvalue())
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,163 @@
+"""The grid of runs: complete, restartable, honest about what failed."""
+
+import importlib
+import json
+import subprocess
+import types
+
+import pytest
+import torch
+import yaml
+
+from common.config import InputError
+from Finetune import compare
+from Finetune.models_3dvit import VisionTransformer3D
+from Finetune.presets import load_preset
+from tests.Finetune.made import make_dataset
+
+SETTINGS = {
+    "epochs": 1,
+    "batch_size": 1,
+    "crops": 1,
+    "workers": 0,
+    "warmup_epochs": 0,
+    "validate_every": 0,
+    "feature_size": 4,
+    "num_heads": 2,
+    "roi": [32, 32, 32],
+    "lr": 0.01,
+}
+
+
+@pytest.fixture
+def grid(tmp_path, monkeypatch):
+    """A grid of 2 initialisations x 2 label counts on made-up data; programs run in this process, and are counted."""
+    data = make_dataset(load_preset("MSD09_Spleen"), tmp_path / "data")
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
+    torch.manual_seed(0)
+    vit = VisionTransformer3D(img_size=32, patch_size=16, embed_dim=24, depth=4, num_heads=2)
+    torch.save({"model": vit.state_dict(), "args": {"num_heads": 2}}, tmp_path / "mae.pth")
+    calls = []
+
+    def run(command, **kwargs):
+        module, argv = command[2], command[3:]
+        calls.append((module, argv))
+        try:
+            importlib.import_module(module).main(argv)
+        except InputError as error:
+            print(f"error: {error}", file=kwargs["stdout"])
+            return types.SimpleNamespace(returncode=2)
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(compare, "subprocess", types.SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    flags = [
+        "--preset",
+        "MSD09_Spleen",
+        "--data",
+        data,
+        "--settings",
+        tmp_path / "settings.yaml",
+        "--out",
+        tmp_path / "out",
+    ]
+    flags += ["--cache_dir", tmp_path / "cache", "--inits", f"scratch,{tmp_path / 'mae.pth'}", "--label_counts", "1,2"]
+    return types.SimpleNamespace(flags=list(map(str, flags)), calls=calls, path=tmp_path)
+
+
+def read(grid):
+    return json.loads((grid.path / "out/compare.json").read_text())
+
+
+def test_a_grid_is_run_once_and_tabled(grid, capsys):
+    compare.main(grid.flags)
+    rows = read(grid)["rows"]
+    assert [(row["init"] == "scratch", row["count"]) for row in rows] == [(True, 1), (True, 2), (False, 1), (False, 2)]
+    assert all(0 <= row["dice"] <= 1 and row["missing"] == 0 for row in rows)
+    assert rows[2]["minus_scratch"]["difference"] == pytest.approx(rows[2]["dice"] - rows[0]["dice"])
+    assert len(grid.calls) == 4 * 3
+    text = capsys.readouterr().out
+    assert "minus scratch" in text and (grid.path / "out/compare.png").stat().st_size > 5000
+    used = [torch.load(p, weights_only=True)["args"] for p in grid.path.glob("out/cells/*/run/checkpoint-last.pth")]
+    scratch = [args for args in used if args["init"] == "scratch"]
+    assert len(scratch) == 2 and scratch[0]["architecture"]["embed_dim"] == 24  # the checkpoint's, not the default's
+    by_count = {len(args["training_cases"]): args["training_cases"] for args in used}
+    assert set(by_count[1]) < set(by_count[2])
+    compare.main(grid.flags)
+    assert len(grid.calls) == 4 * 3  # nothing again
+
+
+@pytest.mark.slow
+def test_an_interrupted_grid_goes_on(grid, monkeypatch):
+    run = compare.subprocess.run
+
+    def interrupted(command, **kwargs):
+        if len(grid.calls) == 4:
+            raise KeyboardInterrupt
+        return run(command, **kwargs)
+
+    monkeypatch.setattr(compare.subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(grid.flags)
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    compare.main(grid.flags)
+    assert len(grid.calls) == 4 + 3 * 3  # one cell was done, the second began again and resumed its finished training
+    assert all(row["missing"] == 0 for row in read(grid)["rows"])
+
+
+@pytest.mark.slow
+def test_a_failed_cell_is_reported_and_the_rest_goes_on(grid, capsys):
+    torch.save({"model": {"w": torch.zeros(2)}}, grid.path / "mae.pth")
+    flags = [*grid.flags, "--label_counts", "2"]
+    with pytest.raises(InputError, match="2 of 2 cells failed"):  # the scratch cell is the twin of a file that is none
+        compare.main(flags)
+    assert "holds no encoder of a ViT" in read(grid)["failed"]["mae.pth, 2 labels, seed 0"]
+    vit = VisionTransformer3D(img_size=32, patch_size=16, embed_dim=24, depth=4, num_heads=2)
+    torch.save({"model": vit.state_dict(), "args": {"num_heads": 2}}, grid.path / "mae.pth")
+    torch.save({"model": {"w": torch.zeros(2)}}, grid.path / "bad.pth")
+    flags[flags.index("--inits") + 1] += f",{grid.path / 'bad.pth'}"
+    with pytest.raises(InputError, match="1 of 3 cells failed"):
+        compare.main(flags)
+    result = read(grid)
+    assert [row["missing"] for row in result["rows"]] == [0, 0, 1]
+    assert "FAILED: bad.pth" in capsys.readouterr().out
+
+
+def test_a_slurm_array_has_one_task_per_cell(grid):
+    compare.main([*grid.flags, "--slurm"])
+    script = grid.path / "out/array.sbatch"
+    assert "--array=0-3" in script.read_text() and "--slurm'" not in script.read_text()
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    compare.main([*grid.flags, "--only", "1"])
+    assert len(grid.calls) == 3 and not (grid.path / "out/compare.json").exists()
+
+
+def test_settings_change_the_cell_and_bad_ones_are_refused(grid):
+    parse = compare.parse
+    before = compare.plan(parse(compare.CompareSettings, grid.flags), load_preset("MSD09_Spleen"))
+    (grid.path / "settings.yaml").write_text(yaml.safe_dump(SETTINGS | {"epochs": 2}))
+    after = compare.plan(parse(compare.CompareSettings, grid.flags), load_preset("MSD09_Spleen"))
+    assert not {cell.folder for cell in before} & {cell.folder for cell in after}
+    for extra, words in (
+        (["--inits", "nowhere.pth"], "inits: found 'nowhere.pth'"),
+        (["--label_counts", "3"], "label_count: found 3, there are 2"),
+        (["--label_counts", "few"], "label_counts: found 'few'"),
+        (["--seeds", ""], "seeds: found ''"),
+        (["--only", "4"], "only: found 4"),
+    ):
+        with pytest.raises(InputError, match=words):
+            compare.main([*grid.flags, *extra])
+    (grid.path / "settings.yaml").write_text("seed: 3")
+    with pytest.raises(InputError, match="found 'seed', which the grid sets itself"):
+        compare.main(grid.flags)
+
+
+def test_differences_are_paired_by_case_and_seed():
+    hard = {f"c{i}": 0.3 + 0.03 * i for i in range(20)}
+    scratch = compare.summary("scratch", 4, 2, {0: hard, 1: {c: v + 0.1 for c, v in hard.items()}})
+    better = compare.summary(
+        "x", 4, 3, {0: {c: v + 0.02 for c, v in hard.items()}, 1: {c: v + 0.12 for c, v in hard.items()}}
+    )
+    delta = compare.versus(better, scratch)
+    assert delta["difference"] == pytest.approx(0.02) and delta["ci95"] == pytest.approx([0.02, 0.02])
+    assert better["missing"] == 1 and scratch["missing"] == 0
+    assert scratch["ci95"][1] - scratch["ci95"][0] > 0.1
