@@ -134,6 +134,12 @@ def _hybrid(settings: ModelSettings, init: Path | None) -> dict[str, Any]:
     size = "base" if settings.size == "auto" else settings.size
     if size not in HYBRID_SIZES:
         raise InputError(f"size: found {size}, --model mim has {', '.join(HYBRID_SIZES)}")
+    for name, allowed in (("embed_dim", None), ("depth", None), ("patch_size", (STRIDE,) * 3)):
+        if getattr(settings, name) not in (None, allowed):
+            raise InputError(
+                f"{name}: found {getattr(settings, name)}, --model mim has patches of {STRIDE} and takes "
+                "--embed_dims and --depths, one for each stage"
+            )
     given = known if settings.size == "auto" else {}
     wanted = {
         "embed_dims": tuple(settings.embed_dims or given.get("embed_dims") or HYBRID_SIZES[size]),

@@ -195,6 +195,8 @@ def build_mim(settings: PretrainSettings, plan: Plan) -> Task:
     names = ("in_chans", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "group", "num_mid", "num_down")
     names += ("down_parts", "mask_ratio_up", "mask_ratio_mid", "mask_ratio_down", "align", "norm_pix_loss")
     own = {k: v for k in ("embed_dims", "depths", "num_heads") if (v := getattr(settings, k)) is not None}
+    if settings.embed_dims and not settings.num_heads:
+        own["num_heads"] = max(1, settings.embed_dims[3] // 32)  # as fine-tuning assumes where no number was recorded
     own |= {name: getattr(settings, name) for name in names}
     factory = getattr(models_mim, f"mim_convvit3d_{settings.model}_patch16")
     method = factory(img_size=settings.local_size, temperature=settings.align_temp, **own)

@@ -1,12 +1,16 @@
 """MiM's network from settings and checkpoints: `main_finetune --model mim`."""
 
 import dataclasses
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 
-from common.config import InputError, from_dict, to_dict
+from common.config import InputError, from_dict, parse, to_dict
 from Finetune.build import Architecture, ModelSettings, build_model, load_encoder, load_finetuned, resolve
+from Finetune.main_finetune import FinetuneSettings
 from Finetune.models_convvit3d import convvit3d_tiny_patch16
 from Finetune.models_unetr import convvit3d_unetr
 from Finetune.presets import load_preset
@@ -45,7 +49,7 @@ def test_widths_and_depths_are_the_checkpoints_and_its_weights_arrive(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args, heads", [({"num_heads": 2, "model": "base"}, 2), ({"num_heads": None, "model": "base"}, 12), ({}, 3)]
+    "args, heads", [({"num_heads": 2, "model": "base"}, 2), ({"num_heads": None, "model": "tiny"}, 3), ({}, 3)]
 )
 def test_heads_are_those_of_the_pretraining_run(tmp_path, args, heads):
     path, _ = pretrained(tmp_path, args, depths=(1, 1, 1, 1))
@@ -53,7 +57,7 @@ def test_heads_are_those_of_the_pretraining_run(tmp_path, args, heads):
 
 
 def test_a_fine_tuned_file_is_enough_to_build_the_network(tmp_path):
-    settings = ModelSettings(model="mim", size="tiny", roi=(64, 32, 32), stride32_norm="instance")
+    settings = ModelSettings(model="mim", size="tiny", roi=(64, 32, 32))
     architecture = dataclasses.replace(resolve(settings, PRESET, None), depths=(1, 1, 1, 1))
     assert from_dict(to_dict(architecture), Architecture) == architecture
     model = build_model(architecture).eval()
@@ -69,10 +73,10 @@ def test_a_fine_tuned_file_is_enough_to_build_the_network(tmp_path):
     "settings, words",
     [
         (dict(roi=(48, 48, 48)), r"roi: found \(48, 48, 48\).*multiples of 32"),
-        (dict(patch_size=(8, 8, 8)), r"patch_size: found \(8, 8, 8\)"),
-        (dict(roi=(32, 32, 32), stride32_norm="instance"), "stride32_norm: found instance.*one voxel"),
-        (dict(size="large"), "size: found large, MiM has tiny and base"),
-        (dict(embed_dim=96), "embed_dim: .*four stages"),
+        (dict(roi=(32, 32, 32)), "64 or more"),
+        (dict(patch_size=(8, 8, 8)), r"patch_size: found \(8, 8, 8\).*patches of 16"),
+        (dict(size="large"), "size: found large, --model mim has tiny, base"),
+        (dict(embed_dim=96), "embed_dim: found 96.*--embed_dims"),
         (dict(num_heads=7), "num_heads: found 7, must divide the width 384"),
     ],
 )
@@ -81,12 +85,24 @@ def test_contradictions_are_named(settings, words):
         resolve(ModelSettings(model="mim", **settings), PRESET, None)
 
 
+def test_the_btcv_recipe_takes_mim():
+    """`scripts/BTCV/run.sh --model mim`: its own flags, then the user's."""
+    text = (Path(__file__).parents[2] / "scripts/BTCV/run.sh").read_text().replace("\\\n", " ")
+    recipe = re.search(r"launch Finetune.main_finetune (.*) \"\$@\"", text).group(1)
+    settings = parse(FinetuneSettings, [*shlex.split(recipe), "--model", "mim"])
+    architecture = resolve(settings, load_preset("BTCV"), None)
+    with torch.device("meta"):
+        names = {name: value.shape for name, value in build_model(architecture).state_dict().items()}
+        assert names == {name: value.shape for name, value in convvit3d_unetr().state_dict().items()}
+    assert len(names) == 319
+
+
 def test_the_checkpoint_must_hold_the_encoder_that_is_asked_for(tmp_path):
     path, _ = pretrained(tmp_path, depths=(1, 1, 1, 1))
-    with pytest.raises(InputError, match=r"depths \(1, 1, 1, 1\), --size base asks for"):
+    with pytest.raises(InputError, match=r"embed_dims \(12, 24, 48, 96\), the settings ask for \(48"):
         resolve(ModelSettings(model="mim", size="base"), PRESET, path)
-    with pytest.raises(InputError, match="holds no ViT encoder"):
+    with pytest.raises(InputError, match="holds no encoder of a ViT"):
         resolve(ModelSettings(model="unetr"), PRESET, path)
     torch.save({"model": {"patch_embed.proj.weight": torch.zeros(8, 1, 16, 16, 16)}}, path)
-    with pytest.raises(InputError, match="holds no hybrid encoder"):
+    with pytest.raises(InputError, match="holds no encoder of MiM"):
         resolve(ModelSettings(model="mim"), PRESET, path)

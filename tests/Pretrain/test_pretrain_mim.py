@@ -77,6 +77,12 @@ def test_weights_follow_the_mode_and_none_has_no_alignment():
     assert set(task.weights(0)) == {"rec_up", "rec_mid", "rec_down"}
 
 
+def test_heads_follow_given_widths():
+    toy = TOY.replace("--num_heads 2", "").replace("6 6 12 24", "8 16 32 64")
+    task, _, _ = build(toy)
+    assert task.method.encoder.blocks4[0].attn.num_heads == 2
+
+
 @pytest.mark.parametrize(
     "extra, words",
     [
