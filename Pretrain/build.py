@@ -32,6 +32,7 @@ class PretrainSettings(LoopSettings):
     data_root: Path | None = setting(None, "what the list's paths are relative to; none: the list's own folder")
     section: str = setting("training", "the section of a JSON list to read")
     cache_dir: Path = setting(Path("cache"), "where preprocessed volumes are kept; missing ones are added at the start")
+    allow_failures: bool = setting(False, "leave out volumes that cannot be used, with a table of the reasons, instead of stopping")
     spacing: tuple[float, float, float] | None = setting(None, "mm per voxel (D H W); none: as scanned")
     intensity: Literal["window", "percentiles"] = setting("window", "window: low..high HU; percentiles: low..high of each case")
     low: float = setting(-1000.0, "HU or percentile that becomes 0")

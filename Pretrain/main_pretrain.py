@@ -41,8 +41,9 @@ def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path:
     preprocessing = Preprocessing(
         spacing=settings.spacing, intensity=settings.intensity, low=settings.low, high=settings.high
     )
+    prepare = cache.usable if settings.allow_failures else cache.ensure
     with distributed.main_first():
-        volumes = cache.ensure(cases, preprocessing, settings.cache_dir, settings.workers)
+        volumes = prepare(cases, preprocessing, settings.cache_dir, settings.workers)
     plan = plan_updates(settings, len(volumes), run.world_size)
     torch.manual_seed(settings.seed)
     task = build_task(settings, plan)
