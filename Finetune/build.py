@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common import checkpoint
 from common.config import InputError, from_dict, setting
+from Finetune.classify import Classifier
 from Finetune.models_3dvit import VisionTransformer3D, grid_of, read_checkpoint
 from Finetune.models_convvit3d import STRIDE, ConvViT3D
 from Finetune.models_unetr import UNETR, ConvViT3DUNETR, LinearProbe
@@ -27,17 +28,18 @@ VIT_SIZES = {  # width, blocks, heads
 }
 HYBRID_SIZES = {"tiny": (12, 24, 48, 96), "base": (48, 96, 192, 384)}  # widths of the stages; 32 channels a head
 HYBRID_DEPTHS = (2, 2, 2, 11)
-ENCODERS = ("unetr", "linear", "mim")  # the others have no encoder of ours, and start from scratch
+ENCODERS = ("unetr", "linear", "mim", "classifier")  # the others have no encoder of ours, and start from scratch
 
 
 @dataclass(kw_only=True)
 class ModelSettings:
     """Settings that choose the network."""
 
-    model: Literal["unetr", "mim", "linear", "swinunetr", "dynunet"] = setting(
+    model: Literal["unetr", "mim", "linear", "swinunetr", "dynunet", "classifier"] = setting(
         "unetr",
         "unetr: ViT with UNETR's decoder; mim: hybrid encoder with Swin UNETR's decoder; "
-        "linear: one layer on the frozen ViT; swinunetr, dynunet (nnU-Net-like): MONAI's, from scratch only",
+        "linear: one layer on the frozen ViT; swinunetr, dynunet (nnU-Net-like): MONAI's, from scratch only; "
+        "classifier: the ViT for presets that classify, where it is the default",
     )
     size: Literal["auto", "tiny", "small", "base", "large", "huge"] = setting(
         "auto", "size of the encoder (MiM has tiny and base); auto: that of the checkpoint, base from scratch"
@@ -87,7 +89,7 @@ def resolve(settings: ModelSettings, preset: Preset, init: Path | None) -> Archi
     """The architecture that the settings, the preset and the checkpoint `init` mean together. InputError where they
     disagree."""
     roi = tuple(settings.roi or preset.roi)
-    if settings.model in ("unetr", "linear"):
+    if settings.model in ("unetr", "linear", "classifier"):
         encoder, patch = _vit(settings, preset, init)
     elif settings.model == "mim":
         encoder, patch = _hybrid(settings, init), (STRIDE,) * 3
@@ -269,6 +271,8 @@ def build_model(a: Architecture) -> nn.Module:
         class_token=False,  # as the authors fine-tune
         drop_path_rate=a.drop_path,
     )
+    if a.model == "classifier":
+        return Classifier(backbone, a.out_channels)
     if a.model == "linear":
         return LinearProbe(backbone, a.out_channels)
     return UNETR(backbone, a.in_chans, a.out_channels, a.feature_size)

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +57,10 @@ def _from_patterns(preset: Preset, data: Path) -> list[Case]:
             cases.append(Case(name=stem(path), image=path, label=label, fold=None))
     if missing:
         raise InputError(f"{missing[0]}: this label is missing (one of {len(missing)})")
+    names = [case.name for case in cases]
+    double = next((case for case in cases if names.count(case.name) > 1), None)
+    if double:
+        raise InputError(f"{double.image}: two images are called {double.name}, a case's name must be its own")
     if not cases:
         raise InputError(f"{data}: found no image, preset {preset.name} expects {' or '.join(layout.images)} there")
     return cases
@@ -67,12 +71,12 @@ def _expression(pattern: str, layout: Layout) -> str:
     return f"(?P<case>{layout.case})".join(parts[:2]) + "".join("(?P=case)" + part for part in parts[2:])
 
 
-def class_of(preset: Preset, case: Case) -> int:
-    """Classification: the class number of a case, by the folder that holds it."""
-    for folder in case.image.parts[::-1]:
+def class_of(preset: Preset, image: Path) -> int:
+    """Classification: the class number of an image, by the folder that holds it."""
+    for folder in image.parts[::-1]:
         if folder in preset.layout.classes:
             return preset.layout.classes[folder]
-    raise InputError(f"{case.image}: no folder above it is one of {', '.join(preset.layout.classes)}")
+    raise InputError(f"{image}: no folder above it is one of {', '.join(preset.layout.classes)}")
 
 
 def label_for(preset: Preset, name: str, labels: Path) -> Path | None:
@@ -123,6 +127,12 @@ def _folds(cases: Sequence[Case], preset: Preset) -> dict[int, list[Case]]:
     if first:
         rest = [case for case in cases if case.name not in set(preset.validation)]
         return {0: first} | dict(enumerate(_cut(rest, preset.folds - 1), start=1))
+    groups: dict[str, list[Case]] = {}
+    for case in sorted(cases, key=lambda case: case.name):
+        groups.setdefault(patient_of(case, preset), []).append(case)
+    if len(groups) < len(cases):  # several scans of a patient: folds of patients, which differ a little in size
+        parts = _cut(_shuffled(groups, f"folds of {preset.name}"), preset.folds)
+        return {number: [case for patient in part for case in groups[patient]] for number, part in enumerate(parts)}
     order = _shuffled(sorted(by_name), f"folds of {preset.name}")
     shuffled = [by_name[name] for name in order]
     if preset.validation_cases and preset.validation_cases < len(cases):
@@ -131,7 +141,13 @@ def _folds(cases: Sequence[Case], preset: Preset) -> dict[int, list[Case]]:
     return dict(enumerate(_cut(shuffled, preset.folds)))
 
 
-def _cut(cases: Sequence[Case], parts: int) -> list[list[Case]]:
+def patient_of(case: Case, preset: Preset) -> str:
+    """Who was scanned: the start of the name that the preset's `patient` matches, else the name itself."""
+    match = re.match(preset.layout.patient, case.name) if preset.layout.patient else None
+    return match[0] if match else case.name
+
+
+def _cut(cases: Sequence, parts: int) -> list[list]:
     """`parts` runs of equal length, the first ones one longer where it does not divide; empty ones left out."""
     small, larger = divmod(len(cases), max(parts, 1))
     cuts, start = [], 0
@@ -142,7 +158,7 @@ def _cut(cases: Sequence[Case], parts: int) -> list[list[Case]]:
     return [cut for cut in cuts if cut]
 
 
-def _shuffled(names: Sequence[str], key: str) -> list[str]:
+def _shuffled(names: Iterable[str], key: str) -> list[str]:
     """An order that depends on `key` and on each name alone: adding a case does not reshuffle the others."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{key}/{name}".encode()).digest())
 

@@ -1,6 +1,6 @@
 """What fine-tuning adds to the common training loop: the method, its optimiser, and validation by sliding window."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.optim import param_groups_layer_decay
@@ -18,24 +18,22 @@ from Finetune.metrics import dice_of
 from Finetune.presets import Preset
 from Finetune.sliding import Window, slabs
 
+Losses = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
-class Segmentation(nn.Module):
-    """A network and its loss: forward(batch, step) -> {`dice`, `ce`}, or {`dice`} for overlapping regions."""
 
-    def __init__(self, model: nn.Module, preset: Preset, freeze: bool = False):
+class Finetuning(nn.Module):
+    """A network and what it is trained for: forward(batch, step) -> named losses, `losses(model, batch)`."""
+
+    def __init__(self, model: nn.Module, losses: Losses, freeze: bool = False):
         super().__init__()
-        self.model = model
-        self.criterion = RegionDice(preset.regions) if preset.regions else DiceCE()
-        self.frozen = freeze
+        self.model, self.losses, self.frozen = model, losses, freeze
         if freeze:
             freeze_encoder(model)
 
     def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """`image` (B, crops, C, d, h, w), `label` (B, crops, 1, d, h, w)."""
-        logits = self.model(batch["image"].flatten(0, 1))
-        return self.criterion(logits, batch["label"].flatten(0, 1))
+        return self.losses(self.model, batch)
 
-    def train(self, mode: bool = True) -> "Segmentation":
+    def train(self, mode: bool = True) -> "Finetuning":
         super().train(mode)
         if self.frozen:
             self.model.backbone.eval()
@@ -48,7 +46,18 @@ class Segmentation(nn.Module):
         load_state(self.model, content["state_dict"], "checkpoint")
 
 
-def make_optimizer(method: Segmentation, weight_decay: float, layer_decay: float | None) -> torch.optim.AdamW:
+def segmentation_losses(preset: Preset) -> Losses:
+    """{`dice`, `ce`}, or {`dice`} for overlapping regions, of `image` (B, crops, C, d, h, w) and `label` (B, crops, 1,
+    d, h, w)."""
+    criterion = RegionDice(preset.regions) if preset.regions else DiceCE()
+
+    def losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return criterion(model(batch["image"].flatten(0, 1)), batch["label"].flatten(0, 1))
+
+    return losses
+
+
+def make_optimizer(method: Finetuning, weight_decay: float, layer_decay: float | None) -> torch.optim.AdamW:
     """AdamW (0.9, 0.999). With `layer_decay` d, the learning rate of the encoder falls by d per block towards the
     input; the head's is whole."""
     if layer_decay is None:

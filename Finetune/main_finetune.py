@@ -22,8 +22,9 @@ from common.logging import RunLog, say
 from common.schedules import warmup_cosine
 from Finetune.build import ENCODERS, Architecture, ModelSettings, build_model, load_encoder, resolve
 from Finetune.cases import check_classes, few_labels, find_cases, split, with_mapped_labels
+from Finetune.classify import VolumeDataset, classification_losses, validate_classes
 from Finetune.data import CropDataset
-from Finetune.engine_finetune import Segmentation, make_optimizer, validate
+from Finetune.engine_finetune import Finetuning, make_optimizer, segmentation_losses, validate
 from Finetune.presets import Preset, load_preset
 from Finetune.sliding import Window
 
@@ -72,8 +73,11 @@ def main(argv: list[str] | None = None) -> Path:
     """Run the program; returns the path of the last checkpoint."""
     config = parse(FinetuneSettings, argv, description=__doc__)
     preset = load_preset(config.preset)
-    if preset.task != "segmentation":
-        raise InputError(f"preset {preset.name}: its task is {preset.task}, this program fine-tunes for segmentation")
+    classifies = preset.task == "classification"
+    if classifies and config.model == "unetr":
+        config.model = "classifier"
+    if classifies != (config.model == "classifier"):
+        raise InputError(f"--model {config.model}: the task of preset {preset.name} is {preset.task}")
     init = initial_checkpoint(config)
     if config.model not in ENCODERS:
         for name in ("freeze", "layer_decay", "grad_checkpointing"):
@@ -100,7 +104,8 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         model.backbone.set_grad_checkpointing()
     if run.world_size > 1 and run.device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # MiM's stride-32 map, as the authors'
-    method = Segmentation(model, preset, freeze=config.freeze or config.model == "linear")
+    losses = classification_losses if preset.task == "classification" else segmentation_losses(preset)
+    method = Finetuning(model, losses, freeze=config.freeze or config.model == "linear")
     plan = plan_updates(config, len(training), run.world_size)
     peak = config.lr if config.lr is not None else config.blr * plan.batch * config.crops / CROPS_AT_BLR
     warmup = round(min(config.warmup_epochs, config.epochs / 2) * plan.steps_per_epoch)
@@ -120,19 +125,27 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         last = epoch + 1 == config.epochs
         if not validation or not config.validate_every or ((epoch + 1) % config.validate_every and not last):
             return {}
-        scores = validate(model, validation, preset, window, run, config.amp)
+        if preset.task == "classification":
+            name, out = "accuracy", config.out_dir if last else None
+            scores = validate_classes(model, validation, preset, architecture.roi, run, config.amp, out)
+        else:
+            name, scores = "dice", validate(model, validation, preset, window, run, config.amp)
         log.scalars(scores, (epoch + 1) * plan.steps_per_epoch)
-        say(f"epoch {epoch + 1}: validation Dice {scores['val/dice']:.4f} (preprocessed grid)")
-        if config.select == "best" and scores["val/dice"] > best:
-            best = scores["val/dice"]
+        say(f"epoch {epoch + 1}: validation {name} {scores[f'val/{name}']:.4f}")
+        if config.select == "best" and scores[f"val/{name}"] > best:
+            best = scores[f"val/{name}"]
             if run.rank == 0:
                 content = method.checkpoint_state() | {"epoch": epoch, "args": args | {"selected": "best"}}
                 checkpoint.save(config.out_dir / "checkpoint-best.pth", content)
         return scores
 
+    if preset.task == "classification":
+        dataset = VolumeDataset(training, preset, architecture.roi, config.seed)
+    else:
+        dataset = CropDataset(training, architecture.roi, preset.augmentation, config.crops, config.seed)
     path = fit(
         method,
-        CropDataset(training, architecture.roi, preset.augmentation, config.crops, config.seed),
+        dataset,
         config,
         run,
         plan,

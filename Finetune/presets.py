@@ -24,7 +24,8 @@ class Layout:
     images: tuple[str, ...] = setting((), "patterns of the image files, e.g. img/img{case}.nii.gz")
     labels: tuple[str, ...] = setting((), "patterns of the label files, one for each pattern of images")
     case: str = setting("[^/]+?", "regular expression that {case} must match, e.g. only CT numbers of a mixed set")
-    classes: dict[str, int] = setting({}, "classification: first folder of a volume -> class number")
+    classes: dict[str, int] = setting({}, "classification: folder of a volume -> class number")
+    patient: str | None = setting(None, "regular expression at the start of a case's name; its cases share a fold")
 
 
 @dataclass(frozen=True)

@@ -65,3 +65,16 @@ def make_dataset(preset: Preset, root: Path, affine=None, cases: int = 3, shape=
     if layout.datalist:
         (root / layout.datalist).write_text(json.dumps({"name": preset.name, "training": entries, "test": []}))
     return root
+
+
+def make_scans(preset: Preset, root: Path, patients: int = 5) -> Path:
+    """A classification set: one slice-stack per scan, two scans of each patient; classes differ in brightness."""
+    for number, folder in enumerate(preset.layout.classes):
+        for patient in range(patients):
+            for scan in range(2):
+                rng = np.random.default_rng(100 * number + 10 * patient + scan)
+                pixels = rng.uniform(0, 255, (24, 22, 10)) ** (0.5 + number)
+                path = root / folder / f"{folder}{patient}-{scan}.nii.gz"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                nib.save(nib.Nifti1Image((pixels / pixels.max() * 255).astype(np.uint8), np.eye(4)), path)
+    return root
