@@ -1,15 +1,18 @@
 """The on-disk cache: one folder per preprocessed volume, written once, read in crops. Axis order (C, D, H, W).
 
-    cache_dir/index.jsonl              (path, size, mtime) -> content hash, so that a second call reads no volume
     cache_dir/<key>/image.b2nd         blosc2 arrays: int16 (or uint8), compressed, in chunks of 64^3 and blocks of 32^3
                     image_2x.b2nd ...  reduced levels, area-averaged, for views that cover much of a scan
                     label.b2nd  points.npz  meta.json
+    cache_dir/index.jsonl              (path, size, time of change) -> content hash: a second call reads no volume
+    cache_dir/quarantine.jsonl         volumes that cannot be used, and why
+    cache_dir/locks/                   which volumes are being built
 
 The key is content: the bytes of the files, every preprocessing setting, the format's version. So another spacing makes
 new entries, a replaced file is noticed, and the same call again does nothing. An entry is written under a temporary
-name and renamed: it is whole or absent, and any number of processes may fill one cache.
+name and renamed: it is whole or absent. Any number of processes may fill one cache; each takes what no other is at.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,13 +20,14 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import blosc2
 import numpy as np
@@ -32,68 +36,16 @@ import torch
 from common import arrays, identity
 from common.config import InputError
 from common.datalist import Case
-from common.logging import progress
+from common.entry import FORMAT, Entry, entry_key, open_entry
+from common.logging import progress, say
+from common.quarantine import Failure, Quarantine, table
 from common.volumes import Preprocessing, read_image, read_label
 
-FORMAT = 1
 MAX_POINTS = 2000  # sampled voxels per label class
 WORTH_WORKERS = 8  # fewer volumes are built faster than worker processes start
+PERCENTILES = (0.5, 5, 25, 50, 75, 95, 99.5)
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One cached volume. Cheap to make and to pickle; arrays are opened where they are read, once per process."""
-
-    name: str
-    source: Path  # image file or DICOM folder of the case
-    folder: Path
-    content_hash: str  # of the voxels as scanned, whatever the file's name, format or compression
-    channels: int
-    levels: tuple[tuple[int, int, int], ...]  # shape (D, H, W) of each level, the full one first
-    affine: np.ndarray = field(compare=False, repr=False)  # (4, 4): voxel of the cached grid -> mm, RAS
-    spacing: tuple[float, float, float]  # mm
-    has_label: bool
-    scale: float  # stored number * scale + offset = preprocessed intensity
-    offset: float
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.levels[0]
-
-    def read(self, start: Sequence[int], size: Sequence[int], level: int = 0) -> torch.Tensor:
-        """The box [start, start + size) of a level as (C, d, h, w) float32; outside the volume 0, the scale's minimum.
-
-        Only the chunks that the box touches are read. InputError when the entry is gone or damaged.
-        """
-        box = arrays.read_box(self.folder / arrays.level_name(level), start, size)
-        values = box.inside.astype(np.float32) * np.float32(self.scale) + np.float32(self.offset)
-        return torch.from_numpy(box.pad(values))
-
-    def read_label(self, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
-        """The box of the label map as (1, d, h, w) uint8; outside the volume 0. InputError without a label."""
-        if not self.has_label:
-            raise InputError(f"{self.source}: was cached without a label")
-        box = arrays.read_box(self.folder / "label.b2nd", start, size)
-        return torch.from_numpy(box.pad(np.ascontiguousarray(box.inside)))
-
-    @property
-    def class_points(self) -> dict[int, np.ndarray]:
-        """Of each label class that is present, up to 2000 random voxels: id -> (K, 3) int32."""
-        return _points(self.folder) if self.has_label else {}
-
-
-@lru_cache(maxsize=1024)
-def _points(folder: Path) -> dict[int, np.ndarray]:
-    try:
-        with np.load(folder / "points.npz") as file:
-            return {int(name): file[name] for name in file.files}
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder}: this cache entry is damaged ({error}); delete the folder to make it anew"
-        ) from None
-
-
-# ---------------------------------------------------------------- filling
+__all__ = ["Entry", "Failure", "Filled", "ensure", "fill", "usable"]
 
 
 @dataclass
@@ -101,144 +53,259 @@ class Filled:
     """What `fill` did: an entry per usable case, in the order of the cases, and the reason for each of the others."""
 
     entries: list[Entry]
-    failures: list[tuple[Case, str]]
+    failures: list[Failure] = field(default_factory=list)
     built: int = 0
     seconds: float = 0.0
-    peak_memory: int = 0  # bytes, the largest of any worker
+    peak_memory: int = 0  # bytes, the largest of any process that built
 
 
 def ensure(cases: Sequence[Case], preprocessing: Preprocessing, cache_dir: str | Path, workers: int = 0) -> list[Entry]:
     """The cached entries of `cases`, in their order; what is missing is built, with a progress bar.
 
-    InputError when a case cannot be used, after all others are built; `fill` leaves it out and goes on instead.
+    InputError when a case cannot be used, after all others are built. `usable` leaves such cases out instead.
     """
     filled = fill(cases, preprocessing, cache_dir, workers)
     if filled.failures:
-        first = filled.failures[0][1]
-        others = len(filled.failures) - 1
+        first, others = filled.failures[0].reason, len(filled.failures) - 1
         raise InputError(first if not others else f"{first} (and {others} more of {len(cases)} volumes cannot be used)")
     return filled.entries
 
 
-def fill(cases: Sequence[Case], preprocessing: Preprocessing, cache_dir: str | Path, workers: int = 0) -> Filled:
-    """Build what is missing; a case that cannot be used is reported in `failures` and the rest goes on."""
+def usable(cases: Sequence[Case], preprocessing: Preprocessing, cache_dir: str | Path, workers: int = 0) -> list[Entry]:
+    """As `ensure`, for pretraining: a volume that cannot be used, or is there twice, is left out and said.
+
+    InputError when none is left.
+    """
+    filled = fill(cases, preprocessing, cache_dir, workers, unique=True)
+    if filled.failures:
+        say(table(filled.failures, limit=20))
+    if not filled.entries:
+        first = filled.failures[0].reason if filled.failures else "the list is empty"
+        raise InputError(f"none of the {len(cases)} volumes can be used: {first}")
+    return filled.entries
+
+
+def fill(
+    cases: Sequence[Case],
+    preprocessing: Preprocessing,
+    cache_dir: str | Path,
+    workers: int = 0,
+    unique: bool = False,
+) -> Filled:
+    """Build what is missing. A case that cannot be used goes to the quarantine list and the rest goes on.
+
+    `unique`: of several cases with the same voxels the first is used, the others count as failures.
+    """
     cache_dir, start = Path(cache_dir), time.monotonic()
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        (cache_dir / "locks").mkdir(parents=True, exist_ok=True)
+        index = identity.Index(cache_dir / "index.jsonl")
+        quarantine = Quarantine(cache_dir / "quarantine.jsonl")
+        filled = _fill(cases, preprocessing, cache_dir, workers, index, quarantine)
     except OSError as error:
-        raise InputError(f"cache_dir {cache_dir}: cannot be written ({error.strerror})") from None
-    index = identity.Index(cache_dir / "index.jsonl")
+        raise InputError(f"cache_dir {cache_dir}: cannot be written ({error.strerror or error})") from None
+    if unique:
+        _leave_out_doubles(filled, {case.name: case for case in cases})
+    filled.seconds = time.monotonic() - start
+    return filled
+
+
+def _fill(
+    cases: Sequence[Case],
+    preprocessing: Preprocessing,
+    cache_dir: Path,
+    workers: int,
+    index: identity.Index,
+    quarantine: Quarantine,
+) -> Filled:
     entries: dict[int, Entry] = {}
-    reasons: dict[int, str] = {}
-    missing = []
+    failures: dict[int, Failure] = {}
+    jobs: dict[int, tuple[Case, Preprocessing, Path]] = {}
+    keys: dict[int, str] = {}
     for number, case in enumerate(cases):
-        entry = _lookup(case, preprocessing, cache_dir, index)
-        if entry is None:
-            missing.append(number)
-        else:
+        entry = lookup(case, preprocessing, cache_dir, index)
+        keys[number] = _state_key(case, preprocessing)
+        if case.problem:
+            failures[number] = Failure(case, case.problem)
+        elif entry:
             entries[number] = entry
-    peak = 0
-    if missing:
-        jobs = {n: (cases[n], preprocessing, cache_dir) for n in missing}
-        bar = progress(desc="cache", total=len(missing), unit="volume")
-        for number, result in _run(jobs, workers):
-            if isinstance(result, str):
-                reasons[number] = result
-            else:
-                entries[number], known, memory = result
-                index.add(known)
-                peak = max(peak, memory)
-            bar.update()
+        elif reason := quarantine.reason(keys[number]):
+            failures[number] = Failure(case, reason, lasting=True)
+        else:
+            jobs[number] = (case, preprocessing, cache_dir)
+    built = peak = 0
+    bar = progress(desc="cache", total=len(jobs), unit="volume") if jobs else None
+    for number, result in _run(jobs, workers):
+        if isinstance(result, Failure):
+            failures[number] = result
+            if result.lasting:
+                quarantine.add(keys[number], result)
+        else:
+            entries[number] = result.entry
+            index.add(result.files)
+            built += result.fresh
+            peak = max(peak, result.memory)
+        bar.update()
+    if bar is not None:
         bar.close()
     return Filled(
         entries=[entries[n] for n in sorted(entries)],
-        failures=[(cases[n], reasons[n]) for n in sorted(reasons)],
-        built=len(missing) - len(reasons),
-        seconds=time.monotonic() - start,
+        failures=[failures[n] for n in sorted(failures)],
+        built=built,
         peak_memory=peak,
     )
 
 
-def _run(jobs: dict[int, tuple], workers: int):
-    """(number, result of `_build_case`) for each job as it is done."""
-    if workers <= 0 or len(jobs) < WORTH_WORKERS:
-        for number, job in jobs.items():
-            yield number, _build_case(*job)
-        return
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["common.cache"])  # imports once, for all workers
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        futures = {pool.submit(_build_case, *job): number for number, job in jobs.items()}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-
-
-def _lookup(case: Case, preprocessing: Preprocessing, cache_dir: Path, index: identity.Index) -> Entry | None:
-    """The entry of a case whose files the index knows, None when it must be built (or cannot be read)."""
+def lookup(case: Case, preprocessing: Preprocessing, cache_dir: Path, index: identity.Index) -> Entry | None:
+    """The entry of a case whose files the index knows; None when it must be built, or cannot be."""
     hashes = [index.get(path) for path in _files(case)]
-    if None in hashes:
-        return None
-    return open_entry(cache_dir / entry_key(hashes, preprocessing), case)
+    return None if None in hashes else open_entry(cache_dir / entry_key(hashes, preprocessing), case)
 
 
 def _files(case: Case) -> list[Path]:
     return [case.image] if case.label is None else [case.image, case.label]
 
 
-def entry_key(hashes: Sequence[str], preprocessing: Preprocessing) -> str:
-    """Name of an entry: a hash of the files' hashes (image, then label), every setting and the format's version."""
-    text = json.dumps({"files": list(hashes), "preprocessing": asdict(preprocessing), "format": FORMAT}, sort_keys=True)
+def _state_key(case: Case, preprocessing: Preprocessing) -> str:
+    """Name of a case for locks and quarantine: its paths, their state, every setting. Reads no file."""
+    states = []
+    for path in _files(case):
+        try:
+            states.append([str(path.absolute()), identity.file_state(path)])
+        except OSError:
+            states.append([str(path.absolute()), "unreadable"])
+    text = json.dumps([states, asdict(preprocessing), FORMAT])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def open_entry(folder: Path, case: Case | None = None) -> Entry | None:
-    """The entry in `folder`, under the name of `case`; None when there is none that is whole."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        return Entry(
-            name=case.name if case else meta["name"],
-            source=case.image if case else Path(meta["source"]),
-            folder=folder,
-            content_hash=meta["content_hash"],
-            channels=meta["channels"],
-            levels=tuple(tuple(shape) for shape in meta["levels"]),
-            affine=np.asarray(meta["affine"], np.float64),
-            spacing=tuple(meta["spacing"]),
-            has_label=meta["has_label"],
-            scale=meta["quantisation"]["scale"],
-            offset=meta["quantisation"]["offset"],
-        )
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError):  # not one that this code wrote whole: build it anew
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
+def _leave_out_doubles(filled: Filled, cases: dict[str, Case]) -> None:
+    first: dict[str, Entry] = {}
+    kept = []
+    for entry in filled.entries:
+        twin = first.setdefault(entry.content_hash, entry)
+        if twin is entry:
+            kept.append(entry)
+        else:
+            reason = f"{entry.source}: found the same voxels as in {twin.source}, a volume is used once"
+            filled.failures.append(Failure(cases[entry.name], reason))
+    filled.entries = kept
+
+
+# ---------------------------------------------------------------- workers
+
+
+def _run(jobs: dict[int, tuple], workers: int) -> Iterator[tuple[int, Any]]:
+    """(number, result of `_build_case`) for each job as it is done; a job that another process is at comes last."""
+    waiting = dict(jobs)
+    pause = 0.0
+    while waiting:
+        busy = {}
+        step = _in_workers if workers > 0 and len(waiting) >= WORTH_WORKERS else _here
+        for number, result in step(waiting, workers):
+            if result is None:
+                busy[number] = waiting[number]
+            else:
+                yield number, result
+        pause = 0.0 if len(busy) < len(waiting) else min(1.0, pause + 0.05)
+        time.sleep(pause)
+        waiting = busy
+
+
+def _here(jobs: dict[int, tuple], workers: int) -> Iterator[tuple[int, Any]]:
+    for number, job in jobs.items():
+        yield number, _build_case(*job)
+
+
+def _in_workers(jobs: dict[int, tuple], workers: int) -> Iterator[tuple[int, Any]]:
+    """As `_here` in worker processes. When one dies (out of memory, a crash in a library), the jobs that were running
+    are tried again one by one, and the one that kills its worker is reported."""
+    waiting = list(jobs.items())
+    suspects: list[tuple[int, tuple]] = []
+    while waiting or suspects:
+        alone = bool(suspects)
+        queue = suspects if alone else waiting
+        running: dict[Future, tuple[int, tuple]] = {}
+        pool = _pool(1 if alone else min(workers, len(queue)))
+        try:
+            while queue or running:
+                while queue and len(running) < (1 if alone else workers):
+                    job = queue.pop(0)
+                    running[pool.submit(_build_case, *job[1])] = job
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    result = future.result()
+                    yield running.pop(future)[0], result
+        except BrokenProcessPool:
+            if alone:
+                ((number, job),) = running.values()
+                reason = "the process that read it died (out of memory, or a crash in a library)"
+                yield number, Failure(job[0], f"{job[0].image}: {reason}")
+            else:
+                suspects = list(running.values())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["common.cache"])  # imports once, for all workers
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
 
 
 # ---------------------------------------------------------------- building one entry
 
 
-def _build_case(case: Case, preprocessing: Preprocessing, cache_dir: Path):
-    """(entry, what the index learns, peak memory of this process in bytes), or why the case cannot be used."""
+class _Built(NamedTuple):
+    entry: Entry
+    files: list[identity.File]  # what the index learns
+    fresh: bool  # made now, not by another process meanwhile
+    memory: int  # peak of this process, bytes
+
+
+def _build_case(case: Case, preprocessing: Preprocessing, cache_dir: Path) -> _Built | Failure | None:
+    """Build one entry, or say why not; None: another process is at it."""
     try:
-        known = [identity.fingerprint(path) for path in _files(case)]
-        folder = cache_dir / entry_key([file.hash for file in known], preprocessing)
-        entry = open_entry(folder, case)
-        if entry is None:
-            _build(case, preprocessing, folder)
+        with _claim(cache_dir / "locks" / _state_key(case, preprocessing)) as mine:
+            if not mine:
+                return None
+            files = [identity.fingerprint(path) for path in _files(case)]
+            folder = cache_dir / entry_key([file.hash for file in files], preprocessing)
+            if fresh := open_entry(folder, case) is None:
+                try:
+                    _build(case, preprocessing, folder, [file.hash for file in files])
+                except InputError as error:
+                    return Failure(case, str(error), lasting=True)
             entry = open_entry(folder, case)
-        return entry, known, identity.peak_memory()
+            files[0] = identity.File(**(vars(files[0]) | {"content": entry.content_hash}))
+            return _Built(entry, files, fresh, identity.peak_memory())
     except InputError as error:
-        return str(error)
-    except OSError as error:
-        return f"{case.image}: {error}"
+        return Failure(case, str(error))
+    except Exception as error:  # a library met what nobody foresaw: this volume is left out, the run goes on
+        return Failure(case, f"{case.image}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def _build(case: Case, preprocessing: Preprocessing, folder: Path) -> None:
+@contextmanager
+def _claim(path: Path) -> Iterator[bool]:
+    """Whether this process may build what `path` stands for. The claim ends with the process, however that ends."""
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass  # a file system without locks: work may be done twice, never wrongly
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _build(case: Case, preprocessing: Preprocessing, folder: Path, hashes: list[str]) -> None:
     image = read_image(case.image, preprocessing.channels)
     label = None if case.label is None else read_label(case.label, image)
     content_hash = identity.content_hash(image)
-    scanned = {"shape": list(image.shape[1:]), "spacing": _round(image.pixdim), "affine": _round(image.affine)}
+    scanned = {"shape": list(image.shape[1:]), "spacing": _round(image.pixdim), "percentiles": _percentiles(image)}
     image, label = preprocessing.apply(image, label)
     temporary = folder.parent / f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
@@ -252,14 +319,15 @@ def _build(case: Case, preprocessing: Preprocessing, folder: Path) -> None:
             "name": case.name,
             "source": str(case.image),
             "label": case.label and str(case.label),
+            "files": hashes,
             "content_hash": content_hash,
             "scanned": scanned,
             "preprocessing": asdict(preprocessing),
             "channels": image.shape[0],
-            "shape": list(image.shape[1:]),
             "levels": levels,
             "affine": _round(image.affine),
             "spacing": _round(image.pixdim),
+            "foreground_share": float((image.as_tensor() > (preprocessing.foreground_threshold or 0.0)).float().mean()),
             "has_label": label is not None,
             "quantisation": quantisation,
             "checksums": {path.name: identity.file_hash(path) for path in sorted(temporary.iterdir())},
@@ -273,6 +341,12 @@ def _build(case: Case, preprocessing: Preprocessing, folder: Path) -> None:
 
 def _round(values: torch.Tensor) -> Any:
     return np.round(np.asarray(values, np.float64), 9).tolist()
+
+
+def _percentiles(image: torch.Tensor) -> list[float]:
+    """Of a million voxels of the first channel, as scanned."""
+    voxels = torch.as_tensor(image)[0].flatten()
+    return np.percentile(voxels[:: max(1, len(voxels) // 1_000_000)].numpy(), PERCENTILES).round(3).tolist()
 
 
 def _write_points(path: Path, label: np.ndarray) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from common import dicom
 from common.config import InputError
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
-LABEL_FOLDERS = ("label", "labels", "labelsTr", "labelsTs", "labelsVa", "mask", "masks", "seg", "segmentations")
+LABEL_FOLDERS = ("label", "mask", "seg", "annotation")  # how the names of folders with labels begin
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Case:
     image: Path
     label: Path | None = None
     fold: int | None = None
+    problem: str | None = None  # why it cannot be used, when the list alone tells
 
 
 def read_cases(source: str | Path, root: str | Path | None = None, section: str = "training") -> list[Case]:
@@ -30,7 +31,8 @@ def read_cases(source: str | Path, root: str | Path | None = None, section: str 
     `source`: a JSON in the Decathlon's layout, of which `section` is read; a folder, searched for NIfTI files and DICOM
     series; or a text file with one path per line (`#` begins a comment). Relative paths start from `root`, without it
     from the folder of the list. Names are made unique by the folders above.
-    InputError for a list that is missing, empty or malformed, a path that leaves the root, a file listed twice.
+    InputError for a list that is missing, empty or malformed. A path that leaves the root and a file listed twice are
+    problems of their case.
     """
     source = Path(source)
     try:
@@ -47,7 +49,7 @@ def read_cases(source: str | Path, root: str | Path | None = None, section: str 
     else:
         lines = [line.split("#")[0].strip() for line in text.splitlines()]
         base = Path(root or source.parent)
-        cases = [Case(stem(line), _inside(base, line, source)) for line in lines if line]
+        cases = [_case(base, line, source) for line in lines if line]
     if not cases:
         where = f", section '{section}'" if source.suffix.lower() == ".json" else ""
         raise InputError(f"{source}{where}: the data list is empty, needs at least one volume")
@@ -83,7 +85,7 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
     if not volumes and any(dicom.is_dicom_file(Path(entry.path)) for entry in plain if not _is_dir(entry)):
         yield folder
     for entry in plain:
-        if _is_dir(entry) and entry.name not in LABEL_FOLDERS:
+        if _is_dir(entry) and not entry.name.lower().startswith(LABEL_FOLDERS):
             yield from _walk(Path(entry.path), seen)
 
 
@@ -115,26 +117,27 @@ def _json_case(item: Any, where: str, source: Path, root: Path) -> Case:
         raise InputError(f"{where}: found the label {label!r}, needs one path")
     if fold is not None and (not isinstance(fold, int) or isinstance(fold, bool)):
         raise InputError(f"{where}: found the fold {fold!r}, needs a whole number")
-    image = _inside(root, item["image"], source)
-    return Case(str(item.get("name") or stem(item["image"])), image, label and _inside(root, label, source), fold)
+    return _case(root, item["image"], source, label, fold, item.get("name"))
 
 
-def _inside(root: Path, text: str, source: Path) -> Path:
-    """The path below `root`. An absolute path is taken as it is; a relative one may not climb out."""
-    path = Path(text)
-    if path.is_absolute():
-        return path
-    if ".." in Path(os.path.normpath(text)).parts:
-        raise InputError(f"{source}: found the path '{text}', which leaves {root}; relative paths must stay inside")
-    return root / path
+def _case(
+    root: Path, image: str, source: Path, label: str | None = None, fold: int | None = None, name: Any = None
+) -> Case:
+    """Paths start from `root`; an absolute one is taken as it is, a relative one may not climb out."""
+    problem = None
+    for text in filter(None, (image, label)):
+        if not Path(text).is_absolute() and ".." in Path(os.path.normpath(text)).parts:
+            problem = f"{source}: found the path '{text}', which leaves {root}; relative paths must stay inside"
+    return Case(str(name or stem(image)), root / image, label and root / label, fold, problem)
 
 
 def _unique_names(cases: list[Case], source: Path) -> list[Case]:
     """Cases of one name in different folders (every series called CT) get the names of the folders above as well."""
-    depth = {case.image: 1 for case in cases}
-    if len(depth) < len(cases):
-        double = next(case.image for i, case in enumerate(cases) if case.image in [other.image for other in cases[:i]])
-        raise InputError(f"{source}: found {double} twice, each volume may be listed once")
+    seen: set[Path] = set()
+    for number, case in enumerate(cases):
+        if case.image in seen:
+            cases[number] = replace(case, problem=f"{source}: found {case.image} twice, each volume may be listed once")
+        seen.add(case.image)
     names = [case.name for case in cases]
     for level in range(1, 8):
         count: dict[str, int] = {}
@@ -144,4 +147,4 @@ def _unique_names(cases: list[Case], source: Path) -> list[Case]:
             break
         parents = [case.image.parents[level - 1].name if len(case.image.parents) >= level else "" for case in cases]
         names = [f"{parent}_{name}" if count[name] > 1 else name for parent, name in zip(parents, names)]
-    return [Case(name, case.image, case.label, case.fold) for name, case in zip(names, cases)]
+    return [replace(case, name=name) for name, case in zip(names, cases)]

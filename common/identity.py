@@ -22,6 +22,7 @@ class File:
     path: str
     state: str  # size and time of change: the same state means the same content
     hash: str
+    content: str | None = None  # hash of the voxels, where it is known
 
 
 def fingerprint(path: Path) -> File:
@@ -82,24 +83,31 @@ class Index:
 
     def __init__(self, path: Path):
         self.path = path
-        self._known: dict[str, tuple[str, str]] = {}
+        self._known: dict[str, File] = {}
         if path.exists():
             for line in path.read_bytes().splitlines():
                 try:
                     file = File(**json.loads(line))
-                    self._known[file.path] = (file.state, file.hash)
+                    self._known[file.path] = file
                 except (ValueError, TypeError):
                     continue
 
     def get(self, path: Path) -> str | None:
         """The hash of a file that has not changed since it was added, else None."""
+        known = self.file(path)
+        return known.hash if known else None
+
+    def file(self, path: Path) -> File | None:
+        """What is known of a file that has not changed since it was added, else None."""
         known = self._known.get(str(path.absolute()))
         try:
-            return known[1] if known and known[0] == file_state(path) else None
+            return known if known and known.state == file_state(path) else None
         except OSError:
             return None
 
     def add(self, files: Iterable[File]) -> None:
+        files = list(files)
+        self._known |= {file.path: file for file in files}
         text = "".join(json.dumps(vars(file)) + "\n" for file in files)
         with open(self.path, "ab", buffering=0) as out:
             out.write(text.encode())

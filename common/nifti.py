@@ -52,8 +52,10 @@ def _decompress(path: Path) -> bytes:
                 tail += len(block)
                 if tail > MAX_TAIL:
                     raise InputError(f"{path}: found over {MAX_TAIL} bytes behind the {expected} of the image")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: the gzip data is cut off or damaged ({_words(error)})") from None
+    except EOFError:
+        raise InputError(f"{path}: the gzip data is cut off") from None
+    except (zlib.error, gzip.BadGzipFile):
+        raise InputError(f"{path}: the gzip data is damaged") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({_words(error)})") from None
     return data
@@ -78,8 +80,8 @@ def check_header(head: bytes, path: Path) -> int:
     check_spacing(header["pixdim"][1:4].astype(np.float64), path)
     try:
         itemsize = header.get_data_dtype().itemsize
-    except HeaderDataError as error:
-        raise InputError(f"{path}: found an unknown data type ({_words(error)})") from None
+    except (HeaderDataError, KeyError):
+        raise InputError(f"{path}: found the unknown data type {int(header['datatype'])}") from None
     offset = float(header["vox_offset"])
     if not (np.isfinite(offset) and 0 <= offset < 2**30):
         raise InputError(f"{path}: found the data offset {offset:g}, needs a number of bytes")

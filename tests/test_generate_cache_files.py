@@ -51,3 +51,51 @@ def test_a_bad_file_ends_in_an_error_unless_allowed(tmp_path, monkeypatch, capsy
     assert "bad.nii.gz: found a file that is not gzip" in capsys.readouterr().out
     run(monkeypatch, *flags, "--allow_failures")
     assert "1 of 2 volumes" in capsys.readouterr().out
+
+
+def test_shards_share_a_list_and_together_make_all(tmp_path, monkeypatch, capsys):
+    for seed in range(5):
+        nifti(tmp_path / f"scans/{seed}.nii.gz", seed=seed)
+    flags = ["--datalist", tmp_path / "scans", "--cache_dir", tmp_path / "cache"]
+    for shard, count in (("0/2", 3), ("1/2", 2)):
+        run(monkeypatch, *flags, "--shard", shard)
+        assert f"{count} of {count} volumes" in (said := capsys.readouterr().out) and f"{count} made now" in said
+    run(monkeypatch, *flags, "--report")
+    said = capsys.readouterr().out
+    assert "5 of 5 volumes" in said and "0 made now" in said and "spacing D as scanned" in said
+    with pytest.raises(InputError, match="needs i/n"):
+        run(monkeypatch, *flags, "--shard", "2/2")
+
+
+def test_dry_run_verify_and_prune(tmp_path, monkeypatch, capsys):
+    for seed in range(3):
+        nifti(tmp_path / f"scans/{seed}.nii.gz", seed=seed)
+    flags = ["--datalist", tmp_path / "scans", "--cache_dir", tmp_path / "cache"]
+    run(monkeypatch, *flags, "--dry_run")
+    assert "3 volumes, 0 of them cached already" in capsys.readouterr().out and not (tmp_path / "cache").exists()
+    run(monkeypatch, *flags)
+    run(monkeypatch, "--verify", "--cache_dir", tmp_path / "cache")
+    assert "3 entries, all whole" in capsys.readouterr().out
+    (tmp_path / "scans/1.nii.gz").unlink()
+    run(monkeypatch, *flags, "--prune", "--dry_run")
+    assert "would remove 1 entries" in capsys.readouterr().out
+    run(monkeypatch, *flags, "--prune")
+    next((tmp_path / "cache").glob("*/image.b2nd")).write_bytes(b"broken")
+    with pytest.raises(InputError, match="1 of 2 entries are damaged"):
+        run(monkeypatch, "--verify", "--cache_dir", tmp_path / "cache")
+
+
+def test_a_preset_brings_its_cases_labels_and_settings(listing, tmp_path, monkeypatch):
+    listing.rename(tmp_path / "dataset.json")
+    run(monkeypatch, "--preset", "sample_abdomen", "--data_root", tmp_path, "--cache_dir", tmp_path / "cache")
+    monkeypatch.setattr(cache, "_build", None)
+    settings = Preprocessing(spacing=(3, 3, 3), low=-175, high=250)
+    assert cache.ensure(read_cases(tmp_path / "dataset.json"), settings, tmp_path / "cache")[0].has_label
+
+
+def test_datasets_by_name(tmp_path, monkeypatch, capsys):
+    nifti(tmp_path / "data/BTCV/imagesTr/img0001.nii.gz")
+    nifti(tmp_path / "data/BTCV/imagesTr/img0035.nii.gz", seed=1)
+    run(monkeypatch, "--datasets", "1k", "--data_root", tmp_path / "data", "--cache_dir", tmp_path / "cache")
+    said = capsys.readouterr().out
+    assert "BTCV: 1 of 24 found" in said and "TCIAcovid19: 0 of 722 found" in said and "1 of 1 volumes" in said

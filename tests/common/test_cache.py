@@ -176,7 +176,7 @@ def test_a_bad_case_is_reported_and_the_others_are_built(case, tmp_path):
     cases = [Case("bad", bad), case, Case("no", tmp_path / "no.nii")]
     filled = cache.fill(cases, Preprocessing(), tmp_path / "cache")
     assert [entry.name for entry in filled.entries] == ["a"] and filled.built == 1
-    assert [failed.name for failed, _ in filled.failures] == ["bad", "no"]
+    assert [failure.case.name for failure in filled.failures] == ["bad", "no"]
     with pytest.raises(InputError, match=r"bad.nii.gz: found all voxels of one value.*1 more of 3"):
         cache.ensure(cases, Preprocessing(), tmp_path / "cache")
     assert not [p for p in (tmp_path / "cache").iterdir() if p.name.startswith(".tmp")]

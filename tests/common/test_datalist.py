@@ -54,9 +54,6 @@ def test_a_text_file_of_paths(tmp_path):
         ('{"training": []}', "the data list is empty"),
         ('{"training": [{"label": "a"}]}', "needs a path or a mapping with 'image'"),
         ('{"training": [{"image": "a", "fold": "0"}]}', "needs a whole number"),
-        ('{"training": [{"image": "../a.nii"}]}', "leaves"),
-        ('{"training": [{"image": "b/../../a.nii"}]}', "leaves"),
-        ('{"training": ["a.nii", "a.nii"]}', "twice"),
     ],
 )
 def test_what_is_wrong_with_a_list_is_said(tmp_path, content, said):
@@ -64,6 +61,20 @@ def test_what_is_wrong_with_a_list_is_said(tmp_path, content, said):
     with pytest.raises(InputError, match=said) as error:
         read_cases(tmp_path / "list.json")
     assert "list.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ('{"training": ["good.nii", {"image": "../a.nii"}]}', "leaves"),
+        ('{"training": ["good.nii", {"image": "a.nii", "label": "b/../../a.nii"}]}', "leaves"),
+        ('{"training": ["good.nii", "a.nii", "a.nii"]}', "twice"),
+    ],
+)
+def test_a_bad_entry_is_that_cases_problem_and_the_list_goes_on(tmp_path, content, said):
+    (tmp_path / "list.json").write_text(content)
+    *good, bad = read_cases(tmp_path / "list.json")
+    assert said in bad.problem and not any(case.problem for case in good)
 
 
 def test_a_missing_list_and_an_empty_folder(tmp_path):
