@@ -53,6 +53,9 @@ class VolumeDataset(Dataset):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def name(self, index: int) -> str:
+        return self.entries[index].name
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         position, index = key
         image = resized(self.entries[index], self.roi)

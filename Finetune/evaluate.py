@@ -176,6 +176,8 @@ def notes(config: EvaluateSettings, preset: Preset) -> list[str]:
             lines.append(f"{folder} has no {PROTOCOL}: how its label maps were made is not known")
             continue
         for member in json.loads(path.read_text()).get("checkpoints", []):
+            if member.get("leak"):
+                lines.append(f"LEAK in fold {member['fold']}, {member['checkpoint']}: {member['leak']}")
             if member.get("selected") == "best":
                 lines.append(
                     f"{member['checkpoint']} was picked by validation: on the validation cases its scores flatter it"

@@ -29,6 +29,7 @@ from Finetune.presets import Preset, load_preset
 from Finetune.sliding import Window
 
 CROPS_AT_BLR = 16
+BEST = "checkpoint-best.pth"
 
 
 @dataclass(kw_only=True)
@@ -118,7 +119,9 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
     )
     window = Window(architecture.roi, config.overlap, config.blending, config.sw_batch_size)
     args = describe(config, preset, architecture, init, [e.name for e in training], [e.name for e in validation])
-    best = -1.0
+    if args["leak"]:
+        say(f"warning: fold {config.fold}: {args['leak']}")
+    best = best_so_far(config)
 
     def after_epoch(epoch: int, log: RunLog) -> dict[str, float]:
         nonlocal best
@@ -130,13 +133,14 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
             scores = validate_classes(model, validation, preset, architecture.roi, run, config.amp, out)
         else:
             name, scores = "dice", validate(model, validation, preset, window, run, config.amp)
-        log.scalars(scores, (epoch + 1) * plan.steps_per_epoch)
+        log.scalars(scores, (epoch + 1) * plan.steps_per_epoch - 1)
         say(f"epoch {epoch + 1}: validation {name} {scores[f'val/{name}']:.4f}")
         if config.select == "best" and scores[f"val/{name}"] > best:
             best = scores[f"val/{name}"]
             if run.rank == 0:
-                content = method.checkpoint_state() | {"epoch": epoch, "args": args | {"selected": "best"}}
-                checkpoint.save(config.out_dir / "checkpoint-best.pth", content)
+                picked = args | {"selected": "best", "best": best, "step": (epoch + 1) * plan.steps_per_epoch}
+                content = method.checkpoint_state() | {"epoch": epoch, "args": picked}
+                checkpoint.save(config.out_dir / BEST, content)
         return scores
 
     if preset.task == "classification":
@@ -205,7 +209,14 @@ def describe(
         "training_cases": training,
         "validation_cases": validation,
         "selected": "last",
+        "leak": preset.leak if init and not config.scratch_twin and config.fold not in preset.clean_folds else "",
     }
+
+
+def best_so_far(config: FinetuneSettings) -> float:
+    """The score of checkpoint-best.pth when a run goes on, so that a worse one does not replace it."""
+    path = config.out_dir / BEST
+    return checkpoint.load(path)["args"]["best"] if config.resume != "none" and path.exists() else -1.0
 
 
 def writable(folder: Path) -> None:

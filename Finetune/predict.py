@@ -116,7 +116,7 @@ def load_ensemble(paths: Sequence[Path]) -> Ensemble:
         models.append(model)
         members.append(
             {"checkpoint": str(path), "sha256": file_sha256(path), "architecture": to_dict(architecture)}
-            | {key: args.get(key) for key in ("init", "init_sha256", "selected", "step")}
+            | {key: args.get(key) for key in ("init", "init_sha256", "selected", "step", "leak")}
             | {"fold": args["config"]["fold"], "seed": args["config"]["seed"], "labels": len(args["training_cases"])}
         )
     return Ensemble(models, first[1], first[2], first[3], members)

@@ -66,6 +66,12 @@ class Preset:
     folds: int = setting(5, "number of folds where the list has none")
     validation: tuple[str, ...] = setting((), "cases of fold 0; the others fill the other folds in order")
     validation_cases: int | None = setting(None, "size of fold 0 where its cases are not named; none for equal folds")
+    clean_folds: tuple[int, ...] = setting(
+        (), "folds whose validation cases published pretraining lists leave out; () all"
+    )
+    leak: str = setting(
+        "", "what is wrong with the other folds; said in a run that starts from a checkpoint, and on its card"
+    )
     label_order: tuple[str, ...] = setting((), "training cases in the order in which --label_count takes them")
 
     @property

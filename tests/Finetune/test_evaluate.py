@@ -82,11 +82,19 @@ def test_flipped_axes_of_a_file_do_not_matter(two_cases):
 
 def test_the_card_says_who_made_labels_and_choices(two_cases):
     (two_cases / "dataset.json").write_text(json.dumps({"labels_by": "a model (X), not experts"}))
-    member = {"checkpoint": "c.pth", "sha256": "0" * 64, "selected": "best", "fold": 0, "init": "scratch"}
+    member = {
+        "checkpoint": "c.pth",
+        "sha256": "0" * 64,
+        "selected": "best",
+        "fold": 1,
+        "init": "x.pth",
+        "leak": "seen before",
+    }
     protocol = {"checkpoints": [member], "overlap": 0.5, "blending": "gaussian", "flips": False, "cases": []}
     (two_cases / "p/predictions.json").write_text(json.dumps(protocol))
     card = run(two_cases)
     assert any("a model (X), not experts" in note for note in card["notes"])
+    assert any("LEAK in fold 1, c.pth: seen before" in note for note in card["notes"])
     assert any("picked by validation" in note for note in card["notes"])
     assert card["protocol"]["overlap"] == 0.5 and card["protocol"]["checkpoints"] == [member]
 

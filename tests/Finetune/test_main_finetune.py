@@ -141,6 +141,27 @@ def test_freeze_and_layer_decay(tmp_path, spleen):
     assert all(later > 3 * earlier for earlier, later in zip(moved, moved[1:]))
 
 
+def test_a_fold_that_pretraining_has_seen_is_said(tmp_path, capsys):
+    data = make_dataset(load_preset("BTCV"), tmp_path / "btcv")
+    vit_file(tmp_path / "pretrained.pth")
+    for fold, start, warned in ((1, "pretrained.pth", True), (1, None, False), (0, "pretrained.pth", False)):
+        init = ("--init", tmp_path / start) if start else ()
+        path = run(tmp_path, "BTCV", data, "--fold", fold, *init, "--resume", "none", "--lr", 0)
+        assert ("warning: fold 1: the papers' pretraining list" in capsys.readouterr().out) == warned
+        assert bool(load_finetuned(path)[3]["leak"]) == warned
+
+
+def test_best_is_kept_when_asked_for_and_not_replaced_by_worse(tmp_path, spleen, monkeypatch):
+    scores = iter([0.5, 0.7, 0.6, 0.65, 0.9])
+    monkeypatch.setattr("Finetune.main_finetune.validate", lambda *_: {"val/dice": next(scores)})
+    best = tmp_path / "run/checkpoint-best.pth"
+    flags = ("--select", "best", "--validate_every", 1)
+    for epochs, epoch, score in ((3, 1, 0.7), (4, 1, 0.7), (5, 4, 0.9)):
+        run(tmp_path, "MSD09_Spleen", spleen, *flags, "--epochs", epochs)
+        content = torch.load(best, weights_only=True)
+        assert (content["epoch"], content["args"]["best"], content["args"]["selected"]) == (epoch, score, "best")
+
+
 def test_linear_probe_trains_its_head_alone(tmp_path, spleen):
     file = tmp_path / "pretrained.pth"
     pretrained = vit_file(file).state_dict()

@@ -12,6 +12,7 @@ from monai.transforms import SpatialResample
 
 from common import checkpoint, volumes
 from common.config import InputError, to_dict
+from common.synthetic import affine_of, phantom, write_dicom
 from Finetune.build import Architecture, build_model, load_finetuned
 from Finetune.predict import label_map, main, mean_logits
 from Finetune.presets import load_preset
@@ -108,6 +109,16 @@ def test_a_prediction_lies_on_its_image(tmp_path, monkeypatch, preset, file, kin
     error = (np.asarray(found.dataobj) - bright.clip(0, 1) * 13)[(slice(2, -2),) * 3]
     assert np.abs(error).max() < 0.75  # 0.5 from rounding to a class; a shift by a voxel is 0.3 and more
     assert np.abs(error.mean()) < 0.03
+
+
+def test_a_dicom_series_gets_a_label_map_on_its_own_grid(tmp_path, preset, file):
+    hu, _ = phantom((40, 36, 20), seed=0)
+    write_dicom(tmp_path / "in/series", hu, affine_of(hu.shape, (3.0, 3.0, 4.0)))
+    run(file, tmp_path / "in", tmp_path / "out")
+    image = volumes.read_image(tmp_path / "in/series")
+    found = nib.load(tmp_path / "out/series.nii.gz")
+    np.testing.assert_allclose(found.affine, image.meta["original_affine"], atol=1e-4)
+    assert volumes.read_label(tmp_path / "out/series.nii.gz", image).shape[1:] == image.shape[1:]
 
 
 def test_labels_equal_monais_inferer_and_resampling(tmp_path, preset, file):

@@ -1,0 +1,86 @@
+"""Peak host memory of Finetune.predict on a large volume: 14 classes on 512 x 512 x 600 voxels, on the volume's own
+grid.
+
+    python -m benchmarks.predict_memory --out runs/predict_memory
+
+The preset keeps the file's spacing, so that the logits are as large as the volume: the worst case (8.8 GB if they were
+all held). The volume is noise; the network has random weights, its size only adds the activations of one window.
+
+Measured with these defaults: 4.58 GB at the peak, 336 s on one thread of a busy two-core machine.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import nibabel as nib
+import numpy as np
+
+from common import checkpoint
+from common.config import parse, run_program, setting, to_dict
+from common.logging import say
+from Finetune.build import Architecture, build_model
+from Finetune.presets import load_preset
+
+
+@dataclass(kw_only=True)
+class MemorySettings:
+    """Settings of the measurement."""
+
+    out: Path = setting(help="folder for the volume, the checkpoint, the prediction and memory.json")
+    shape: tuple[int, int, int] = setting((512, 512, 600), "voxels")
+    model: Literal["linear", "unetr"] = setting("linear", "linear is quick; unetr adds a decoder's activations")
+    overlap: float = setting(0.25, "of the sliding window; changes the time, not the memory")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(MemorySettings, argv, description=__doc__)
+    (config.out / "in").mkdir(parents=True, exist_ok=True)
+    volume = np.random.default_rng(0).integers(-200, 300, config.shape, dtype=np.int16)
+    nib.save(nib.Nifti1Image(volume, np.diag([-0.8, -0.8, 1.0, 1.0])), config.out / "in/volume.nii")
+    del volume
+    preset = replace(load_preset("BTCV"), spacing=None, foreground_threshold=None)
+    architecture = Architecture(
+        model=config.model,
+        in_chans=1,
+        out_channels=14,
+        roi=preset.roi,
+        patch_size=(16, 16, 16),
+        feature_size=16,
+        embed_dim=192,
+        depth=4,
+        num_heads=3,
+    )
+    args = {
+        "preset": to_dict(preset),
+        "architecture": to_dict(architecture),
+        "config": {"fold": 0, "seed": 0},
+        "training_cases": [],
+        "validation_cases": [],
+    }
+    checkpoint.save(config.out / "random.pth", {"state_dict": build_model(architecture).state_dict(), "args": args})
+    command = [sys.executable, "-m", "Finetune.predict", "--checkpoint", str(config.out / "random.pth")]
+    command += ["--images", str(config.out / "in"), "--out", str(config.out / "predictions"), "--device", "cpu"]
+    command += ["--overlap", str(config.overlap)]
+    began = time.time()
+    subprocess.run(command, check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    result = {
+        "shape": list(config.shape),
+        "classes": 14,
+        "model": config.model,
+        "peak_gb": round(peak / 1e9, 2),
+        "logits_gb": round(14 * 4 * float(np.prod(config.shape)) / 1e9, 2),
+        "seconds": round(time.time() - began),
+    }
+    (config.out / "memory.json").write_text(json.dumps(result, indent=2))
+    say(json.dumps(result))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
