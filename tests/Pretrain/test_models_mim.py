@@ -1,17 +1,12 @@
-"""MiM: what is masked, which pieces of the volume become the next level, who is aligned with whom, and the backward
-pass in parts.
-"""
+"""MiM: what is masked, which pieces of the volume become the next level, who is aligned with whom, and the names."""
 
 import argparse
 import math
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import engine
-from common.distributed import Run
 from Finetune.models_convvit3d import ConvViT3D
 from Pretrain.losses import patchify
 from Pretrain.masking import num_keep, uniform
@@ -28,28 +23,7 @@ from Pretrain.models_mim import (
     pool_units,
     unit_masking,
 )
-
-TOY = dict(
-    img_size=32,
-    embed_dims=(6, 6, 12, 24),
-    depths=(1, 1, 1, 1),
-    num_heads=2,
-    decoder_embed_dim=24,
-    decoder_depth=1,
-    decoder_num_heads=2,
-    num_mid=3,
-    num_down=2,
-)
-
-
-def toy(seed=0, **kwargs):
-    torch.manual_seed(seed)
-    return mim_convvit3d_base_patch16(**dict(TOY, **kwargs))
-
-
-def batch_of(size, count=2, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    return {"image": torch.rand(count, 1, *(size,) * 3, generator=rng), "key": torch.arange(count) + 100 * seed}
+from tests.Pretrain.toy_mim import batch_of, toy
 
 
 def calls_of(method, batch):
@@ -276,145 +250,6 @@ def test_parents_receive_no_gradient_from_alignment():
     assert not any(value.requires_grad for value in method._carry.values())
     method(batch, 0, 1)["rec_mid"].backward()
     assert not any(value.requires_grad for value in method._carry.values())
-
-
-# ---------------------------------------------------------------- the backward pass
-
-WEIGHTS = dict(rec_up=1.0, rec_mid=1.0, rec_down=1.0, align_up_mid=0.1, align_mid_down=0.1)
-
-
-def weighted(values):
-    return sum(WEIGHTS[name] * value for name, value in values.items())
-
-
-def gradients(method, batch, parts):
-    method.zero_grad()
-    totals = {}
-    for part in parts:
-        values = method(batch, 0, part)
-        weighted(values).backward()
-        for name, value in values.items():
-            totals[name] = totals.get(name, 0.0) + value.detach()
-    return totals, {name: p.grad.clone() for name, p in method.named_parameters() if p.requires_grad}
-
-
-@pytest.mark.parametrize("align", HEADS)
-@pytest.mark.parametrize("down_parts", [1, 4])
-def test_parts_give_the_gradients_of_the_whole_and_reach_every_parameter(align, down_parts):
-    method, batch = toy(align=align, down_parts=down_parts), batch_of(64)
-    whole, expected = gradients(method, batch, [None])
-    values, grads = gradients(method, batch, range(method.num_parts))
-    for name in whole:
-        torch.testing.assert_close(values[name], whole[name], atol=1e-5, rtol=1e-5)
-    for name, grad in grads.items():
-        torch.testing.assert_close(grad, expected[name], atol=1e-5, rtol=1e-5)
-        # the published code never uses this head (its first alignment term leaves the up level out)
-        dead = align == "published" and name.startswith("aggregate_pred_up_feature")
-        assert (grad.abs().max() == 0) == dead, name
-    assert not method._carry
-
-
-def test_a_part_holds_one_level_and_a_down_part_its_share_of_volumes():
-    method, batch = toy(down_parts=6), batch_of(64)
-    sizes = []
-    method.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    for part in range(method.num_parts):
-        method(batch, 0, part)
-    assert sizes == [2, 6, 2, 2, 2, 2, 2, 2]
-
-
-class Values(list):
-    """Stands in for the run log."""
-
-    def scalars(self, values, step):
-        self.append(values)
-
-
-def train(model, batches, run, accum=1, optimizer=None):
-    """Updates in the training loop of the programs; returns the means that it logs."""
-    optimizer = optimizer or engine.build_optimizer(model, weight_decay=0.05)
-    return engine.train_one_epoch(
-        model,
-        iter(batches),
-        optimizer,
-        torch.amp.GradScaler("cpu", enabled=False),
-        range(len(batches) // accum),
-        accum,
-        run,
-        learning_rate=lambda step: optimizer.defaults["lr"] or 3e-3,
-        weights=lambda step: WEIGHTS,
-        clip_grad=None,
-        autocast=None,
-        seed=0,
-        log_every=10,
-        log=Values(),
-        desc="toy",
-    )
-
-
-def descent(method):
-    """Plain gradient descent: AdamW would blow up the rounding of gradients that are 0 by symmetry (the bias of the
-    attention keys).
-    """
-    return torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1, momentum=0.9, fused=True)
-
-
-def ddp_worker(rank, folder, align):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    run = Run(torch.device("cpu"), rank, 2, rank)
-    method = toy(align=align)
-    share = [{k: v[rank : rank + 1] for k, v in batch_of(64, seed=i).items()} for i in range(3)]
-    means = train(engine.wrap(method, run), share, run, optimizer=descent(method))
-    if rank == 0:
-        torch.save({"state": method.state_dict(), "means": means}, f"{folder}/two.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("align", ["infonce", "published"])
-def test_two_processes_equal_one(tmp_path, align):
-    """Three updates: a parameter left without gradient would stop the second. The one process takes its batch in two
-    micro-batches, as the first term of `published` mixes up the samples of a forward pass."""
-    torch.multiprocessing.start_processes(ddp_worker, args=(tmp_path, align), nprocs=2, start_method="fork")
-    two = torch.load(tmp_path / "two.pt")
-    method = toy(align=align)
-    micro = [{k: v[n : n + 1] for k, v in batch_of(64, seed=i).items()} for i in range(3) for n in range(2)]
-    means = train(method, micro, Run(torch.device("cpu")), accum=2, optimizer=descent(method))
-    for name, value in method.state_dict().items():
-        torch.testing.assert_close(two["state"][name], value, atol=1e-5, rtol=1e-4)
-    assert (method.encoder.norm.weight - 1).abs().max() > 1e-3  # it has gone somewhere
-    assert two["means"] == pytest.approx(means, rel=1e-4)
-    assert means["skipped"] == 0
-
-
-def test_the_loop_logs_whole_losses():
-    method = toy()
-    with torch.no_grad():
-        expected = method(batch_of(64))
-    means = train(method, [batch_of(64)], Run(torch.device("cpu")))
-    for name, value in expected.items():
-        assert means[name] == pytest.approx(value.item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("align", HEADS)
-def test_every_alignment_trains(align):
-    method, batch = toy(align=align, num_mid=2, num_down=1), batch_of(64, count=1)
-    with torch.no_grad():
-        before = weighted(method(batch))
-    train(method, [batch] * 8, Run(torch.device("cpu")))
-    with torch.no_grad():
-        assert weighted(method(batch)) < before
-
-
-def test_autocast_to_bfloat16_stays_close():
-    method, batch = toy(align="infonce"), batch_of(64)
-    with torch.no_grad():
-        full = method(batch)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            half = method(batch)
-    for name in full:
-        assert half[name].dtype == torch.float32
-        torch.testing.assert_close(half[name], full[name], atol=0.03, rtol=0.03)
 
 
 # ---------------------------------------------------------------- settings

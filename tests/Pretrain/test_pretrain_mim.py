@@ -1,18 +1,20 @@
 """MiM from settings: the recipe's numbers, the weights over time, and what contradicts itself."""
 
+import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
 
 from common.config import InputError, parse
 from common.engine import plan_updates
+from Finetune.models_convvit3d import ConvViT3D
+from Pretrain import main_pretrain
 from Pretrain.build import PretrainSettings, build_task
 from Pretrain.data import ViewDataset
+from tests.helpers import ROOT, ct, run_module, write_nifti
 
-ROOT = Path(__file__).resolve().parents[2]
 TOY = """--method mim --datalist x --out_dir x --batch_size 2 --epochs 10 --local_size 32 --model tiny --num_heads 2
  --embed_dims 6 6 12 24 --depths 1 1 1 1 --decoder_embed_dim 24 --decoder_depth 1 --decoder_num_heads 2"""
 
@@ -97,3 +99,79 @@ def test_heads_follow_given_widths():
 def test_contradictions_are_named(extra, words):
     with pytest.raises(InputError, match=words):
         build(f"{TOY} {extra}")
+
+
+# ---------------------------------------------------------------- the program
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scans")
+    for i in range(3):
+        write_nifti(folder / f"scan{i}.nii.gz", ct((40, 36, 30 + 4 * i), seed=i))
+    return folder
+
+
+def arguments(scans, out, *more):
+    more = (
+        "--num_mid",
+        2,
+        "--num_down",
+        1,
+        "--down_parts",
+        2,
+        "--samples_per_epoch",
+        4,
+        "--warmup_epochs",
+        0,
+        "--workers",
+        0,
+        *more,
+    )
+    places = ("--datalist", scans, "--cache_dir", scans.parent / "cache", "--out_dir", out, "--lr", 1e-3)
+    return [*TOY.split(), *map(str, places + more)]
+
+
+def pretrain(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["main_pretrain", *arguments(*args)])
+    main_pretrain.main()
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_resumes_bit_for_bit_and_ends_in_the_segmentation_network(scans, tmp_path, monkeypatch):
+    pretrain(monkeypatch, scans, tmp_path / "whole", "--epochs", 2, "--save_every", 1, "--align", "published")
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {"checkpoint-1.pth", "checkpoint-last.pth", "reconstruction-1.png"} <= names
+    content = torch.load(tmp_path / "whole/checkpoint-1.pth", weights_only=True)
+    assert content["args"]["grid_size"] == [2, 2, 2] and content["epoch"] == 1
+    for entry in log(tmp_path / "whole"):
+        assert {"rec_up", "rec_mid", "rec_down", "align_up_mid", "align_mid_down"} <= set(entry)
+        assert 0.5 < entry["rec_down"] < 2  # the whole of it, not the mean of its two pieces
+
+    (tmp_path / "cut").mkdir()  # as if stopped after the first of two epochs
+    (tmp_path / "whole/checkpoint-0.pth").rename(tmp_path / "cut/checkpoint-last.pth")
+    pretrain(monkeypatch, scans, tmp_path / "cut", "--epochs", 2, "--save_every", 1, "--align", "published")
+    again = torch.load(tmp_path / "cut/checkpoint-last.pth", weights_only=True)
+    assert content["model"].keys() == again["model"].keys()
+    assert all(torch.equal(value, again["model"][name]) for name, value in content["model"].items())
+
+    encoder = ConvViT3D(32, embed_dims=(6, 6, 12, 24), depths=(1, 1, 1, 1), num_heads=2, pyramid=True)
+    missing, _ = encoder.load_pretrained_checkpoint(tmp_path / "cut/checkpoint-last.pth")
+    assert not [n for n in missing if not ("gamma_" in n or "relative_position" in n or n.startswith("fpn."))]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_loss_curve_of_one(scans, tmp_path):
+    """Equal to 1e-4 through torchrun on two CPU processes, and with accumulation."""
+    for name, nproc, more in (("one", 1, ()), ("two", 2, ()), ("parts", 1, ("--micro_batch_size", 1))):
+        args = arguments(scans, tmp_path / name, "--epochs", 4, "--align", "infonce", *more)
+        run_module("Pretrain.main_pretrain", *args, nproc=nproc)
+    one = log(tmp_path / "one")
+    assert len(one) == 4
+    for other in ("two", "parts"):
+        for a, b in zip(one, log(tmp_path / other)):
+            for term in (key for key in a if key.startswith(("rec_", "align_", "grad_norm"))):
+                assert a[term] == pytest.approx(b[term], rel=1e-4, abs=1e-4), (other, a["epoch"], term)
