@@ -4,6 +4,7 @@
 #
 #   DATA=/path/to/BTCV bash scripts/BTCV/run.sh --init runs/glmae/checkpoint-1599.pth
 #   bash scripts/BTCV/run.sh --init scratch          the same from random weights
+#   bash scripts/BTCV/run.sh --model mim --init runs/mim/checkpoint-799.pth      MiM: its encoder and its network
 #   bash scripts/BTCV/run.sh --help                  every setting, with the values of this recipe
 #
 # Arguments go to Finetune.main_finetune and win over the ones below. DATA: RawData/Training of the challenge: img/, label/.
@@ -25,4 +26,5 @@ launch Finetune.main_finetune --preset BTCV --data "$data" --out_dir "$out" --fo
 case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
 
 "$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data" --cases validation --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data" --preset BTCV --out "$out/scores"
+"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data" --preset BTCV \
+  --images "$data/img" --out "$out/scores"

@@ -25,4 +25,5 @@ launch Finetune.main_finetune --preset BTCV_iso --data "$data" --out_dir "$out" 
 case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
 
 "$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data" --cases validation --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data" --preset BTCV_iso --out "$out/scores"
+"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data" --preset BTCV_iso \
+  --images "$data/img" --out "$out/scores"

@@ -25,4 +25,5 @@ launch Finetune.main_finetune --preset COVID19_20 --data "$data" --out_dir "$out
 case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
 
 "$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data" --cases validation --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data" --preset COVID19_20 --out "$out/scores"
+"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data" --preset COVID19_20 \
+  --images "$data/Train" --out "$out/scores"

@@ -25,4 +25,5 @@ launch Finetune.main_finetune --preset FLARE22 --data "$data" --out_dir "$out" -
 case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
 
 "$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data" --cases validation --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data" --preset FLARE22 --out "$out/scores"
+"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data" --preset FLARE22 \
+  --images "$data/images" --out "$out/scores"

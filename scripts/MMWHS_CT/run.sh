@@ -25,4 +25,5 @@ launch Finetune.main_finetune --preset MMWHS_CT --data "$data" --out_dir "$out" 
 case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
 
 "$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data" --cases validation --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data" --preset MMWHS_CT --out "$out/scores"
+"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data" --preset MMWHS_CT \
+  --images "$data/ct_train" --out "$out/scores"

@@ -25,4 +25,5 @@ launch Finetune.main_finetune --preset MSD03_Liver --data "$data" --out_dir "$ou
 case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
 
 "$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data/dataset.json" --cases validation --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data/labelsTr" --preset MSD03_Liver --out "$out/scores"
+"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data/labelsTr" --preset MSD03_Liver \
+  --images "$data/imagesTr" --out "$out/scores"

@@ -25,4 +25,5 @@ launch Finetune.main_finetune --preset MSD07_Pancreas --data "$data" --out_dir "
 case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
 
 "$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data/dataset.json" --cases validation --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data/labelsTr" --preset MSD07_Pancreas --out "$out/scores"
+"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data/labelsTr" --preset MSD07_Pancreas \
+  --images "$data/imagesTr" --out "$out/scores"

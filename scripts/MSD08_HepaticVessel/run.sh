@@ -25,4 +25,5 @@ launch Finetune.main_finetune --preset MSD08_HepaticVessel --data "$data" --out_
 case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
 
 "$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data/dataset.json" --cases validation --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data/labelsTr" --preset MSD08_HepaticVessel --out "$out/scores"
+"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data/labelsTr" --preset MSD08_HepaticVessel \
+  --images "$data/imagesTr" --out "$out/scores"

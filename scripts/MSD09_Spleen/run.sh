@@ -25,4 +25,5 @@ launch Finetune.main_finetune --preset MSD09_Spleen --data "$data" --out_dir "$o
 case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
 
 "$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data/dataset.json" --cases validation --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data/labelsTr" --preset MSD09_Spleen --out "$out/scores"
+"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data/labelsTr" --preset MSD09_Spleen \
+  --images "$data/imagesTr" --out "$out/scores"

@@ -25,4 +25,5 @@ launch Finetune.main_finetune --preset WORD --data "$data" --out_dir "$out" --fo
 case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
 
 "$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data" --cases validation --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data" --preset WORD --out "$out/scores"
+"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data" --preset WORD \
+  --images "$data/imagesTr" --out "$out/scores"

@@ -21,4 +21,5 @@ launch Finetune.main_finetune --preset sample_abdomen --data "$data" --out_dir "
 case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
 
 "$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data/imagesTs" --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data/labelsTs" --preset sample_abdomen --out "$out/scores"
+"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data/labelsTs" --preset sample_abdomen \
+  --images "$data/imagesTs" --out "$out/scores"
