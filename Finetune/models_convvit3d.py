@@ -351,6 +351,7 @@ class ConvViT3D(nn.Module):
     def load_pretrained_checkpoint(
         self,
         path: str | os.PathLike,
+        encoder_only: bool = True,
         interpolate_pos_embed: bool = True,
         checkpoint_key: str | None = None,
         source_grid: vit.Grid | None = None,
@@ -364,6 +365,7 @@ class ConvViT3D(nn.Module):
         models_3dvit.py, and:
 
         Args:
+            encoder_only: so that both encoders are called alike; this one never has a decoder to load.
             bias_table: what becomes of a fine-tuned relative position bias of another grid: resampled, or left as this
                 model has it.
 

@@ -70,6 +70,15 @@ def test_names_and_shapes_are_the_published_ones():
     assert sum(p.numel() for p in model.backbone.parameters()) == 24_132_060
 
 
+def test_synchronised_batch_norm_keeps_the_names_and_instance_norm_has_no_statistics():
+    with torch.device("meta"):
+        plain, instance = convvit3d_unetr(64, **SMALL), convvit3d_unetr(64, stride32_norm="instance", **SMALL)
+        names = set(plain.state_dict())
+        assert set(nn.SyncBatchNorm.convert_sync_batchnorm(plain).state_dict()) == names
+    gone = {f"backbone.fpn.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert names - set(instance.state_dict()) == gone
+
+
 def test_wiring_against_a_plain_transcription():
     model = convvit3d_unetr(64, **SMALL).eval()
     x = torch.rand(1, 1, 64, 64, 64)
