@@ -45,6 +45,9 @@ class CropDataset(Dataset):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def name(self, index: int) -> str:
+        return self.entries[index].name
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         position, index = key
         entry, rng = self.entries[index], generator(self.seed, position)

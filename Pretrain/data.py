@@ -23,6 +23,9 @@ class ViewDataset(Dataset):
     def __len__(self) -> int:
         return len(self.volumes)
 
+    def name(self, index: int) -> str:
+        return self.volumes[index].name
+
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
         position, index = item
         volume, rng = self.volumes[index], generator(self.seed, position)

@@ -16,7 +16,7 @@ from PIL import Image
 from common import cache, distributed
 from common.config import check_writable, parse, run_program, to_dict
 from common.datalist import read_cases
-from common.engine import build_optimizer, fit, plan_updates, to_device
+from common.engine import Plan, build_optimizer, fit, plan_updates, to_device
 from common.logging import RunLog, say
 from common.schedules import warmup_cosine
 from common.volumes import Preprocessing
@@ -68,12 +68,12 @@ def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path:
         weights=task.weights,
         args=to_dict(settings) | {"grid_size": list(encoder.grid_size), "data": [v.content_hash for v in volumes]},
         optimizer=build_optimizer(task.method, settings.weight_decay),
-        after_epoch=partial(draw_reconstructions, settings, task, dataset) if run.rank == 0 else None,
+        after_epoch=partial(draw_reconstructions, settings, plan, task, dataset) if run.rank == 0 else None,
     )
 
 
 def draw_reconstructions(
-    settings: PretrainSettings, task: Task, dataset: ViewDataset, epoch: int, log: RunLog
+    settings: PretrainSettings, plan: Plan, task: Task, dataset: ViewDataset, epoch: int, log: RunLog
 ) -> dict[str, float]:
     """One view of each kind with its reconstruction, the same ones every time, as reconstruction-{epoch}.png and in TensorBoard."""
     if (epoch + 1) % settings.save_every and epoch + 1 != settings.epochs:
@@ -85,7 +85,7 @@ def draw_reconstructions(
     if rows:
         pixels = picture(rows, task.method.encoder.patch_size, settings.norm_pix_loss)
         Image.fromarray(pixels).save(settings.out_dir / f"reconstruction-{epoch}.png")
-        log.image("reconstruction", pixels, epoch)
+        log.image("reconstruction", pixels, (epoch + 1) * plan.steps_per_epoch - 1)
     return {}
 
 

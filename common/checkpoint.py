@@ -9,17 +9,23 @@ GL-MAE         `student`: `module.backbone.*` (encoder and decoder), `module.hea
                `head.*`; `dino_loss`: {`center`}. The `module.` stands there without DDP too: the authors' loaders expect it
 MiM            `model`: the names of `Finetune/models_convvit3d.py` and the decoder's
 fine-tuning    `state_dict`: the segmentation model, encoder under `backbone.`
-all            `optimizer`; `epoch`, 0-based, the last one begun; `args`: the settings as plain types, and in it `step` (updates done)
-               and `grid_size` (the position table's grid, never to be guessed from a count)
+all            `optimizer`; `epoch`, 0-based, the last one begun; `args`: the settings as plain types, and in it `step` (updates done),
+               `loop` (scaler, watch over bad updates, data seed) and `grid_size` (the position table's grid, never to be guessed from
+               a count)
+mid-epoch      `progress`: the running means of the epoch and of the log interval; only in a file written within an epoch
 =============  ====================================================================================================================
 
-Files are `checkpoint-{epoch}.pth` (no zero padding) and `checkpoint-last.pth`, written under a temporary name and renamed.
+Files are `checkpoint-{epoch}.pth` (no zero padding), `checkpoint-last.pth` and the one before it, `checkpoint-previous.pth`; each is
+written under a temporary name and renamed. Each record of the file (a zip archive) has a CRC32, which is verified when it is read.
+How and when they are written: common/saving.py.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import uuid
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +34,7 @@ import torch
 from common.config import InputError
 
 LAST = "checkpoint-last.pth"
+PREVIOUS = "checkpoint-previous.pth"
 
 
 def save(path: str | Path, content: dict[str, Any]) -> None:
@@ -37,7 +44,7 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
     """
     path = Path(path)
     _check_plain(content, "checkpoint")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
@@ -45,20 +52,52 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise InputError(f"{path}: the checkpoint cannot be written ({error})") from None
+        raise InputError(f"{path}: the checkpoint cannot be written ({_first_line(error)})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint on the CPU, read without running anything in it. InputError says what is wrong with the file."""
+def temporary_name(path: Path) -> Path:
+    """Beside `path`, hidden, and known to `remove_temporary`."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def remove_temporary(folder: Path) -> None:
+    """What a process that was killed while it wrote has left behind. Only for the one process that writes to the folder."""
+    for path in folder.glob(".checkpoint-*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def verify(path: str | Path) -> None:
+    """Read the whole file and compare every record with its CRC32; InputError if one differs. Files older than torch 1.6 have none."""
+    if not zipfile.is_zipfile(path):
+        return
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile, too, has a type for each way a file can be broken
+        raise InputError(f"{path}: damaged ({_first_line(error)})") from None
+    if damaged:
+        raise InputError(f"{path}: damaged (checksum of record {damaged} does not match)")
+
+
+def load(path: str | Path, check: bool = True) -> dict[str, Any]:
+    """The content of a checkpoint on the CPU, read without running anything in it. InputError says what is wrong with the file.
+
+    `check=False` leaves out the checksums, for a file that another rank has just verified.
+    """
+    try:
+        if check:
+            verify(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
+    except InputError:
+        raise
     except Exception as error:  # torch raises a different type for each way a file can be broken
-        raise InputError(f"{path}: not a readable checkpoint ({str(error).strip().splitlines()[0]})") from None
+        raise InputError(f"{path}: not a readable checkpoint ({_first_line(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: found {type(content).__name__}, needs a dict")
     return content
@@ -68,6 +107,10 @@ def file_sha256(path: str | Path) -> str:
     """The SHA-256 of a file, as hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _check_plain(value: Any, where: str) -> None:

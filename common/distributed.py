@@ -2,13 +2,21 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from common.config import InputError
+from common.peers import Peers
+
+PATIENCE = timedelta(
+    hours=12
+)  # rank 0 may fill a cache while the others wait; the dead and the hung are found by peers.py and watchdog.py
+_peers: Peers | None = None
 
 
 @dataclass(frozen=True)
@@ -27,14 +35,26 @@ def setup(device: str = "auto") -> Run:
         raise InputError(f"--device: found {device!r}, allowed: auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available here; use --device cpu or auto")
-    rank, world_size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world_size, local_rank = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda:
         torch.cuda.set_device(local_rank)
     target = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo", **({"device_id": target} if use_cuda else {}))
+        device_id = {"device_id": target} if use_cuda else {}
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=PATIENCE, **device_id)
+        _watch_peers(rank, world_size)
     return Run(target, rank, world_size, local_rank)
+
+
+def _watch_peers(rank: int, world_size: int) -> None:
+    """Start the watch, on a connection of its own: a thread that waits on a store holds up all others of that connection."""
+    global _peers
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    _peers = Peers(dist.TCPStore(address, port, world_size, is_master=False), rank, world_size)
+    _peers.start()
 
 
 def active() -> bool:
@@ -67,6 +87,33 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     return total / dist.get_world_size()
 
 
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """(ranks, *shape): the tensor of every rank, the same on each."""
+    if not active():
+        return tensor.unsqueeze(0)
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor)
+    return torch.stack(gathered)
+
+
+def broadcast_int(number: int, device: torch.device) -> int:
+    """Rank 0's number, on every rank."""
+    if not active():
+        return number
+    tensor = torch.tensor(number, device=device)
+    dist.broadcast(tensor, src=0)
+    return int(tensor)
+
+
 def shutdown() -> None:
-    if active():
+    """Leave the process group. With an exception in flight the peers are told why, and end too."""
+    global _peers
+    error = sys.exc_info()[1]
+    orderly = error is None or isinstance(error, SystemExit)
+    if _peers and not orderly:
+        _peers.report(f"{type(error).__name__}: {error}".splitlines()[0])
+    elif _peers:
+        _peers.stop()
+    if active() and orderly:  # with a peer stuck in a collective call, leaving in good order would wait for it
         dist.destroy_process_group()
+    _peers = None

@@ -3,12 +3,14 @@
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+from common.config import InputError
 
 
 def is_main() -> bool:
@@ -23,13 +25,16 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def progress(iterable: Iterable | None = None, desc: str = "", total: int | None = None, unit: str = "it") -> tqdm:
-    """A progress bar on rank 0. Into a file or a pipe it is refreshed every ten seconds only, so that logs stay short."""
+def progress(
+    iterable: Iterable | None = None, desc: str = "", total: int | None = None, unit: str = "it", initial: int = 0
+) -> tqdm:
+    """A progress bar on rank 0, `initial` of its steps already done. Into a file or a pipe it is refreshed every ten seconds only, so that logs stay short."""
     return tqdm(
         iterable,
         desc=desc,
         total=total,
         unit=unit,
+        initial=initial,
         disable=not is_main(),
         mininterval=0.2 if sys.stderr.isatty() else 10.0,
         dynamic_ncols=True,
@@ -37,22 +42,22 @@ def progress(iterable: Iterable | None = None, desc: str = "", total: int | None
 
 
 class RunLog:
-    """TensorBoard events and `log.jsonl` in `out_dir`, written by rank 0 only. A resumed run drops what was logged past `first_step`."""
+    """TensorBoard events, `log.jsonl` and `anomalies.jsonl` in `out_dir`, written by rank 0 only.
 
-    def __init__(self, out_dir: str | Path, first_step: int = 0):
-        self.path = Path(out_dir) / "log.jsonl"
+    TensorBoard's steps count from 0 and name the update that was the last one made. A run that goes on after `first_step` updates, in
+    epoch `first_epoch`, drops what an earlier process logged past them; no line and no point is doubled or missing, if `flush` is called
+    before each checkpoint. What happened before a rollback is kept in `anomalies.jsonl`: lines with fewer `rollbacks`.
+    """
+
+    def __init__(self, out_dir: str | Path, first_step: int = 0, first_epoch: int = 0, rollbacks: int = 0):
+        self.path, self.anomalies = Path(out_dir) / "log.jsonl", Path(out_dir) / "anomalies.jsonl"
         self.writer = None
         if is_main():
             from torch.utils.tensorboard import SummaryWriter  # slow to import; only a run that logs pays
 
-            self._keep(first_step)
+            _keep(self.path, lambda line: line["epoch"] < first_epoch)
+            _keep(self.anomalies, lambda line: line["step"] < first_step or line["rollbacks"] < rollbacks)
             self.writer = SummaryWriter(str(out_dir), purge_step=first_step)
-
-    def _keep(self, first_step: int) -> None:
-        """Only the epochs that were finished by `first_step`: no line is doubled, none is from an earlier run."""
-        if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self.writer:
@@ -65,12 +70,53 @@ class RunLog:
             self.writer.add_image(tag, pixels, step, dataformats="HWC")
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """One JSON line; `record` holds `step`, the updates done."""
+        """One line of `log.jsonl`; `record` holds `epoch`, and `step`, the updates done."""
+        self._line(self.path, record)
+
+    def anomaly(self, record: dict[str, Any]) -> None:
+        """One line of `anomalies.jsonl`; `record` holds `step`, the update that was not made, and `rollbacks`."""
+        self._line(self.anomalies, record)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of `log.jsonl` until now; on every rank."""
+        return _lines(self.path)
+
+    def flush(self) -> None:
+        """Everything logged until now is on disk."""
         if self.writer:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
             self.writer.flush()
 
     def close(self) -> None:
         if self.writer:
             self.writer.close()
+
+    def _line(self, path: Path, record: dict[str, Any]) -> None:
+        if self.writer:
+            with open(path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Its lines; one that a killed process has left unfinished, the last, is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise InputError(f"{path}: line {number} is not JSON") from None
+    return records
+
+
+def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the other lines of the file, in one go."""
+    if path.exists():
+        write_text(path, "".join(json.dumps(line) + "\n" for line in _lines(path) if wanted(line)))
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole file or the old one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

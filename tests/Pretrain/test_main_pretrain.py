@@ -93,10 +93,10 @@ def test_a_resumed_run_equals_an_undisturbed_one(scans, tmp_path):
 
     real = main_pretrain.draw_reconstructions
 
-    def stop(settings, task, dataset, epoch, log):
+    def stop(settings, plan, task, dataset, epoch, log):
         if epoch == 1:
             raise Stop
-        return real(settings, task, dataset, epoch, log)
+        return real(settings, plan, task, dataset, epoch, log)
 
     main_pretrain.draw_reconstructions = stop
     try:

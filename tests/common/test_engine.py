@@ -1,94 +1,24 @@
 """The training loop: accumulation, skipping, resuming, logging, on a toy method."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from common import checkpoint, engine
+from common import checkpoint
 from common.config import InputError
-from common.distributed import Run
-from common.engine import LoopSettings, build_optimizer, fit, plan_updates
-from common.sampling import generator
-
-CPU = Run(torch.device("cpu"))
-
-
-class Toy(nn.Module):
-    """A regression with dropout (so that randomness must be restored too), a token, and the protocol's hooks."""
-
-    def __init__(self, poison_from: int | None = None):
-        super().__init__()
-        torch.manual_seed(3)
-        self.layers = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Dropout(0.3), nn.Linear(8, 1))
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
-        self.poison_from, self.calls = poison_from, []
-
-    @property
-    def probe(self):
-        return self.layers[0].weight
-
-    def forward(self, batch, step):
-        error = (self.layers(batch["x"] + self.cls_token[0]).squeeze(-1) - batch["y"]).square().mean()
-        if self.poison_from is not None and step >= self.poison_from:
-            error = error * float("nan")
-        return {"fit": error, "seen": batch["y"].mean()}
-
-    def before_step(self, step):
-        self.calls.append(("before", step, self.probe.grad is not None))
-
-    def after_step(self, step):
-        self.calls.append(("after", step, self.probe.grad is not None))
-
-    def checkpoint_state(self):
-        return {"model": self.state_dict()}
-
-    def load_checkpoint_state(self, content):
-        self.load_state_dict(content["model"])
-
-
-class Numbers(torch.utils.data.Dataset):
-    def __len__(self):
-        return 12
-
-    def __getitem__(self, item):
-        position, index = item
-        x = torch.rand(4, generator=generator(0, position)) + index
-        return {"x": x, "y": x.sum()}
-
-
-def run_toy(out_dir, method=None, plan_world=1, **settings):
-    method = method or Toy()
-    defaults = dict(epochs=4, batch_size=4, workers=0, warmup_epochs=0.0, save_every=2, log_every=2, weight_decay=0.1)
-    settings = LoopSettings(out_dir=Path(out_dir), **(defaults | settings))
-    settings.out_dir.mkdir(exist_ok=True)
-    plan = plan_updates(settings, 12, plan_world)
-    path = fit(
-        method,
-        Numbers(),
-        settings,
-        CPU,
-        plan,
-        learning_rate=lambda step: 0.01 / (1 + step),
-        weights=lambda step: {"fit": 2.0},
-        args={"note": "toy"},
-        optimizer=build_optimizer(method, settings.weight_decay),
-    )
-    return method, checkpoint.load(path)
-
-
-def lines(out_dir):
-    return [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+from common.engine import LoopSettings, plan_updates
+from common.sampling import StreamSampler, mix
+from tests.common.toy import Numbers, Toy, lines, run_toy
 
 
 def test_files_log_and_checkpoint_layout(tmp_path):
     method, content = run_toy(tmp_path)
     names = {p.name for p in tmp_path.iterdir() if p.suffix == ".pth"}
-    assert names == {"checkpoint-1.pth", "checkpoint-3.pth", "checkpoint-last.pth"}
+    assert names == {"checkpoint-1.pth", "checkpoint-3.pth", "checkpoint-last.pth", "checkpoint-previous.pth"}
     assert set(content) == {"model", "optimizer", "epoch", "args"}
-    assert content["epoch"] == 3 and content["args"] == {"note": "toy", "step": 12}
+    assert content["epoch"] == 3 and content["args"]["note"] == "toy" and content["args"]["step"] == 12
     log = lines(tmp_path)
     assert [entry["epoch"] for entry in log] == [0, 1, 2, 3] and [entry["step"] for entry in log] == [3, 6, 9, 12]
     assert all(entry["skipped"] == 0 and entry["grad_norm"] > 0 and entry["seen"] > 0 for entry in log)
@@ -108,13 +38,13 @@ def test_the_update_is_torchs_own(tmp_path):
     rest = [p for n, p in twin.named_parameters() if p.ndim == 1 or n == "cls_token"]
     groups = [{"params": rest, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    sampler = engine.StreamSampler(12, 4, 1)
+    sampler = StreamSampler(12, 4, 1)
     sampler.start, sampler.stop = 0, 3
     for step, items in enumerate(sampler):
         for group in optimizer.param_groups:
             group["lr"] = 0.01 / (1 + step)
         samples = [Numbers()[item] for item in items]
-        torch.manual_seed(engine.mix(0, step, 0))
+        torch.manual_seed(mix(0, step, 0))
         loss = twin({k: torch.stack([s[k] for s in samples]) for k in "xy"}, step)["fit"] * 2
         optimizer.zero_grad()
         loss.backward()
@@ -185,7 +115,9 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path):
         run_toy(tmp_path, Other())
 
 
-@pytest.mark.parametrize("world, micro, batch, expected", [(1, None, 8, (8, 1)), (2, None, 8, (4, 1)), (2, 1, 8, (1, 4)), (1, 2, 8, (2, 4))])
+@pytest.mark.parametrize(
+    "world, micro, batch, expected", [(1, None, 8, (8, 1)), (2, None, 8, (4, 1)), (2, 1, 8, (1, 4)), (1, 2, 8, (2, 4))]
+)
 def test_plan_keeps_the_global_batch(world, micro, batch, expected):
     settings = LoopSettings(out_dir=Path("x"), epochs=10, batch_size=batch, micro_batch_size=micro)
     plan = plan_updates(settings, 100, world)

@@ -1,0 +1,133 @@
+"""When and how a run writes its checkpoints, and which one it takes up again.
+
+The rule: `checkpoint-last.pth` after every epoch, every `save_minutes` within one, and when asked to stop; the one before it stays as
+`checkpoint-previous.pth`; `checkpoint-{epoch}.pth` every `save_every` epochs and after the last, for good. A file that is torn or altered
+is refused with a message, and the one before it is taken.
+
+Training stops for the copy to host memory only; a thread writes the copy. Not torch.distributed.checkpoint's async_save, which does the
+same to a folder of shards with pickled metadata: under DDP every rank holds everything, so there is nothing to shard, and the contract
+with every reader (the authors' loaders among them) is one file that `torch.load(weights_only=True)` reads.
+"""
+
+import contextlib
+import os
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import checkpoint, distributed
+from common.config import InputError
+from common.distributed import Run
+from common.logging import say
+
+
+class Saver:
+    """Writes `checkpoint-last.pth` of a run in a thread of rank 0. At most one file is being written at any time."""
+
+    def __init__(self, out_dir: Path, minutes: float | None):
+        self.last, self.minutes = out_dir / checkpoint.LAST, minutes
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._saved_at = time.monotonic()
+
+    def due(self) -> bool:
+        """Is it time to save, within an epoch? An error of the last writing is raised here too, not an epoch later."""
+        if self._thread and not self._thread.is_alive():
+            self.wait()
+        return self.minutes is not None and time.monotonic() - self._saved_at > self.minutes * 60
+
+    def save(self, content: dict[str, Any], keep: str | None = None) -> None:
+        """Copy `content` to host memory and have it written as the last checkpoint, and as `keep` (a file name) too.
+
+        Raises InputError for a writing before this one that has failed; the file of before that one is still whole.
+        """
+        self.wait()
+        content = host_copy(content)
+        self._saved_at = time.monotonic()
+        self._thread = threading.Thread(target=self._write, args=(content, keep), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written any more. Raises what went wrong."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, content: dict[str, Any], keep: str | None) -> None:
+        try:
+            if self.last.exists():
+                second_name(self.last, self.last.with_name(checkpoint.PREVIOUS))
+            checkpoint.save(self.last, content)
+            if keep:
+                second_name(self.last, self.last.with_name(keep))
+        except BaseException as error:  # of a thread: raised in the training thread, by `wait`
+            self._error = error
+
+
+def second_name(path: Path, name: Path) -> None:
+    """Let `name` mean the file at `path` too, whole or not at all; it stays when `path` is replaced. Costs no disk space."""
+    temporary = checkpoint.temporary_name(name)
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            checkpoint.save(temporary, checkpoint.load(path, check=False))
+        os.replace(temporary, name)
+    except OSError as error:
+        raise InputError(f"{name}: the checkpoint cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def host_copy(value: Any) -> Any:
+    """The same nesting with every tensor copied to host memory, and nothing of it shared with the original."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: host_copy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(host_copy(item) for item in value)
+    return value
+
+
+def candidates(out_dir: Path) -> list[Path]:
+    """The checkpoints a run can go on from, the newest first."""
+    numbered = [
+        (int(m[1]), p)
+        for p in out_dir.glob("checkpoint-*.pth")
+        if (m := re.fullmatch(r"checkpoint-(\d+)\.pth", p.name))
+    ]
+    found = [
+        out_dir / checkpoint.LAST,
+        out_dir / checkpoint.PREVIOUS,
+        *(path for _, path in sorted(numbered, reverse=True)),
+    ]
+    return [path for path in found if path.exists()]
+
+
+def read_first(paths: list[Path], run: Run) -> tuple[Path, dict[str, Any]]:
+    """The first of `paths` that is whole, and its content. Rank 0 chooses and verifies. InputError if none is."""
+    chosen, refused = len(paths), []
+    if run.rank == 0:
+        for position, path in enumerate(paths):
+            try:
+                checkpoint.verify(path)
+                checkpoint.load(path, check=False)
+            except InputError as error:
+                refused.append(str(error))
+                with contextlib.suppress(IndexError):
+                    say(f"warning: {error}; taking {paths[position + 1]} instead")
+            else:
+                chosen = position
+                break
+    chosen = distributed.broadcast_int(chosen, run.device)
+    if chosen == len(paths):
+        raise InputError(f"no readable checkpoint ({'; '.join(refused) or 'see rank 0'}); --resume none starts anew")
+    return paths[chosen], checkpoint.load(paths[chosen], check=False)

@@ -1,0 +1,216 @@
+"""A run in memory: everything it consists of, where it stands, and how that goes into a checkpoint and comes back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import Dataset
+
+from common import checkpoint, distributed
+from common.anomalies import Guard
+from common.config import InputError, to_dict
+from common.distributed import Run
+from common.logging import RunLog, say, write_text
+from common.means import Means
+from common.parallel import autocast_dtype, build_loader, compile_blocks, wrap
+from common.sampling import StreamSampler, mix
+from common.saving import Saver, candidates, read_first
+from common.settings import LoopSettings, Plan
+from common.signals import Requests, Requeue, clear_requeue, mark_requeue
+from common.watchdog import Watchdog
+
+Weights = Callable[[int], dict[str, float]]
+MAX_ROLLBACKS = 5
+
+
+class Training:
+    """`step` updates are done, `epoch` is the one to work on. The data order needs no state: it follows from the seed and the step."""
+
+    def __init__(
+        self,
+        method: nn.Module,
+        dataset: Dataset,
+        settings: LoopSettings,
+        run: Run,
+        plan: Plan,
+        *,
+        learning_rate: Callable[[int], float],
+        weights: Weights,
+        args: dict[str, Any],
+        optimizer: torch.optim.Optimizer,
+    ):
+        self.method = method.to(
+            run.device
+        )  # before the optimiser's state is loaded, which follows its parameters' device
+        self.dataset, self.settings, self.run, self.plan = dataset, settings, run, plan
+        self.learning_rate, self.weights, self.args, self.optimizer = learning_rate, weights, args, optimizer
+        self.out_dir = Path(settings.out_dir)
+        self.autocast = autocast_dtype(settings.amp, run.device)
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.autocast is torch.float16)
+        self.guard = Guard(settings, run.device, scaled=self.scaler.is_enabled())
+        self.saver, self.watchdog = Saver(self.out_dir, settings.save_minutes), Watchdog(settings.hang_minutes)
+        self.step, self.epoch, self.rollbacks = 0, 0, 0
+        self.epoch_means, self.recent = Means(), Means()
+        self.loader = self.batches = None
+
+    # ------------------------------------------------------------ begin and end
+
+    def begin(self) -> None:
+        """Take up the run where it stands, if the settings say so, and get everything going."""
+        if self.run.rank == 0:
+            checkpoint.remove_temporary(self.out_dir)
+            clear_requeue(self.out_dir)
+            write_text(self.out_dir / "settings.yaml", yaml.safe_dump(to_dict(self.settings), sort_keys=False))
+        distributed.barrier()
+        resume = self.settings.resume
+        paths = {"auto": candidates(self.out_dir), "none": []}.get(resume, [Path(resume)])
+        if paths:
+            path, content = read_first(paths, self.run)
+            self.load(path, content)
+            say(f"resuming from {path}: {self.step} updates done")
+        distributed.barrier()
+        if self.settings.compile:
+            say(f"compiling {compile_blocks(self.method)} transformer blocks")
+        self.model = wrap(self.method, self.run, self.plan.accum)
+        self.log = RunLog(self.out_dir, self.step, self.epoch, self.rollbacks)
+        self.requests = Requests(self.run)
+        if self.settings.on_nan == "rollback" and not paths:
+            self.save(within=True)  # something to go back to
+
+    def close(self) -> None:
+        """Whatever happened: nothing is left running or half written."""
+        self.watchdog.rest()
+        self.loader = self.batches = None  # ends their processes, which ignore the signals that would
+        if hasattr(self, "requests"):
+            self.requests.close()
+            self.log.close()
+        self.saver.wait()
+
+    def start_epoch(self) -> None:
+        """Batches from `step` to the end of `epoch`."""
+        if self.loader is None:
+            seed, plan = self.data_seed, self.plan
+            self.sampler = StreamSampler(
+                len(self.dataset), plan.micro_batch, plan.accum, self.run.rank, self.run.world_size, seed
+            )
+            if self.rollbacks:
+                self.dataset.seed = seed
+            self.loader = build_loader(self.dataset, self.sampler, self.settings.workers, self.run.device)
+        self.sampler.start, self.sampler.stop = self.step, (self.epoch + 1) * self.plan.steps_per_epoch
+        self.batches = iter(self.loader)
+
+    @property
+    def data_seed(self) -> int:
+        """Another one after each rollback: another order, other crops, other masks."""
+        return mix(self.settings.seed, self.rollbacks) if self.rollbacks else self.settings.seed
+
+    # ------------------------------------------------------------ within an epoch
+
+    def log_interval(self, step: int, lr: float) -> dict[str, float]:
+        """Log the means since the last call; tell what was skipped, and act on it. The one place where the host waits for the device."""
+        means, self.recent = self.recent.read(), Means()
+        means["weight_norm"] = self.weight_norm()
+        scheduled = self.method.schedule_values(step) if hasattr(self.method, "schedule_values") else {}
+        self.log.scalars({f"train/{name}": v for name, v in means.items()} | {"lr": lr} | scheduled, step)
+        self.guard.act(step, self.dataset, self.sampler, self.log, self.rollbacks)
+        return means
+
+    def weight_norm(self) -> float:
+        """Of all trained weights; InputError if it is not finite, which no update that was judged good should do."""
+        parameters = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.stack(torch._foreach_norm(parameters)).norm()
+        if not norm.isfinite():
+            raise InputError(
+                f"the weights are not finite after {self.step} updates; nothing was saved, --resume goes on from before"
+            )
+        return float(norm)
+
+    def save_or_stop(self) -> None:
+        """After an update: save if it is time to, and if some rank was asked to stop, save and raise Requeue."""
+        stop, save = self.requests.agree(save=self.run.rank == 0 and self.saver.due())
+        if stop:
+            self.save(within=True)
+            self.saver.wait()
+            if self.run.rank == 0:
+                mark_requeue(self.out_dir, self.step)
+            say(f"asked to stop: saved after {self.step} updates; start the same command again to go on")
+            distributed.barrier()  # a launcher may end the others as soon as one has ended
+            raise Requeue
+        at_end = self.step == (self.epoch + 1) * self.plan.steps_per_epoch
+        if save and not at_end and not self.guard.in_a_row:
+            self.save(within=True)
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save(self, within: bool) -> None:
+        """Have `checkpoint-last.pth` written, and the numbered one after its epoch. `within` an epoch: with the running means.
+
+        All ranks must call it.
+        """
+        self.weight_norm()
+        args = self.args | {"step": self.step, "loop": self._facts() | self._moving()}
+        content = {"epoch": self.epoch, "args": args}
+        if within:
+            content["progress"] = {"epoch": self.epoch_means.state(), "recent": self.recent.state()}
+        if self.run.rank == 0:
+            self.log.flush()  # before the checkpoint: what it says is done is in the logs
+            content |= self.method.checkpoint_state() | {"optimizer": self.optimizer.state_dict()}
+            numbered = not within and (
+                (self.epoch + 1) % self.settings.save_every == 0 or self.epoch + 1 == self.settings.epochs
+            )
+            self.saver.save(content, keep=f"checkpoint-{self.epoch}.pth" if numbered else None)
+
+    def load(self, path: Path, content: dict[str, Any]) -> None:
+        """Become what `content` holds. InputError where it is not of this run."""
+        try:
+            self.method.load_checkpoint_state(content)
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.step, loop, progress = content["args"]["step"], content["args"]["loop"], content.get("progress")
+            for name, here in self._facts().items():
+                if loop[name] != here:
+                    raise ValueError(f"its {name} is {loop[name]}, this run's is {here}")
+            self.rollbacks = loop["rollbacks"]
+            if loop["scaler"]:  # empty unless it was fp16
+                self.scaler.load_state_dict(loop["scaler"])
+            self.guard.load(loop["guard"])
+            self.epoch = content["epoch"] + (0 if progress else 1)
+            self.epoch_means, self.recent = (
+                Means.restored(progress[kind], self.run.rank, self.run.world_size, self.run.device)
+                if progress
+                else Means()
+                for kind in ("epoch", "recent")
+            )
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{path}: not a checkpoint of this run ({reason}); --resume none starts anew") from None
+
+    def _facts(self) -> dict[str, int]:
+        """What must not change between a run's parts, or the same steps would mean other data."""
+        return {
+            "seed": self.settings.seed,
+            "batch": self.plan.batch,
+            "steps_per_epoch": self.plan.steps_per_epoch,
+            "num_samples": len(self.dataset),
+        }
+
+    def _moving(self) -> dict[str, Any]:
+        return {"rollbacks": self.rollbacks, "scaler": self.scaler.state_dict(), "guard": self.guard.state()}
+
+    def go_back(self, reason: str) -> None:
+        """To the last good checkpoint, with other data from there on."""
+        rollbacks = self.rollbacks + 1
+        if rollbacks > MAX_ROLLBACKS:
+            raise InputError(
+                f"{reason}, after {MAX_ROLLBACKS} rollbacks: stopped; the files are in {self.log.anomalies}"
+            )
+        self.saver.wait()
+        self.log.close()
+        distributed.barrier()  # rank 0 has written
+        path, content = read_first(candidates(self.out_dir), self.run)
+        self.load(path, content)
+        self.rollbacks, self.loader, self.batches = rollbacks, None, None
+        self.log = RunLog(self.out_dir, self.step, self.epoch, self.rollbacks)
+        say(f"{reason}: went back to {path} ({self.step} updates done), other data from here on")
