@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from common.resize import trilinear
 
 
 class Volume(Protocol):
@@ -66,17 +67,17 @@ def _place(length: int, extent: int, noise: float) -> int:
 def cut(volume: Volume, box: Box, out_size: Sequence[int]) -> Tensor:
     """The box as a view (C, *out_size), trilinearly resized where its size differs, mirrored along `box.flips`.
 
-    Read from the coarsest level that is still at least as fine as the view along every axis.
+    Read from the coarsest level that is still at least as fine as the view along every axis that it reduces.
     """
     full = volume.levels[0]
     level = 0
     for index, shape in enumerate(volume.levels):
-        if all(extent * s >= out * f for extent, s, out, f in zip(box.size, shape, out_size, full)):
+        if all(s == f or extent * s >= out * f for extent, s, out, f in zip(box.size, shape, out_size, full)):
             level = index
     start, size = _at_level(box, full, volume.levels[level])
     view = volume.read(start, size, level=level)
     if tuple(view.shape[1:]) != tuple(out_size):
-        view = F.interpolate(view.unsqueeze(0), size=tuple(out_size), mode="trilinear", align_corners=False).squeeze(0)
+        view = trilinear(view, out_size)
     axes = [axis + 1 for axis, flip in enumerate(box.flips) if flip]
     return view.flip(axes) if axes else view
 

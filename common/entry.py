@@ -45,7 +45,9 @@ class Entry:
         Only the chunks that the box touches are read. InputError when the entry is gone or damaged.
         """
         box = arrays.read_box(self.folder / arrays.level_name(level), start, size)
-        values = box.inside.astype(np.float32) * np.float32(self.scale) + np.float32(self.offset)
+        values = np.multiply(box.inside, np.float32(self.scale), dtype=np.float32)
+        if self.offset:
+            values += np.float32(self.offset)
         return torch.from_numpy(box.pad(values))
 
     def read_label(self, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:

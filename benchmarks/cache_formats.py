@@ -1,0 +1,206 @@
+"""Which array format should the cache use? Bytes on disk, time to write, time and bytes read per random crop.
+
+    python -m benchmarks.cache_formats                        a CT-like volume of 512 x 512 x 200, drawn
+    python -m benchmarks.cache_formats --volume SCAN          a NIfTI file or a folder with a DICOM series
+
+One thread; every method gives the crop as float32 in [0, 1]. Warm: median of `repeats` crops from the page cache.
+Cold: the file is dropped from the page cache before each crop; bytes read are what the kernel fetched, read-ahead included.
+h5py and zarr are no requirement: they are measured where they are installed.
+"""
+
+import importlib.util
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import torch
+
+from common import arrays
+from common.config import parse, run_program, setting
+from common.logging import say
+from common.synthetic import phantom
+from common.volumes import Preprocessing, read_image
+
+
+@dataclass(kw_only=True)
+class FormatSettings:
+    """Settings of the comparison."""
+
+    volume: Path | None = setting(None, "a CT scan; none: a drawn one")
+    shape: tuple[int, int, int] = setting((512, 512, 200), "of the drawn volume")
+    sizes: tuple[int, ...] = setting((96, 160, 192), "edges of the crops")
+    repeats: int = setting(9, "crops per size")
+
+
+def main() -> None:
+    settings = parse(FormatSettings, description=__doc__)
+    torch.set_num_threads(1)
+    numbers, name = load(settings)
+    say(
+        f"{name}: {numbers.shape} int16, {numbers.nbytes / 1e6:.1f} MB; blosc2 {blosc2.__version__}, numpy {np.__version__}"
+    )
+    header = "".join(f"{f'{n}^3 warm ms':>14s}{'cold ms':>9s}{'MB read':>9s}" for n in settings.sizes)
+    say(f"{'format':34s}{'MB':>7s}{'ratio':>7s}{'write s':>9s}{header}")
+    with tempfile.TemporaryDirectory(prefix="cache-formats-", dir=os.environ.get("BENCH_DIR")) as folder:
+        for method, write, read in methods():
+            say(f"{method:34s}{measure(Path(folder) / 'volume', numbers, write, read, settings)}")
+
+
+def load(settings: FormatSettings) -> tuple[np.ndarray, str]:
+    """Stored numbers (1, D, H, W) int16 of a preprocessed volume, and what it is."""
+    if settings.volume is None:
+        hu = torch.from_numpy(phantom(settings.shape, noise=20.0)[0])[None].float()
+        return arrays.quantise(((hu + 1000) / 2000).clamp(0, 1), Preprocessing()), "drawn, white noise of 20 HU"
+    image, _ = Preprocessing().apply(read_image(settings.volume))
+    return arrays.quantise(image.as_tensor(), Preprocessing()), settings.volume.name
+
+
+def measure(path: Path, numbers: np.ndarray, write: Callable, read: Callable, settings: FormatSettings) -> str:
+    start = time.perf_counter()
+    write(path, numbers)
+    seconds = time.perf_counter() - start
+    size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+    text = f"{size / 1e6:7.1f}{numbers.nbytes / size:7.2f}{seconds:9.2f}"
+    os.sync()
+    for edge in settings.sizes:
+        boxes = draw_boxes(numbers.shape[1:], edge, settings.repeats)
+        warm = [timed(read, path, box)[0] for box in [boxes[0], *boxes]][1:]
+        cold = [timed(read, path, box, cold=True) for box in boxes[:3]]
+        check(read(path, boxes[0]), numbers, boxes[0])
+        text += f"{statistics.median(warm) * 1e3:14.2f}{statistics.median(c[0] for c in cold) * 1e3:9.1f}"
+        text += f"{statistics.median(c[1] for c in cold) / 1e6:9.1f}"
+    remove(path)
+    return text
+
+
+def draw_boxes(shape: Sequence[int], edge: int, count: int) -> list[tuple[slice, ...]]:
+    rng = np.random.default_rng(edge)
+    starts = [[int(rng.integers(max(n - edge, 0) + 1)) for n in shape] for _ in range(count)]
+    return [tuple(slice(a, min(a + edge, n)) for a, n in zip(start, shape)) for start in starts]
+
+
+def timed(read: Callable, path: Path, box: tuple[slice, ...], cold: bool = False) -> tuple[float, int]:
+    if cold:
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            drop(file)
+    before, start = bytes_read(), time.perf_counter()
+    read(path, box)
+    return time.perf_counter() - start, bytes_read() - before
+
+
+def drop(file: Path) -> None:
+    if file.is_file():
+        with open(file, "rb") as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bytes_read() -> int:
+    """Bytes that this process has made the kernel fetch from disk."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+
+
+def check(crop: torch.Tensor, numbers: np.ndarray, box: tuple[slice, ...]) -> None:
+    wanted = torch.from_numpy(numbers[0][box].astype(np.float32)) / 2000
+    assert torch.allclose(crop.reshape(wanted.shape), wanted), "a method returned other voxels"
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        import shutil
+
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def scaled(crop: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(crop.astype(np.float32) * np.float32(1 / 2000))
+
+
+# ---------------------------------------------------------------- the methods
+
+
+def methods() -> list[tuple[str, Callable, Callable]]:
+    """(name, write(path, numbers), read(path, box) -> float32) of each format."""
+    found = [("numpy memory map, int16", write_npy, read_npy)]
+    for codec, level, filter_, chunk, block in (
+        ("LZ4HC", 5, "SHUFFLE", 64, 32),
+        ("LZ4HC", 5, "BITSHUFFLE", 64, 32),
+        ("LZ4HC", 9, "BITSHUFFLE", 64, 32),
+        ("LZ4HC", 9, "BITSHUFFLE", 32, 32),
+        ("LZ4HC", 9, "BITSHUFFLE", 64, 16),
+        ("ZSTD", 5, "SHUFFLE", 64, 32),
+        ("ZSTD", 1, "BITSHUFFLE", 64, 32),
+        ("ZSTD", 5, "BITSHUFFLE", 64, 32),
+    ):
+        name = f"blosc2 {codec.lower()} {level} {filter_.lower()} c{chunk} b{block}"
+        found.append((name, blosc_writer(codec, level, filter_, chunk, block), read_blosc))
+    if importlib.util.find_spec("h5py"):
+        found.append(("HDF5 lzf shuffle c64", write_h5, read_h5))
+    if importlib.util.find_spec("zarr"):
+        found.append(("zarr, its default zstd, c64", write_zarr, read_zarr))
+    return found
+
+
+def write_npy(path: Path, numbers: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, numbers)
+
+
+def read_npy(path: Path, box: tuple[slice, ...]) -> torch.Tensor:
+    return scaled(np.load(path, mmap_mode="r")[(0, *box)])
+
+
+def blosc_writer(codec: str, level: int, filter_: str, chunk: int, block: int) -> Callable:
+    def write(path: Path, numbers: np.ndarray) -> None:
+        params = blosc2.CParams(codec=blosc2.Codec[codec], clevel=level, nthreads=1, filters=[blosc2.Filter[filter_]])
+        chunks = (1, *(min(chunk, n) for n in numbers.shape[1:]))
+        blocks = (1, *(min(block, n) for n in chunks[1:]))
+        blosc2.asarray(numbers, chunks=chunks, blocks=blocks, cparams=params, urlpath=str(path), mode="w")
+
+    return write
+
+
+def read_blosc(path: Path, box: tuple[slice, ...]) -> torch.Tensor:
+    array = blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
+    return scaled(array[(slice(0, 1), *box)])
+
+
+def write_h5(path: Path, numbers: np.ndarray) -> None:
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        chunks = (1, *(min(64, n) for n in numbers.shape[1:]))
+        file.create_dataset("x", data=numbers, chunks=chunks, compression="lzf", shuffle=True)
+
+
+def read_h5(path: Path, box: tuple[slice, ...]) -> torch.Tensor:
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        return scaled(file["x"][(0, *box)])
+
+
+def write_zarr(path: Path, numbers: np.ndarray) -> None:
+    import zarr
+
+    array = zarr.create_array(str(path), shape=numbers.shape, chunks=(1, 64, 64, 64), dtype=numbers.dtype)
+    array[:] = numbers
+
+
+def read_zarr(path: Path, box: tuple[slice, ...]) -> torch.Tensor:
+    import zarr
+
+    return scaled(zarr.open_array(str(path), mode="r")[(0, *box)])
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
