@@ -26,7 +26,7 @@ from common.checkpoint import file_sha256
 from common.config import InputError, load_yaml, parse, run_program, setting, to_dict
 from common.logging import say
 from Finetune.cases import few_labels, find_cases, split
-from Finetune.files import save_bytes
+from Finetune.files import save_bytes, writable
 from Finetune.metrics import bootstrap_interval, case_means, mean
 from Finetune.presets import Preset, load_preset
 from Finetune.scorecard import CSV, JSON, read_scores
@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(CompareSettings, argv, description=__doc__)
     preset = load_preset(config.preset)
     cells = plan(config, preset)
+    writable(config.out)
     if config.slurm:
         write_array(config, len(cells), sys.argv[1:] if argv is None else argv)
         return

@@ -23,7 +23,7 @@ from common.config import InputError, parse, run_program, setting
 from common.datalist import ENDINGS, stem
 from common.logging import progress, say
 from Finetune.cases import label_for, map_values
-from Finetune.files import save_bytes
+from Finetune.files import save_bytes, writable
 from Finetune.metrics import Score, case_means, score_case
 from Finetune.pictures import overlay, save_png
 from Finetune.predict import PROTOCOL, to_grey
@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate(config: EvaluateSettings, preset: Preset) -> None:
     pairs = find_pairs(config.predictions, config.labels, preset)
+    writable(config.out)
     scores: list[Score] = []
     for name, (prediction, label) in progress(pairs.items(), desc="score", unit="case"):
         found, reference, spacing = read_pair(prediction, label, preset)

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and folders that can be written to."""
 
 import gzip
 import os
@@ -22,6 +22,17 @@ def save_bytes(path: Path, content: bytes) -> None:
         if temporary.is_file():
             temporary.unlink()
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def writable(folder: Path) -> None:
+    """InputError unless files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
 def write_nifti(path: Path, image: nib.Nifti1Image) -> None:

@@ -25,6 +25,7 @@ from Finetune.cases import check_classes, few_labels, find_cases, split, with_ma
 from Finetune.classify import VolumeDataset, classification_losses, validate_classes
 from Finetune.data import CropDataset
 from Finetune.engine_finetune import Finetuning, make_optimizer, segmentation_losses, validate
+from Finetune.files import writable
 from Finetune.presets import Preset, load_preset
 from Finetune.sliding import Window
 
@@ -217,17 +218,6 @@ def best_so_far(config: FinetuneSettings) -> float:
     """The score of checkpoint-best.pth when a run goes on, so that a worse one does not replace it."""
     path = config.out_dir / BEST
     return checkpoint.load(path)["args"]["best"] if config.resume != "none" and path.exists() else -1.0
-
-
-def writable(folder: Path) -> None:
-    """InputError unless files can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
 def count(module: torch.nn.Module) -> str:

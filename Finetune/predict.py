@@ -32,7 +32,7 @@ from common.engine import autocast_dtype
 from common.logging import progress, say
 from Finetune.build import load_finetuned
 from Finetune.engine_finetune import predictor
-from Finetune.files import save_bytes, write_nifti
+from Finetune.files import save_bytes, writable, write_nifti
 from Finetune.pictures import overlay, save_png
 from Finetune.presets import Preset
 from Finetune.regrid import Grid, regrid
@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     run = setup(config.device)
     ensemble = load_ensemble(config.checkpoint)
     cases = choose_cases(config, ensemble.validation_cases)
+    writable(config.out)
     batch = config.sw_batch_size or (4 if run.device.type == "cuda" else 1)
     window = Window(ensemble.roi, config.overlap, config.blending, batch)
     models = [model.to(run.device) for model in ensemble.models]

@@ -127,6 +127,10 @@ def test_a_slurm_array_has_one_task_per_cell(grid):
     script = grid.path / "out/array.sbatch"
     assert "--array=0-3" in script.read_text() and "--slurm'" not in script.read_text()
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_task_of_the_array_runs_its_cell_alone(grid):
     compare.main([*grid.flags, "--only", "1"])
     assert len(grid.calls) == 3 and not (grid.path / "out/compare.json").exists()
 
