@@ -4,7 +4,7 @@
     python -m benchmarks.cache_formats --volume SCAN          a NIfTI file or a folder with a DICOM series
 
 One thread; every method gives the crop as float32 in [0, 1]. Warm: median of `repeats` crops from the page cache.
-Cold: the file is dropped from the page cache before each crop; bytes read are what the kernel fetched, read-ahead included.
+Cold: the file is dropped from the page cache before each crop; bytes read: what the kernel fetched, with read-ahead.
 h5py and zarr are no requirement: they are measured where they are installed.
 """
 
@@ -43,9 +43,8 @@ def main() -> None:
     settings = parse(FormatSettings, description=__doc__)
     torch.set_num_threads(1)
     numbers, name = load(settings)
-    say(
-        f"{name}: {numbers.shape} int16, {numbers.nbytes / 1e6:.1f} MB; blosc2 {blosc2.__version__}, numpy {np.__version__}"
-    )
+    versions = f"blosc2 {blosc2.__version__}, numpy {np.__version__}"
+    say(f"{name}: {numbers.shape} int16, {numbers.nbytes / 1e6:.1f} MB; {versions}")
     header = "".join(f"{f'{n}^3 warm ms':>14s}{'cold ms':>9s}{'MB read':>9s}" for n in settings.sizes)
     say(f"{'format':34s}{'MB':>7s}{'ratio':>7s}{'write s':>9s}{header}")
     with tempfile.TemporaryDirectory(prefix="cache-formats-", dir=os.environ.get("BENCH_DIR")) as folder:

@@ -22,10 +22,11 @@ class LoaderSpeed:
     bytes_read: int  # from disk, by this process and its workers; 0 where all came from the page cache
 
     def __str__(self) -> str:
+        share, read = 100 * self.waited / self.seconds, self.bytes_read / 1e6
         return (
-            f"loader alone: {self.batches} batches in {self.seconds:.1f} s; {self.volumes / self.seconds:.2f} volumes/s, "
-            f"{self.crops / self.seconds:.1f} crops/s; waiting for data {100 * self.waited / self.seconds:.0f} % of the "
-            f"time; {self.bytes_read / 1e6:.1f} MB read from disk ({self.bytes_read / 1e6 / self.seconds:.1f} MB/s)"
+            f"loader alone: {self.batches} batches in {self.seconds:.1f} s; "
+            f"{self.volumes / self.seconds:.2f} volumes/s, {self.crops / self.seconds:.1f} crops/s; "
+            f"waiting for data {share:.0f} % of the time; {read:.1f} MB read from disk ({read / self.seconds:.1f} MB/s)"
         )
 
 
@@ -37,8 +38,8 @@ def measure_loader(
 ) -> LoaderSpeed:
     """Go through `loader` (at most `max_batches` batches) and time it.
 
-    `sizes(batch)` -> (volumes, crops) in a batch. `work` stands for what training would do with a batch; without it the
-    loader is all there is, and all time is waiting. Start-up of the workers is not counted: time runs from the first batch.
+    `sizes(batch)` -> (volumes, crops) in a batch. `work` stands for what training would do with a batch; without it
+    the loader is all there is, and all time is waiting. Time runs from the first batch on: workers have started then.
     """
     iterator = iter(loader)
     bar = progress(desc="loader", total=max_batches, unit="batch")

@@ -1,7 +1,7 @@
 """Trilinear resizing of one volume on one core, in slabs that stay in its cache.
 
 The same values as `torch.nn.functional.interpolate(mode="trilinear", align_corners=False)`, axis by axis. Why our own:
-a loader resizes ten views per volume, and torch takes about twice as long (benchmarks/cache_peers.py measures the whole).
+a loader resizes ten views per volume, for which torch takes about twice as long.
 """
 
 from collections.abc import Sequence

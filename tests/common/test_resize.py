@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from common import resize
 
 
-@pytest.mark.parametrize(
-    "shape, size", [((40, 33, 21), (24, 24, 24)), ((9, 12, 30), (32, 5, 31)), ((8, 8, 8), (8, 8, 8))]
-)
+SIZES = [((40, 33, 21), (24, 24, 24)), ((9, 12, 30), (32, 5, 31)), ((8, 8, 8), (8, 8, 8))]
+
+
+@pytest.mark.parametrize("shape, size", SIZES)
 @pytest.mark.parametrize("slab", [64, 1 << 18])
 def test_equals_interpolate(shape, size, slab, monkeypatch):
     monkeypatch.setattr(resize, "SLAB", slab)
