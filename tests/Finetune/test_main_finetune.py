@@ -141,6 +141,7 @@ def test_freeze_and_layer_decay(tmp_path, spleen):
     assert all(later > 3 * earlier for earlier, later in zip(moved, moved[1:]))
 
 
+@pytest.mark.slow
 def test_a_fold_that_pretraining_has_seen_is_said(tmp_path, capsys):
     data = make_dataset(load_preset("BTCV"), tmp_path / "btcv")
     vit_file(tmp_path / "pretrained.pth")
@@ -151,6 +152,7 @@ def test_a_fold_that_pretraining_has_seen_is_said(tmp_path, capsys):
         assert bool(load_finetuned(path)[3]["leak"]) == warned
 
 
+@pytest.mark.slow
 def test_best_is_kept_when_asked_for_and_not_replaced_by_worse(tmp_path, spleen, monkeypatch):
     scores = iter([0.5, 0.7, 0.6, 0.65, 0.9])
     monkeypatch.setattr("Finetune.main_finetune.validate", lambda *_: {"val/dice": next(scores)})
