@@ -12,39 +12,21 @@ the run that will read the cache: they are part of its key. The work is in commo
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 from common.config import InputError, parse, run_program, setting
+from common.datasettings import DataSettings
 from common.logging import say
 
 
 @dataclass(kw_only=True)
-class CacheSettings:
+class CacheSettings(DataSettings):
     """Settings of the cache; defaults are those of pretraining."""
 
-    datasets: tuple[str, ...] = setting((), "pretraining data sets or lists of Pretrain/datasets/, e.g. 1k, 10k, BTCV")
-    datalist: tuple[Path, ...] = setting((), "Decathlon JSONs, folders of NIfTI or DICOM series, text files of paths")
     preset: str | None = setting(None, "a fine-tuning preset: its cases, labels and preprocessing")
-    data_root: Path | None = setting(None, "folder of the data sets; what a list's paths are relative to")
-    section: str = setting("training", "the section of a JSON list to read")
     labels: bool = setting(False, "cache the labels of a list too")
-    cache_dir: Path = setting(Path("cache"), "the cache")
     workers: int = setting(0, "processes; 0 works in this one")
     shard: str = setting("0/1", "i/n: of n processes that share the work, this is the i-th (from 0)")
 
-    spacing: tuple[float, float, float] | None = setting(None, "mm per voxel (D H W, or one for all); none: as scanned")
-    intensity: Literal["window", "percentiles", "zscore"] = setting(
-        "window", "window: low..high HU; percentiles: low..high of each case; zscore: per channel"
-    )
-    low: float = setting(-1000.0, "HU or percentile that becomes 0")
-    high: float = setting(1000.0, "HU or percentile that becomes 1")
-    foreground_threshold: float | None = setting(0.05, "crop to voxels above this, of the [0,1] scale; none: no crop")
-    margin: int = setting(8, "voxels kept around the foreground")
-    channels: int = setting(1, "channels of a volume; more than one: 4D NIfTI, channels last")
-    dtype: Literal["int16", "uint8"] = setting("int16", "int16 keeps whole HU; uint8: half the bytes, 255 steps")
-
-    allow_failures: bool = setting(False, "exit code 0 although some volumes cannot be used")
     dry_run: bool = setting(False, "only say how many volumes, how many bytes, how long; with --prune: what would go")
     verify: bool = setting(False, "re-read every byte of the cache and compare checksums")
     prune: bool = setting(False, "remove entries of volumes that the given lists do not name; name all lists")
@@ -56,12 +38,13 @@ def main() -> None:
     first, count = shard_of(settings.shard)
 
     from common import cache, quarantine, upkeep  # slow to import: --help does not wait for it
-    from common.volumes import Preprocessing
 
     if settings.verify:
         return verify(settings)
-    names = ("spacing", "intensity", "low", "high", "foreground_threshold", "margin", "channels", "dtype")
-    cases, preprocessing = collect(settings, Preprocessing(**{name: getattr(settings, name) for name in names}))
+    if settings.preset:
+        cases, preprocessing = collect_preset(settings)
+    else:
+        cases, preprocessing = settings.cases(settings.labels), settings.preprocessing()
     if settings.prune:
         gone, freed = upkeep.prune(settings.cache_dir, cases, remove=not settings.dry_run)
         did = "would remove" if settings.dry_run else "removed"
@@ -94,22 +77,6 @@ def shard_of(text: str) -> tuple[int, int]:
     if not 0 <= first < count:
         raise InputError(f"shard: found '{text}', needs i/n with 0 <= i < n, e.g. 0/4")
     return first, count
-
-
-def collect(settings: CacheSettings, preprocessing):
-    """(cases of all the lists, how they are preprocessed)."""
-    from common.datalist import read_cases
-    from common.sources import read_datasets, unlabelled
-
-    if settings.preset:
-        return collect_preset(settings)
-    cases = read_datasets(settings.datasets, settings.data_root) if settings.datasets else []
-    for datalist in settings.datalist:
-        found = read_cases(datalist, settings.data_root, settings.section)
-        cases += found if settings.labels else unlabelled(found)
-    if not cases:
-        raise InputError("no data: give --datasets, --datalist or --preset")
-    return cases, preprocessing
 
 
 def collect_preset(settings: CacheSettings):

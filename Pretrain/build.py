@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 
 from common.config import InputError, setting
+from common.datasettings import DataSettings
 from common.engine import LoopSettings, Plan, Weights
 from common.schedules import cosine, linear
 from Finetune import models_3dvit
@@ -23,20 +24,10 @@ Quadruple = tuple[int, int, int, int]
 
 
 @dataclass(kw_only=True)
-class PretrainSettings(LoopSettings):
+class PretrainSettings(DataSettings, LoopSettings):
     """Settings of a pretraining run. Defaults are the GL-MAE recipe's; what of it is the paper's says scripts/pretrain_glmae.sh."""
 
     method: Literal["mae", "glmae", "mim"] = setting("glmae", "the pretraining method")
-
-    datalist: Path = setting(help="a Decathlon JSON, a folder of NIfTI files or DICOM series, or a text file of paths")
-    data_root: Path | None = setting(None, "what the list's paths are relative to; none: the list's own folder")
-    section: str = setting("training", "the section of a JSON list to read")
-    cache_dir: Path = setting(Path("cache"), "where preprocessed volumes are kept; missing ones are added at the start")
-    allow_failures: bool = setting(False, "leave out volumes that cannot be used, with a table of the reasons, instead of stopping")
-    spacing: tuple[float, float, float] | None = setting(None, "mm per voxel (D H W); none: as scanned")
-    intensity: Literal["window", "percentiles"] = setting("window", "window: low..high HU; percentiles: low..high of each case")
-    low: float = setting(-1000.0, "HU or percentile that becomes 0")
-    high: float = setting(1000.0, "HU or percentile that becomes 1")
 
     global_views: int = setting(2, "p: global views per volume (GL-MAE)")
     local_views: int = setting(8, "q: local views per volume")
@@ -49,7 +40,6 @@ class PretrainSettings(LoopSettings):
 
     model: Literal["tiny", "small", "base", "large", "huge"] = setting("base", "size of the encoder (MiM has tiny and base)")
     patch_size: Triple = setting((16, 16, 16), "voxels of a patch")
-    in_chans: int = setting(1, "channels of a volume")
     embed_dim: int | None = setting(None, "width of the ViT instead of the model's own")
     depth: int | None = setting(None, "blocks of the ViT instead of the model's own")
     embed_dims: Quadruple | None = setting(None, "widths of the hybrid encoder's stages instead of the model's own (MiM)")
@@ -102,6 +92,8 @@ class PretrainSettings(LoopSettings):
     blr: float = setting(1.5e-4, "learning rate at 256 views (MiM: volumes) per update, scaled linearly")
     lr: float | None = setting(None, "learning rate as it is, instead of blr")
 
+    loader_only: bool = setting(False, "measure the loader alone over one epoch and stop: volumes and views per second, bytes read")
+
 
 @dataclass(frozen=True)
 class Task:
@@ -132,7 +124,7 @@ def build_vit(settings: PretrainSettings) -> VisionTransformer3D:
     return factory(
         img_size=settings.local_size,
         patch_size=settings.patch_size,
-        in_chans=settings.in_chans,
+        in_chans=settings.channels,
         encoder_only=False,
         decoder_embed_dim=settings.decoder_embed_dim,
         decoder_depth=settings.decoder_depth,
@@ -193,12 +185,12 @@ def build_mim(settings: PretrainSettings, plan: Plan) -> Task:
         )
     if settings.embed_dim or settings.depth:
         raise InputError("--embed_dim, --depth: the ViT's; MiM's encoder has --embed_dims and --depths, one per stage")
-    names = ("in_chans", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "group", "num_mid", "num_down")
+    names = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "group", "num_mid", "num_down")
     names += ("down_parts", "mask_ratio_up", "mask_ratio_mid", "mask_ratio_down", "align", "norm_pix_loss")
     own = {k: v for k in ("embed_dims", "depths", "num_heads") if (v := getattr(settings, k)) is not None}
     if settings.embed_dims and not settings.num_heads:
         own["num_heads"] = max(1, settings.embed_dims[3] // 32)  # as fine-tuning assumes where no number was recorded
-    own |= {name: getattr(settings, name) for name in names}
+    own |= {name: getattr(settings, name) for name in names} | {"in_chans": settings.channels}
     factory = getattr(models_mim, f"mim_convvit3d_{settings.model}_patch16")
     method = factory(img_size=settings.local_size, temperature=settings.align_temp, **own)
     terms = [f"rec_{level}" for level in models_mim.LEVELS]

@@ -15,11 +15,12 @@ from PIL import Image
 
 from common import cache, distributed
 from common.config import check_writable, parse, run_program, to_dict
-from common.datalist import read_cases
 from common.engine import Plan, build_optimizer, fit, plan_updates, to_device
+from common.loading import measure_loader
 from common.logging import RunLog, say
+from common.parallel import build_loader
+from common.sampling import StreamSampler
 from common.schedules import warmup_cosine
-from common.volumes import Preprocessing
 from Pretrain.build import PretrainSettings, Task, build_task
 from Pretrain.data import ViewDataset
 from Pretrain.visualize import picture
@@ -34,16 +35,12 @@ def main() -> None:
         distributed.shutdown()
 
 
-def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path:
-    """The whole run; returns its last checkpoint."""
+def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path | None:
+    """The whole run; returns its last checkpoint, None where only the loader was measured."""
     check_writable(settings.out_dir)
-    cases = read_cases(settings.datalist, settings.data_root, settings.section)
-    preprocessing = Preprocessing(
-        spacing=settings.spacing, intensity=settings.intensity, low=settings.low, high=settings.high
-    )
     prepare = cache.usable if settings.allow_failures else cache.ensure
     with distributed.main_first():
-        volumes = prepare(cases, preprocessing, settings.cache_dir, settings.workers)
+        volumes = prepare(settings.cases(), settings.preprocessing(), settings.cache_dir, settings.workers)
     plan = plan_updates(settings, len(volumes), run.world_size)
     torch.manual_seed(settings.seed)
     task = build_task(settings, plan)
@@ -57,6 +54,8 @@ def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path:
         f"learning rate {peak:.3g}, on {run.device}"
     )
     dataset = ViewDataset(volumes, task.specs, settings.seed)
+    if settings.loader_only:
+        return measure(settings, run, plan, dataset, task.views)
     warmup = round(settings.warmup_epochs * plan.steps_per_epoch)
     return fit(
         task.method,
@@ -70,6 +69,16 @@ def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path:
         optimizer=build_optimizer(task.method, settings.weight_decay),
         after_epoch=partial(draw_reconstructions, settings, plan, task, dataset) if run.rank == 0 else None,
     )
+
+
+def measure(
+    settings: PretrainSettings, run: distributed.Run, plan: Plan, dataset: ViewDataset, views: int
+) -> None:
+    """`--loader_only`: this rank's batches of the first epoch, without a model."""
+    sampler = StreamSampler(len(dataset), plan.micro_batch, plan.accum, run.rank, run.world_size, settings.seed)
+    sampler.stop = plan.steps_per_epoch
+    loader = build_loader(dataset, sampler, settings.workers, run.device)
+    say(str(measure_loader(loader, lambda batch: (len(batch["key"]), len(batch["key"]) * views))))
 
 
 def draw_reconstructions(

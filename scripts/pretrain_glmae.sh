@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # GL-MAE on 746 CT volumes (BTCV's 24 + TCIA-Covid19's 722): a ViT-B, global views of 160^3, local views of 96^3, 1600 epochs.
 #
-#   NPROC=8 bash scripts/pretrain_glmae.sh --datalist data/pretrain_1k.txt --out_dir runs/glmae_1k
+#   NPROC=8 bash scripts/pretrain_glmae.sh --out_dir runs/glmae_1k
+#   NPROC=8 bash scripts/pretrain_glmae.sh --datasets 1k LUNA16         more of Pretrain/datasets/; or --datalist /data/my_ct
 #   bash scripts/pretrain_glmae.sh --help              every setting, with the values of this recipe
 #
 # Arguments go to the program and win over the ones below. NPROC: processes, one per GPU.
@@ -16,9 +17,12 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
+case " $* " in *" --datalist "* | *" --datasets "*) data=() ;; *) data=(--datasets 1k) ;; esac
+
 launch Pretrain.main_pretrain \
   --method glmae \
   --model base --patch_size 16 --decoder_embed_dim 576 --decoder_depth 8 --decoder_num_heads 16 \
+  "${data[@]}" --data_root data --cache_dir cache \
   --intensity window --low -1000 --high 1000 --spacing none \
   --global_views 2 --global_size 160 --global_scale 0.5 1.0 \
   --local_views 8 --local_size 96 --local_scale 0.2 0.5 \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MiM on 746 CT volumes (BTCV's 24 + TCIA-Covid19's 722): the hybrid encoder, three levels of 96^3 in crops of 192^3, 800 epochs.
 #
-#   NPROC=2 bash scripts/pretrain_mim.sh --datalist data/pretrain_1k.txt --out_dir runs/mim_1k
+#   NPROC=2 bash scripts/pretrain_mim.sh --out_dir runs/mim_1k
 #   NPROC=2 bash scripts/pretrain_mim.sh --align published ...       the authors' alignment as their code computes it, for comparison
 #   bash scripts/pretrain_mim.sh --help                              every setting, with the values of this recipe
 #
@@ -21,9 +21,12 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
+case " $* " in *" --datalist "* | *" --datasets "*) data=() ;; *) data=(--datasets 1k) ;; esac
+
 launch Pretrain.main_pretrain \
   --method mim \
   --model base --decoder_embed_dim 576 --decoder_depth 8 --decoder_num_heads 16 \
+  "${data[@]}" --data_root data --cache_dir cache \
   --intensity window --low -1000 --high 1000 --spacing none \
   --local_size 96 --group 2 --crop_mode fixed --flip_prob 0 \
   --mask_ratio_up 0.5 --mask_ratio_mid 0.6 --mask_ratio_down 0.5 --num_mid 4 --num_down 4 --down_parts 4 --norm_pix_loss \

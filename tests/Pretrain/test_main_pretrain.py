@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,6 +122,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(scans, tmp_path):
         (["--global_views", "0"], "--global_views 0"),
         (["--batch_size", "3", "--micro_batch_size", "2"], "multiple of 2"),
         (["--datalist", "nowhere"], "nowhere"),
+        (["--datalist", "nowhere", "--datasets", "2k"], "did you mean"),
         (["--methot", "mae"], "--method"),
     ],
 )
@@ -142,11 +144,26 @@ def test_a_place_that_cannot_be_written_is_named(scans, tmp_path):
         pretrain(scans, tmp_path / "file" / "run")
 
 
+def test_the_loader_alone_is_measured(scans, tmp_path, capsys):
+    pretrain(scans, tmp_path / "run", "--loader_only", "--samples_per_epoch", "8")
+    assert "crops/s" in capsys.readouterr().out and not list(tmp_path.rglob("checkpoint*"))
+
+
+def test_volumes_that_cannot_be_used_stop_a_run_unless_asked(scans, tmp_path, capsys):
+    write_nifti(tmp_path / "more/flat.nii.gz", np.zeros((20, 20), np.int16))
+    lists = ["--datalist", str(scans), str(tmp_path / "more"), "--cache_dir", str(tmp_path / "cache"), "--epochs", "1"]
+    with pytest.raises(InputError, match="flat.nii.gz.*2D"):
+        pretrain(scans, tmp_path / "run", *lists)
+    pretrain(scans, tmp_path / "run", *lists, "--allow_failures")
+    assert "glmae: 3 volumes" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_recipe_shows_every_setting_with_its_value():
     done = subprocess.run(
         ["bash", "scripts/pretrain_glmae.sh", "--help"], cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for line in ("--global_size", "--momentum", "[default 160 160 160]", "[default 0.996 1.0]", "[default 1600]", "[required]"):
+    for line in ("--global_size", "--momentum", "[default 160 160 160]", "[default 0.996 1.0]", "[default 1600]", "[default 1k]"):
         assert line in done.stdout
