@@ -11,6 +11,7 @@ import yaml
 
 from common.config import InputError
 from Finetune import compare
+from Finetune.compare_table import summary, versus
 from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset
@@ -164,11 +165,9 @@ def test_settings_change_the_cell_and_bad_ones_are_refused(grid):
 
 def test_differences_are_paired_by_case_and_seed():
     hard = {f"c{i}": 0.3 + 0.03 * i for i in range(20)}
-    scratch = compare.summary("scratch", 4, 2, {0: hard, 1: {c: v + 0.1 for c, v in hard.items()}})
-    better = compare.summary(
-        "x", 4, 3, {0: {c: v + 0.02 for c, v in hard.items()}, 1: {c: v + 0.12 for c, v in hard.items()}}
-    )
-    delta = compare.versus(better, scratch)
+    scratch = summary("scratch", 4, 2, {0: hard, 1: {c: v + 0.1 for c, v in hard.items()}})
+    better = summary("x", 4, 3, {0: {c: v + 0.02 for c, v in hard.items()}, 1: {c: v + 0.12 for c, v in hard.items()}})
+    delta = versus(better, scratch)
     assert delta["difference"] == pytest.approx(0.02) and delta["ci95"] == pytest.approx([0.02, 0.02])
     assert better["missing"] == 1 and scratch["missing"] == 0
     assert scratch["ci95"][1] - scratch["ci95"][0] > 0.1
