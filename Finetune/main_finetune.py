@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from common import cache, checkpoint, distributed
+from common import cache, checkpoint, distributed, leaks
 from common.config import InputError, parse, run_program, setting, to_dict
 from common.distributed import Run
 from common.engine import LoopSettings, fit, plan_updates
@@ -120,6 +120,7 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
     )
     window = Window(architecture.roi, config.overlap, config.blending, config.sw_batch_size)
     args = describe(config, preset, architecture, init, [e.name for e in training], [e.name for e in validation])
+    args["leak"] = leak_of(config, preset, init, training, validation)
     if args["leak"]:
         say(f"warning: fold {config.fold}: {args['leak']}")
     best = best_so_far(config)
@@ -210,8 +211,26 @@ def describe(
         "training_cases": training,
         "validation_cases": validation,
         "selected": "last",
-        "leak": preset.leak if init and not config.scratch_twin and config.fold not in preset.clean_folds else "",
     }
+
+
+def leak_of(
+    config: FinetuneSettings,
+    preset: Preset,
+    init: Path | None,
+    training: list[cache.Entry],
+    validation: list[cache.Entry],
+) -> str:
+    """What is to be said of validation cases that pretraining has seen; empty when there are none.
+
+    Told by the content of the volumes, where the checkpoint carries what it was trained on; else by the preset.
+    """
+    if init is None or config.scratch_twin:
+        return ""
+    card = leaks.card(checkpoint.load(init), training, validation)
+    if card["known"]:
+        return card["text"] if card["validation_seen"] else ""
+    return "" if config.fold in preset.clean_folds else preset.leak
 
 
 def best_so_far(config: FinetuneSettings) -> float:
