@@ -12,15 +12,15 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from common.resize import trilinear
-
 
 class Volume(Protocol):
     """What is needed of a cached volume: `common.cache.Entry` is one."""
 
     levels: Sequence[tuple[int, int, int]]
 
-    def read(self, start: Sequence[int], size: Sequence[int], level: int = 0) -> Tensor: ...
+    def read(
+        self, start: Sequence[int], size: Sequence[int], level: int = 0, out_size: Sequence[int] | None = None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ def cut(volume: Volume, box: Box, out_size: Sequence[int]) -> Tensor:
         if all(s == f or extent * s >= out * f for extent, s, out, f in zip(box.size, shape, out_size, full)):
             level = index
     start, size = _at_level(box, full, volume.levels[level])
-    view = volume.read(start, size, level=level)
-    if tuple(view.shape[1:]) != tuple(out_size):
-        view = trilinear(view, out_size)
+    view = volume.read(start, size, level=level, out_size=out_size if tuple(size) != tuple(out_size) else None)
     axes = [axis + 1 for axis, flip in enumerate(box.flips) if flip]
     return view.flip(axes) if axes else view
 

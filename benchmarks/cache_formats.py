@@ -48,8 +48,8 @@ def main() -> None:
     header = "".join(f"{f'{n}^3 warm ms':>14s}{'cold ms':>9s}{'MB read':>9s}" for n in settings.sizes)
     say(f"{'format':34s}{'MB':>7s}{'ratio':>7s}{'write s':>9s}{header}")
     with tempfile.TemporaryDirectory(prefix="cache-formats-", dir=os.environ.get("BENCH_DIR")) as folder:
-        for method, write, read in methods():
-            say(f"{method:34s}{measure(Path(folder) / 'volume', numbers, write, read, settings)}")
+        for line in measure(Path(folder), numbers, settings):
+            say(line)
 
 
 def load(settings: FormatSettings) -> tuple[np.ndarray, str]:
@@ -61,22 +61,34 @@ def load(settings: FormatSettings) -> tuple[np.ndarray, str]:
     return arrays.quantise(image.as_tensor(), Preprocessing()), settings.volume.name
 
 
-def measure(path: Path, numbers: np.ndarray, write: Callable, read: Callable, settings: FormatSettings) -> str:
-    start = time.perf_counter()
-    write(path, numbers)
-    seconds = time.perf_counter() - start
-    size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
-    text = f"{size / 1e6:7.1f}{numbers.nbytes / size:7.2f}{seconds:9.2f}"
+def measure(folder: Path, numbers: np.ndarray, settings: FormatSettings) -> list[str]:
+    """A line per method. Methods take turns, so that what else the machine does falls on all of them."""
+    lines, reads = {}, {}
+    for name, write, read in methods():
+        path = folder / f"{len(reads)}"
+        start = time.perf_counter()
+        write(path, numbers)
+        seconds = time.perf_counter() - start
+        size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+        lines[name] = f"{name:34s}{size / 1e6:7.1f}{numbers.nbytes / size:7.2f}{seconds:9.2f}"
+        reads[name] = (read, path)
     os.sync()
     for edge in settings.sizes:
         boxes = draw_boxes(numbers.shape[1:], edge, settings.repeats)
-        warm = [timed(read, path, box)[0] for box in [boxes[0], *boxes]][1:]
-        cold = [timed(read, path, box, cold=True) for box in boxes[:3]]
-        check(read(path, boxes[0]), numbers, boxes[0])
-        text += f"{statistics.median(warm) * 1e3:14.2f}{statistics.median(c[0] for c in cold) * 1e3:9.1f}"
-        text += f"{statistics.median(c[1] for c in cold) / 1e6:9.1f}"
-    remove(path)
-    return text
+        for read, path in reads.values():
+            check(read(path, boxes[0]), numbers, boxes[0])
+        warm = {name: [] for name in reads}
+        cold = {name: [] for name in reads}
+        for number, box in enumerate(boxes):
+            for name, (read, path) in reads.items():
+                warm[name].append(timed(read, path, box)[0])
+                if number < 3:
+                    cold[name].append(timed(read, path, box, cold=True))
+        for name in reads:
+            lines[name] += f"{statistics.median(warm[name]) * 1e3:14.2f}"
+            lines[name] += f"{statistics.median(c[0] for c in cold[name]) * 1e3:9.1f}"
+            lines[name] += f"{statistics.median(c[1] for c in cold[name]) / 1e6:9.1f}"
+    return list(lines.values())
 
 
 def draw_boxes(shape: Sequence[int], edge: int, count: int) -> list[tuple[slice, ...]]:
@@ -109,15 +121,6 @@ def bytes_read() -> int:
 def check(crop: torch.Tensor, numbers: np.ndarray, box: tuple[slice, ...]) -> None:
     wanted = torch.from_numpy(numbers[0][box].astype(np.float32)) / 2000
     assert torch.allclose(crop.reshape(wanted.shape), wanted), "a method returned other voxels"
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        import shutil
-
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def scaled(crop: np.ndarray) -> torch.Tensor:

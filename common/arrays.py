@@ -142,11 +142,11 @@ class Box:
     before: tuple[int, ...]
     size: tuple[int, ...]
 
-    def pad(self, values: np.ndarray) -> np.ndarray:
-        """`values`, shaped like `inside`, in a box of the full size, zeros around."""
+    def pad(self, values: np.ndarray, fill: int = 0) -> np.ndarray:
+        """`values`, shaped like `inside`, in a box of the full size with `fill` around."""
         if values.shape[1:] == self.size:
             return values
-        full = np.zeros((values.shape[0], *self.size), values.dtype)
+        full = np.full((values.shape[0], *self.size), fill, values.dtype)
         full[(slice(None), *(slice(a, a + n) for a, n in zip(self.before, values.shape[1:])))] = values
         return full
 

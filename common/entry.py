@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import arrays
+from common import arrays, resize
 from common.config import InputError
 from common.datalist import Case
 from common.volumes import Preprocessing
@@ -39,23 +39,31 @@ class Entry:
     def shape(self) -> tuple[int, int, int]:
         return self.levels[0]
 
-    def read(self, start: Sequence[int], size: Sequence[int], level: int = 0) -> torch.Tensor:
+    def read(
+        self, start: Sequence[int], size: Sequence[int], level: int = 0, out_size: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """The box [start, start + size) of a level as (C, d, h, w) float32; outside the volume 0, the scale's minimum.
 
-        Only the chunks that the box touches are read. InputError when the entry is gone or damaged.
+        With `out_size` resized to that (trilinear). Only the chunks that the box touches are read. InputError when the
+        entry is gone or damaged.
         """
         box = arrays.read_box(self.folder / arrays.level_name(level), start, size)
-        values = np.multiply(box.inside, np.float32(self.scale), dtype=np.float32)
+        numbers = box.pad(box.inside, fill=round(-self.offset / self.scale))
+        if out_size is None:
+            values = np.multiply(numbers, np.float32(self.scale), dtype=np.float32)
+        else:  # resized as whole numbers: the large box is never turned into floats
+            values = resize.trilinear(torch.from_numpy(numbers), out_size).numpy()
+            values *= np.float32(self.scale)
         if self.offset:
             values += np.float32(self.offset)
-        return torch.from_numpy(box.pad(values))
+        return torch.from_numpy(values)
 
     def read_label(self, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
         """The box of the label map as (1, d, h, w) uint8; outside the volume 0. InputError without a label."""
         if not self.has_label:
             raise InputError(f"{self.source}: was cached without a label")
         box = arrays.read_box(self.folder / "label.b2nd", start, size)
-        return torch.from_numpy(box.pad(np.ascontiguousarray(box.inside)))
+        return torch.from_numpy(box.pad(box.inside))
 
     @property
     def class_points(self) -> dict[int, np.ndarray]:

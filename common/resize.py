@@ -14,7 +14,7 @@ SLAB = 1 << 18  # voxels of a slab between two axes: 1 MB of float32
 
 
 def trilinear(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """`image` (C, D, H, W) -> (C, *size) float32."""
+    """`image` (C, D, H, W) of any number type -> (C, *size) float32."""
     x, size = image.numpy(), tuple(int(n) for n in size)
     out = np.empty((x.shape[0], *size), np.float32)
     first, second = _taps(x.shape[1], size[0]), _taps(x.shape[2], size[1])

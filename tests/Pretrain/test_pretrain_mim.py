@@ -30,8 +30,8 @@ class Noise:
 
     levels = [(80, 72, 96)]
 
-    def read(self, start, size, level=0):
-        return torch.rand(1, *size, generator=torch.Generator().manual_seed(sum(start)))
+    def read(self, start, size, level=0, out_size=None):
+        return torch.rand(1, *(out_size or size), generator=torch.Generator().manual_seed(sum(start)))
 
 
 def test_the_recipe_is_the_published_run():

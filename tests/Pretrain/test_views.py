@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from common.resize import trilinear
 from common.sampling import generator
 from Pretrain.data import ViewDataset
 from Pretrain.views import Box, ViewSpec, cut, draw_box
@@ -18,7 +19,7 @@ class Ramp:
         self.levels = [tuple(a.shape[1:]) for a in self.arrays]
         self.reads = []
 
-    def read(self, start, size, level=0):
+    def read(self, start, size, level=0, out_size=None):
         self.reads.append((level, tuple(start), tuple(size)))
         out = torch.zeros(1, *size)
         array = self.arrays[level]
@@ -27,7 +28,7 @@ class Ramp:
         source = array[:, low[0] : high[0], low[1] : high[1], low[2] : high[2]]
         to = [slice(a - s, b - s) for a, b, s in zip(low, high, start)]
         out[:, to[0], to[1], to[2]] = source
-        return out
+        return out if out_size is None else trilinear(out, out_size)
 
 
 def boxes(spec, shape, count=400):

@@ -74,6 +74,15 @@ def test_a_box_is_that_part_of_the_volume_and_zero_outside(case, tmp_path):
     assert not entry.read((500, 0, 0), (8, 8, 8)).any() and entry.read((0, -99, 0), (3, 4, 5)).shape == (1, 3, 4, 5)
 
 
+@pytest.mark.parametrize("settings", [Preprocessing(), Preprocessing(intensity="zscore", dtype="uint8")])
+def test_a_box_is_resized_as_its_floats_would_be(case, tmp_path, settings):
+    (entry,) = cache.ensure([case], settings, tmp_path / "cache")
+    for start, size in (((2, 3, 4), (20, 18, 16)), ((-6, 10, -3), (30, 40, 20))):
+        box = entry.read(start, size)
+        wanted = torch.nn.functional.interpolate(box[None], size=(12, 13, 14), mode="trilinear")[0]
+        torch.testing.assert_close(entry.read(start, size, out_size=(12, 13, 14)), wanted, atol=1e-5, rtol=1e-4)
+
+
 def test_channels(tmp_path):
     array = np.random.default_rng(0).normal(size=(20, 18, 16, 4)).astype(np.float32) + 5
     settings = Preprocessing(intensity="zscore", channels=4)
