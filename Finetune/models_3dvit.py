@@ -9,8 +9,8 @@ Stands alone on torch and timm, so that a notebook needs this one file:
     model = vit_base_patch16_3d(img_size=(96, 96, 96))
     missing_keys, unexpected_keys = model.load_pretrained_checkpoint("checkpoint-1599.pth")
 
-Architecture and parameter names: those of the weights released with GL-MAE (arXiv 2306.08913, IEEE TMI 2025), so that they load;
-the numerics of a block are timm's `Block`.
+Architecture and parameter names: those of the weights released with GL-MAE (arXiv 2306.08913, IEEE TMI 2025), so that
+they load; the numerics of a block are timm's `Block`.
 """
 
 import argparse
@@ -51,8 +51,9 @@ def grid_of(img_size: Sequence[int], patch_size: Sequence[int]) -> Grid:
 def get_3d_sincos_pos_embed(embed_dim: int, grid: Grid, cls_token: bool = False) -> Tensor:
     """Fixed sine-cosine positions (1, [1+]N, C) on integer coordinates of the grid (d, h, w); the CLS row is zero.
 
-    Three equal parts of the width for d, h, w, each [sin(p*w_k), cos(p*w_k)] with w_k = 10000^(-k/(C/6)), as in the authors' code.
-    Where 6 does not divide C (1024, 1280, 512), C//6 frequencies are used and the last C mod 6 channels stay zero (our choice).
+    Three equal parts of the width for d, h, w, each [sin(p*w_k), cos(p*w_k)] with w_k = 10000^(-k/(C/6)), as in the
+    authors' code. Where 6 does not divide C (1024, 1280, 512), C//6 frequencies are used and the last C mod 6 channels
+    stay zero (our choice).
     """
     frequencies = embed_dim // 6
     if frequencies < 1:
@@ -66,7 +67,7 @@ def get_3d_sincos_pos_embed(embed_dim: int, grid: Grid, cls_token: bool = False)
 
 
 def resample_pos_embed(table: Tensor, source: Grid, target: Grid, num_prefix_tokens: int = 1) -> Tensor:
-    """Position table (1, prefix+n, C) of the grid `source` at the grid `target`, trilinearly; prefix rows (CLS) are kept.
+    """Position table (1, prefix+n, C) of the grid `source` at the grid `target`, trilinear; prefix rows (CLS) are kept.
 
     The grids are explicit: a grid guessed from a token count scrambles every volume that is not a cube.
     """
@@ -104,14 +105,14 @@ class PatchEmbed3D(nn.Module):
 
 
 class VisionTransformer3D(nn.Module):
-    """3D ViT with a fixed sine-cosine position table, a CLS token, pre-norm timm blocks (LayerNorm eps 1e-6) and a final norm.
+    """3D ViT: fixed sine-cosine positions, a CLS token, pre-norm timm blocks (LayerNorm eps 1e-6), a final norm.
 
     Args:
-        img_size: voxels (D, H, W) or one number; sets the grid of the stored position table. Inputs of any other size that the patch
-            size divides are accepted: the table is resampled from its true grid.
+        img_size: voxels (D, H, W) or one number; sets the grid of the stored position table. Inputs of any other size
+            that the patch size divides are accepted: the table is resampled from its true grid.
         patch_size: voxels (D, H, W) or one number.
-        encoder_only: False adds the MAE decoder (`decoder_*`, `mask_token`). 576 wide by default (our choice: the width of the authors'
-            own 3D MAE; the released class has 512).
+        encoder_only: False adds the MAE decoder (`decoder_*`, `mask_token`). 576 wide by default (our choice: the width
+            of the authors' own 3D MAE; the released class has 512).
         class_token: False leaves the CLS token out, as the authors do when they fine-tune for segmentation.
         num_classes: more than 0 adds a classification head at once, as `add_classification_head` does later.
     """
@@ -157,7 +158,9 @@ class VisionTransformer3D(nn.Module):
             self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
             self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
             self.decoder_pos_embed = self._position_table(decoder_embed_dim)
-            self.decoder_blocks = nn.ModuleList(block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth))
+            self.decoder_blocks = nn.ModuleList(
+                block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth)
+            )
             self.decoder_norm = norm_layer(decoder_embed_dim)
             self.decoder_pred = nn.Linear(decoder_embed_dim, math.prod(self.patch_size) * in_chans)
         self.head: nn.Linear | None = None
@@ -185,19 +188,24 @@ class VisionTransformer3D(nn.Module):
     # ------------------------------------------------------------ forward
 
     def forward(
-        self, x: Tensor, ids_keep: Tensor | None = None, return_layers: Sequence[int] = (), return_features: bool = False
+        self,
+        x: Tensor,
+        ids_keep: Tensor | None = None,
+        return_layers: Sequence[int] = (),
+        return_features: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]] | dict[str, Tensor]:
         """A volume (B, in_chans, D, H, W) to what its caller needs.
 
-        ========================  =====================================================================================
-        `model(x)`                the CLS token (B, C) after the final norm; with a classification head its logits (B, num_classes)
-        `return_features=True`    dict of `cls_token` (B, C), `patch_features` (B, N, C), `all_features` (B, 1+N, C), normed
-        `ids_keep` (B, K)         an autoencoder's: the tokens (B, 1+K, C) of the kept patches alone, normed, in the order of `ids_keep`
-        `return_layers` (3, 6)    a segmentation head's: (tokens (B, 1+N, C) normed, [hidden state after block 3, after block 6]),
-                                  blocks counted from 0, hidden states before the final norm
-        ========================  =====================================================================================
+        ======================  ====================================================================================
+        `model(x)`              the CLS token (B, C) after the final norm, or the classification head's logits
+        `return_features=True`  dict of `cls_token` (B, C), `patch_features` (B, N, C), `all_features` (B, 1+N, C)
+        `ids_keep` (B, K)       an autoencoder's: tokens (B, 1+K, C) of the kept patches alone, normed, in that order
+        `return_layers` (3, 6)  a segmentation head's: (tokens (B, 1+N, C) normed, [hidden states of blocks 3, 6]),
+                                counted from 0, before the final norm; each (B, 1+N, C)
+        ======================  ====================================================================================
 
-        With `class_token=False` there is no CLS row: token counts drop by one, and the mean patch token stands in for `cls_token`.
+        With `class_token=False` there is no CLS row: token counts drop by one, and the mean patch token stands in for
+        `cls_token`.
         """
         tokens, hidden = self.forward_tokens(x, ids_keep, return_layers)
         if return_features:
@@ -232,8 +240,11 @@ class VisionTransformer3D(nn.Module):
         return self.norm(x), hidden
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor, grid: Grid | None = None) -> Tensor:
-        """Tokens (B, 1+K, C) of kept patches and the order (B, N) that puts kept, then removed patches back into raster order
-        -> predicted patches (B, N, pd*ph*pw*in_chans)."""
+        """The removed patches predicted: (B, N, pd*ph*pw*in_chans), for all patches of the grid (d, h, w).
+
+        `latent` (B, 1+K, C) are the tokens of the kept patches; `ids_restore` (B, N) puts kept, then removed patches
+        back into raster order.
+        """
         prefix = self.num_prefix_tokens
         x = self.decoder_embed(latent)
         batch, kept = x.shape[0], x.shape[1] - prefix
@@ -264,9 +275,8 @@ class VisionTransformer3D(nn.Module):
 
     def remove_decoder(self) -> None:
         """Leave the encoder alone, as `encoder_only=True` builds it."""
-        for name in [n for n, _ in self.named_children() if n.startswith("decoder_")] + ["mask_token", "decoder_pos_embed"]:
-            if hasattr(self, name):
-                delattr(self, name)
+        for name in {key.split(".")[0] for key in self.state_dict() if key.startswith(("decoder_", "mask_token"))}:
+            delattr(self, name)
         self.has_decoder = False
 
     def freeze_encoder(self) -> None:
@@ -292,7 +302,10 @@ class VisionTransformer3D(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Depth of each parameter for timm's layer-wise learning-rate decay."""
-        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
 
     # ------------------------------------------------------------ loading
 
@@ -305,21 +318,25 @@ class VisionTransformer3D(nn.Module):
         source_grid: Grid | None = None,
         rescale_channels: bool = True,
     ) -> tuple[list[str], list[str]]:
-        """Load pretrained weights; returns (missing_keys, unexpected_keys), both under clean names, and prints a short report.
+        """Load pretrained weights and print a short report; returns (missing_keys, unexpected_keys), under clean names.
 
         Args:
-            path: a checkpoint of ours or of the authors. The weights are taken from `student`, `state_dict`, `model` or the top level,
-                whichever comes first; the EMA teacher only when asked for with `checkpoint_key="teacher"`. Nothing is ever unpickled
-                beyond tensors, plain types and `argparse.Namespace`.
-            encoder_only: take the encoder and leave decoder and head alone. False also loads those that fit by name and shape.
+            path: a checkpoint of ours or of the authors. The weights are taken from `student`, `state_dict`, `model` or
+                the top level, whichever comes first; the EMA teacher only when asked for with
+                `checkpoint_key="teacher"`. Nothing is ever unpickled beyond tensors, plain types and
+                `argparse.Namespace`.
+            encoder_only: take the encoder and leave decoder and head alone. False also loads those that fit by name and
+                shape.
             interpolate_pos_embed: resample the position table when the grids differ; False makes that an error.
-            source_grid: the (d, h, w) grid of the file's position table. Needed only for a table that is neither recorded in the file,
-                nor of this model's grid, nor of a cube.
-            rescale_channels: a 1-channel patch embedding is repeated over `in_chans` and divided by it, so that an image repeated over
-                the channels gives the same features; False repeats only, as the authors' loader does.
+            source_grid: the (d, h, w) grid of the file's position table. Needed only for a table that is neither
+                recorded in the file, nor of this model's grid, nor of a cube.
+            rescale_channels: a 1-channel patch embedding is repeated over `in_chans` and divided by it, so that an
+                image repeated over the channels gives the same features; False repeats only, as the authors' loader
+                does.
 
         Raises:
-            ValueError: the file cannot be read safely, or an encoder tensor is missing or does not fit. The model is then unchanged.
+            ValueError: the file cannot be read safely, or an encoder tensor is missing or does not fit. The model is
+                then unchanged.
         """
         state, extras = read_checkpoint(path, checkpoint_key)
         args = extras.get("args")
@@ -337,7 +354,9 @@ class VisionTransformer3D(nn.Module):
         if weight in state:
             fitted[weight] = inflate_channels(state[weight], self.in_chans, rescale_channels)
         self.load_report = load_matching(self, state | fitted, self._encoder_names, encoder_only, path)
-        self.load_report.resampled = [n for n in self.load_report.matched if n in fitted and not same(fitted[n], state[n])]
+        self.load_report.resampled = [
+            n for n in self.load_report.matched if n in fitted and not same(fitted[n], state[n])
+        ]
         if int(os.environ.get("RANK", "0")) == 0:
             print(self.load_report)
         return self.load_report.missing, self.load_report.unexpected
@@ -391,7 +410,9 @@ class LoadReport:
     encoder_matched: int = 0
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {self.encoder_matched} of {self.encoder_total} encoder tensors, {len(self.matched)} in all"]
+        lines = [
+            f"{self.path}: {self.encoder_matched} of {self.encoder_total} encoder tensors, {len(self.matched)} in all"
+        ]
         for label, names in (("resampled", self.resampled), ("missing", self.missing), ("dropped", self.unexpected)):
             if names:
                 lines.append(f"  {label} {len(names)}: {shorten(names)}")
@@ -407,7 +428,8 @@ _WRAPPERS = re.compile(r"^(module|_orig_mod|backbone|vit|encoder)\.")
 
 
 def clean_keys(state: dict[str, Tensor], where: object = "state dict") -> dict[str, Tensor]:
-    """Names without the prefixes that DDP, torch.compile and surrounding modules add. Only at the start, as often as they stand there."""
+    """Names without the prefixes that DDP, torch.compile and surrounding modules add. Only at the start, as often as
+    they stand there."""
     cleaned = {}
     for key, value in state.items():
         name = key
@@ -423,8 +445,8 @@ def read_checkpoint(path: str | os.PathLike, checkpoint_key: str | None = None) 
     """The weights of a checkpoint under clean names, and what else the file holds (epoch, args, ...).
 
     Raises:
-        ValueError: no such file, torn, holding code (a pickle of anything but tensors, plain types and `argparse.Namespace`), or
-            without weights under a known key.
+        ValueError: no such file, torn, holding code (a pickle of anything but tensors, plain types and
+            `argparse.Namespace`), or without weights under a known key.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -447,8 +469,14 @@ def read_checkpoint(path: str | os.PathLike, checkpoint_key: str | None = None) 
             return _tensors(content[key], path), extras
     if checkpoint_key is None and any(isinstance(value, Tensor) for value in content.values()):
         return _tensors(content, path), extras
-    hint = "; it has a teacher: ask for it with checkpoint_key='teacher'" if "teacher" in content and not checkpoint_key else ""
-    raise ValueError(f"{path}: no weights under {' or '.join(map(repr, keys))}, found the keys {sorted(map(str, content))}{hint}")
+    hint = (
+        "; it has a teacher: ask for it with checkpoint_key='teacher'"
+        if "teacher" in content and not checkpoint_key
+        else ""
+    )
+    raise ValueError(
+        f"{path}: no weights under {' or '.join(map(repr, keys))}, found the keys {sorted(map(str, content))}{hint}"
+    )
 
 
 def _tensors(state: dict, path: object) -> dict[str, Tensor]:
@@ -463,9 +491,11 @@ def fit_pos_embed(
     resample: bool = True,
     where: object = "position table",
 ) -> Tensor:
-    """A file's position table (1, n or 1+n, C) as (1, prefix+N, C) of `target_grid`: CLS row added (zero) or dropped, grid resampled.
+    """A file's position table (1, n or 1+n, C) as (1, prefix+N, C) of `target_grid`: CLS row added (zero) or dropped,
+    grid resampled.
 
-    The source grid is `source_grid` where given; else the target's where the row count allows it; else a cube. Nothing else is guessed.
+    The source grid is `source_grid` where given; else the target's where the row count allows it; else a cube. Nothing
+    else is guessed.
     """
     rows = table.shape[1]
     cubes = [(side,) * 3 for side in (round(n ** (1 / 3)) for n in (rows - 1, rows)) if side > 0]
@@ -477,14 +507,17 @@ def fit_pos_embed(
         known = f"the grid {tuple(source_grid)}" if source_grid else f"neither the grid {tuple(target_grid)} nor a cube"
         raise ValueError(f"{where}: position table of {rows} rows fits {known}; pass source_grid=(d, h, w)")
     if grid != tuple(target_grid) and not resample:
-        raise ValueError(f"{where}: position table of grid {grid}, the model has {tuple(target_grid)}, resampling is off")
+        raise ValueError(
+            f"{where}: position table of grid {grid}, the model has {tuple(target_grid)}, resampling is off"
+        )
     patches = resample_pos_embed(table[:, prefix:], grid, target_grid, num_prefix_tokens=0)
     cls_row = table[:, :1] if prefix else torch.zeros_like(table[:, :1])
     return torch.cat([cls_row, patches], dim=1) if num_prefix_tokens else patches
 
 
 def inflate_channels(weight: Tensor, in_chans: int, rescale: bool = True) -> Tensor:
-    """A 1-channel convolution (C, 1, ...) for `in_chans` channels; divided by their number, an image repeated over them gives the same."""
+    """A 1-channel convolution (C, 1, ...) for `in_chans` channels; divided by their number, an image repeated over them
+    gives the same."""
     if weight.shape[1] != 1 or in_chans == 1:
         return weight
     return weight.repeat(1, in_chans, *[1] * (weight.ndim - 2)) / (in_chans if rescale else 1)
@@ -493,7 +526,8 @@ def inflate_channels(weight: Tensor, in_chans: int, rescale: bool = True) -> Ten
 def load_matching(
     model: nn.Module, state: dict[str, Tensor], required: Iterable[str], required_only: bool, where: object
 ) -> LoadReport:
-    """Copy `state` into `model`: every name of `required` must be there and fit; others are taken where they fit, unless `required_only`.
+    """Copy `state` into `model`: every name of `required` must be there and fit; others are taken where they fit,
+    unless `required_only`.
 
     Raises ValueError, with the model unchanged, when a required tensor is missing or has another shape.
     """
@@ -509,13 +543,16 @@ def load_matching(
         encoder_matched=sum(name in fits for name in required),
     )
     misfits = [
-        f"{name} found {tuple(state[name].shape)}, needs {tuple(own[name].shape)}" if name in state else f"{name} is missing"
+        f"{name} found {tuple(state[name].shape)}, needs {tuple(own[name].shape)}"
+        if name in state
+        else f"{name} is missing"
         for name in required
         if name not in fits
     ]
     if misfits:
         raise ValueError(
-            f"{where}: only {report.encoder_matched} of {len(required)} encoder tensors fit this model: {shorten(misfits)}"
+            f"{where}: only {report.encoder_matched} of {len(required)} encoder tensors fit this model: "
+            f"{shorten(misfits)}"
         )
     model.load_state_dict(fits, strict=False)
     return report

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from torch import nn
@@ -25,24 +24,34 @@ Quadruple = tuple[int, int, int, int]
 
 @dataclass(kw_only=True)
 class PretrainSettings(DataSettings, LoopSettings):
-    """Settings of a pretraining run. Defaults are the GL-MAE recipe's; what of it is the paper's says scripts/pretrain_glmae.sh."""
+    """Settings of a pretraining run. Defaults are GL-MAE's recipe; scripts/pretrain_glmae.sh says what is the paper's."""
 
     method: Literal["mae", "glmae", "mim"] = setting("glmae", "the pretraining method")
 
     global_views: int = setting(2, "p: global views per volume (GL-MAE)")
     local_views: int = setting(8, "q: local views per volume")
     global_size: Triple = setting((160, 160, 160), "voxels of a global view")
-    local_size: Triple = setting((96, 96, 96), "voxels of a local view; MiM: of every encoder input, its volume is group times that")
-    crop_mode: Literal["resize", "fixed"] = setting("resize", "resize: a share of the scan; fixed: the view's size in voxels")
-    global_scale: tuple[float, float] = setting((0.5, 1.0), "share of each axis that a global view, or MiM's volume, covers (resize)")
+    local_size: Triple = setting(
+        (96, 96, 96), "voxels of a local view; MiM: of every encoder input, its volume is group times that"
+    )
+    crop_mode: Literal["resize", "fixed"] = setting(
+        "resize", "resize: a share of the scan; fixed: the view's size in voxels"
+    )
+    global_scale: tuple[float, float] = setting(
+        (0.5, 1.0), "share of each axis that a global view, or MiM's volume, covers (resize)"
+    )
     local_scale: tuple[float, float] = setting((0.2, 0.5), "share of each axis that a local view covers (resize)")
     flip_prob: float = setting(0.2, "probability of a flip, per axis")
 
-    model: Literal["tiny", "small", "base", "large", "huge"] = setting("base", "size of the encoder (MiM has tiny and base)")
+    model: Literal["tiny", "small", "base", "large", "huge"] = setting(
+        "base", "size of the encoder (MiM has tiny and base)"
+    )
     patch_size: Triple = setting((16, 16, 16), "voxels of a patch")
     embed_dim: int | None = setting(None, "width of the ViT instead of the model's own")
     depth: int | None = setting(None, "blocks of the ViT instead of the model's own")
-    embed_dims: Quadruple | None = setting(None, "widths of the hybrid encoder's stages instead of the model's own (MiM)")
+    embed_dims: Quadruple | None = setting(
+        None, "widths of the hybrid encoder's stages instead of the model's own (MiM)"
+    )
     depths: Quadruple | None = setting(None, "blocks of the hybrid encoder's stages instead of the model's own (MiM)")
     num_heads: int | None = setting(None, "heads instead of the model's own")
     decoder_embed_dim: int = setting(576, "width of the decoder")
@@ -61,7 +70,8 @@ class PretrainSettings(DataSettings, LoopSettings):
     mask_ratio_mid: float = setting(0.6, "share of patches removed from mid volumes (MiM)")
     mask_ratio_down: float = setting(0.5, "share of patches removed from down volumes (MiM)")
     align: Literal["none", "cosine", "infonce", "published"] = setting(
-        "cosine", "alignment of a child with the place it was cut from; published: what the authors' code computes (MiM)"
+        "cosine",
+        "alignment of a child with the place it was cut from; published: what the authors' code computes (MiM)",
     )
     align_temp: float = setting(0.2, "temperature of infonce (MiM)")
     weight_rec_up: float = setting(1.0, "weight of the up level's reconstruction (MiM)")
@@ -78,7 +88,9 @@ class PretrainSettings(DataSettings, LoopSettings):
     weight_global_global: float = setting(1.0, "weight of the global-to-global consistency")
     weight_global_local: float = setting(1.0, "weight of the global-to-local consistency")
     consistency: Literal["ce", "byol"] = setting("ce", "cross-entropy over prototypes, or 2 - 2 cos with a predictor")
-    gg_pairs: Literal["all", "same"] = setting("all", "global-to-global: all pairs, or each view with its own masked copy")
+    gg_pairs: Literal["all", "same"] = setting(
+        "all", "global-to-global: all pairs, or each view with its own masked copy"
+    )
     out_dim: int = setting(4096, "prototypes of the projection head")
     hidden_dim: int = setting(2048, "hidden width of the projection head")
     bottleneck_dim: int = setting(256, "width of the embedding before the prototypes")
@@ -92,12 +104,14 @@ class PretrainSettings(DataSettings, LoopSettings):
     blr: float = setting(1.5e-4, "learning rate at 256 views (MiM: volumes) per update, scaled linearly")
     lr: float | None = setting(None, "learning rate as it is, instead of blr")
 
-    loader_only: bool = setting(False, "measure the loader alone over one epoch and stop: volumes and views per second, bytes read")
+    loader_only: bool = setting(
+        False, "measure the loader alone over one epoch and stop: volumes and views per second, bytes read"
+    )
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained: a method, the kinds of views in its batches, and the weights of its losses as a function of the step."""
+    """What is trained: a method, the kinds of views in its batches, the weights of its losses by step."""
 
     method: nn.Module
     specs: dict[str, ViewSpec]

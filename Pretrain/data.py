@@ -11,10 +11,11 @@ from Pretrain.views import ViewSpec, Volume, cut, draw_box
 
 
 class ViewDataset(Dataset):
-    """Views of each volume: {kind: (count, C, D, H, W) float32 in [0, 1]} for every kind of `specs`, and `key`, the seed of its masks.
+    """Views of each volume: {kind: (count, C, D, H, W) float32} for every kind of `specs`, and `key`, its masks' seed.
 
-    Takes (position, index) from `common.sampling.StreamSampler`. Views are drawn independently: a local view need not lie in a global one,
-    as in the paper's figure. Crop and flip are drawn once per view, so teacher and student meet the same voxels.
+    Takes (position, index) from `common.sampling.StreamSampler`. Views are drawn independently: a local view need not
+    lie in a global one, as in the paper's figure. Crop and flip are drawn once per view, so teacher and student meet
+    the same voxels.
     """
 
     def __init__(self, volumes: Sequence[Volume], specs: dict[str, ViewSpec], seed: int = 0):

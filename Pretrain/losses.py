@@ -1,4 +1,7 @@
-"""Losses of the pretraining methods.   B batch   N patches   P voxels of a patch (times channels)   K prototypes.   All in float32."""
+"""Losses of the pretraining methods, all in float32.
+
+B batch   N patches   P voxels of a patch (times channels)   p, s views of teacher, student   K prototypes
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +12,7 @@ from torch import Tensor
 
 
 def patchify(x: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """Volumes (B, C, D, H, W) to patches (B, N, pd*ph*pw*C): raster order of the grid, and within a patch of (pd, ph, pw, C)."""
+    """Volumes (B, C, D, H, W) to patches (B, N, pd*ph*pw*C): raster order of the grid, in a patch of (pd, ph, pw, C)."""
     batch, chans = x.shape[:2]
     (pd, ph, pw), (d, h, w) = patch_size, [s // p for s, p in zip(x.shape[2:], patch_size)]
     x = x.reshape(batch, chans, d, pd, h, ph, w, pw)
@@ -46,7 +49,7 @@ def cross_entropy_pairs(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def cosine_pairs(teacher: Tensor, student: Tensor) -> Tensor:
-    """2 - 2 cos of every student view with every teacher view, (p, s), averaged over the batch: embeddings (p, B, E) and (s, B, E)."""
+    """2 - 2 cos of embeddings (p, B, E) and (s, B, E), every view with every view: (p, s), averaged over the batch."""
     teacher, student = F.normalize(teacher.float(), dim=-1), F.normalize(student.float(), dim=-1)
     return 2.0 - 2.0 * torch.einsum("ibe,jbe->ij", teacher, student) / teacher.shape[1]
 
@@ -54,7 +57,8 @@ def cosine_pairs(teacher: Tensor, student: Tensor) -> Tensor:
 def collapse_monitors(teacher: Tensor, student: Tensor) -> dict[str, Tensor]:
     """Signs of collapse, in shares of ln K: teacher (p, B, K) probabilities, student (s, B, K) log-probabilities.
 
-    Over the batch of this process. `entropy_of_mean` near 0: one prototype takes all. `entropy` near 1 with `kl` near 0: the output is uniform and says nothing.
+    Over the batch of this process. `entropy_of_mean` near 0: one prototype takes all. `entropy` near 1 with `kl` near
+    0: the output is uniform and says nothing.
     """
     scale = math.log(teacher.shape[-1])
     entropy = -(teacher * teacher.clamp_min(1e-12).log()).sum(-1).mean()

@@ -1,6 +1,6 @@
 """Pretrain an encoder on unlabelled volumes: plain MAE, GL-MAE or MiM.
 
-    python -m Pretrain.main_pretrain --method glmae --datalist data/sample_abdomen/dataset.json --section pretraining --out_dir runs/x
+    python -m Pretrain.main_pretrain --method glmae --datalist /data/my_ct --out_dir runs/mine
     torchrun --nproc_per_node=8 -m Pretrain.main_pretrain ...
 
 Recipes: scripts/pretrain_*.sh. The checkpoints' layout: common/checkpoint.py.
@@ -49,9 +49,9 @@ def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path | None:
     views = plan.batch * task.views
     peak = settings.lr if settings.lr is not None else settings.blr * views / 256
     say(
-        f"{settings.method}: {len(volumes)} volumes, {plan.total_steps} updates ({plan.steps_per_epoch} per epoch), effective batch "
-        f"{plan.batch} volumes = {views} views ({run.world_size} process(es) x {plan.micro_batch} x {plan.accum} accumulated), "
-        f"learning rate {peak:.3g}, on {run.device}"
+        f"{settings.method}: {len(volumes)} volumes, {plan.total_steps} updates ({plan.steps_per_epoch} per epoch), "
+        f"effective batch {plan.batch} volumes = {views} views ({run.world_size} process(es) x {plan.micro_batch} "
+        f"x {plan.accum} accumulated), learning rate {peak:.3g}, on {run.device}"
     )
     dataset = ViewDataset(volumes, task.specs, settings.seed)
     if settings.loader_only:
@@ -71,9 +71,7 @@ def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path | None:
     )
 
 
-def measure(
-    settings: PretrainSettings, run: distributed.Run, plan: Plan, dataset: ViewDataset, views: int
-) -> None:
+def measure(settings: PretrainSettings, run: distributed.Run, plan: Plan, dataset: ViewDataset, views: int) -> None:
     """`--loader_only`: this rank's batches of the first epoch, without a model."""
     sampler = StreamSampler(len(dataset), plan.micro_batch, plan.accum, run.rank, run.world_size, settings.seed)
     sampler.stop = plan.steps_per_epoch
@@ -84,7 +82,7 @@ def measure(
 def draw_reconstructions(
     settings: PretrainSettings, plan: Plan, task: Task, dataset: ViewDataset, epoch: int, log: RunLog
 ) -> dict[str, float]:
-    """One view of each kind with its reconstruction, the same ones every time, as reconstruction-{epoch}.png and in TensorBoard."""
+    """One view of each kind with its reconstruction, always the same: reconstruction-{epoch}.png and TensorBoard."""
     if (epoch + 1) % settings.save_every and epoch + 1 != settings.epochs:
         return {}
     sample = torch.utils.data.default_collate([dataset[(0, 0)]])

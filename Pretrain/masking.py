@@ -1,7 +1,7 @@
 """Which patches an autoencoder sees.   B batch   N patches   K kept.   In a mask 1 means removed.
 
-Randomness comes from a key per sample (int64, in the batch), not from a generator per process: a sample's mask is then the same on any
-number of ranks, in any micro-batch, on CPU and CUDA, and after any restart. Our choice.
+Randomness comes from a key per sample (int64, in the batch), not from a generator per process: a sample's mask is then
+the same on any number of ranks, in any micro-batch, on CPU and CUDA, and after any restart. Our choice.
 """
 
 import torch
@@ -35,8 +35,8 @@ def uniform(keys: Tensor, count: int) -> Tensor:
 def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the `keep` patches of lowest noise (B, N).
 
-    Returns ids_keep (B, K) in the order of their noise; ids_restore (B, N), which sorts [kept, removed] back into raster order;
-    mask (B, N) float, 1 = removed.
+    Returns ids_keep (B, K) in the order of their noise; ids_restore (B, N), which sorts [kept, removed] back into
+    raster order; mask (B, N) float, 1 = removed.
     """
     ids_shuffle = noise.argsort(dim=1, stable=True)
     ids_restore = ids_shuffle.argsort(dim=1)

@@ -2,10 +2,10 @@
 
     B volumes   p global and q local views of each, view-major   K prototypes   E embedding
 
-A student encodes the visible patches of masked global and local views and reconstructs the rest; a teacher, its moving average, sees the
-intact global views. The student's CLS tokens are pulled towards the teacher's. The structure (views, masking, four terms, intact teacher)
-is the paper's figure; head, temperatures, centre, momentum and weights are printed in no source we could read and follow DINO
-(Caron et al., ICCV 2021): our choice.
+A student encodes the visible patches of masked global and local views and reconstructs the rest; a teacher, its moving
+average, sees the intact global views. The student's CLS tokens are pulled towards the teacher's. The structure (views,
+masking, four terms, intact teacher) is the paper's figure; head, temperatures, centre, momentum and weights are printed
+in no source we could read and follow DINO (Caron et al., ICCV 2021): our choice.
 """
 
 import copy
@@ -27,7 +27,7 @@ TERMS = ("rec_global", "rec_local", "global_global", "global_local")
 
 
 class PrototypeLayer(nn.Module):
-    """Weight-normalised linear layer without bias: (..., E) -> (..., K). Its norms `weight_g` are fixed at 1, as in DINO.
+    """Weight-normalised linear layer without bias: (..., E) -> (..., K). Its norms `weight_g` are fixed at 1 (DINO).
 
     Not torch's `weight_norm`: its parameter names are not those that the published checkpoints have.
     """
@@ -53,7 +53,7 @@ class ProjectionHead(nn.Module):
             nn.Linear(hidden_dim, bottleneck_dim),
         )  # fmt: skip
         for layer in self.mlp[::2]:
-            nn.init.xavier_uniform_(layer.weight)  # at DINO's widths its N(0, 0.02); at small ones the unit vector needs more
+            nn.init.xavier_uniform_(layer.weight)  # about DINO's N(0, 0.02) at its widths; narrow heads need more
             nn.init.zeros_(layer.bias)
         self.last_layer = PrototypeLayer(bottleneck_dim, out_dim) if out_dim else None
 
@@ -68,14 +68,18 @@ class ProjectionHead(nn.Module):
 class GLMAE(nn.Module):
     """Masked autoencoding of global and local views with global-to-global and global-to-local consistency.
 
-    `forward` takes batch["global"] (B, p, C, D, H, W), batch["local"] (B, q, C, d, h, w) and batch["key"] (B,) int64, which seeds the
-    masks, and gives the losses `rec_global`, `rec_local`, `global_global`, `global_local` and the monitors of collapse.
+    `forward` takes batch["global"] (B, p, C, D, H, W), batch["local"] (B, q, C, d, h, w) and batch["key"] (B,) int64,
+    which seeds the masks, and gives the losses `rec_global`, `rec_local`, `global_global`, `global_local` and the
+    monitors of collapse.
 
     Args:
-        vit: an encoder with its decoder, the student's backbone; without a decoder the reconstruction terms must be left out.
+        vit: an encoder with its decoder, the student's backbone; without a decoder the reconstruction terms must be
+            left out.
         terms: the losses to compute; what none of them needs is not built (so DDP meets no unused parameter).
-        mask_ratio_global, mask_ratio_local: shares of removed patches in the student's views. The teacher's are never masked.
-        consistency: `ce`, cross-entropy over prototypes with a centred, sharpened teacher; `byol`, 2 - 2 cos with a predictor on the student.
+        mask_ratio_global, mask_ratio_local: shares of removed patches in the student's views. The teacher's are never
+            masked.
+        consistency: `ce`, cross-entropy over prototypes with a centred, sharpened teacher; `byol`, 2 - 2 cos with a
+            predictor on the student.
         gg_pairs: `all` pairs of global views, or each view with its own masked copy only (`same`).
         momentum, teacher_temp: functions of the step.
         freeze_last_layer: updates during which the prototypes stay as they are.
@@ -157,12 +161,13 @@ class GLMAE(nn.Module):
             if "local" in student:
                 values["global_local"] = pairs(teacher, student["local"]).mean()
             if self.consistency == "ce":
-                values |= {f"monitor/{k}": v for k, v in collapse_monitors(teacher, next(iter(student.values())).detach()).items()}
+                seen = next(iter(student.values())).detach()
+                values |= {f"monitor/{name}": value for name, value in collapse_monitors(teacher, seen).items()}
                 values["monitor/center_norm"] = self.center.norm()
         return values
 
     def _student_pass(self, batch: dict[str, Tensor], kind: str, values: dict[str, Tensor]) -> Tensor:
-        """Encode (and reconstruct) the masked views of one kind: one pass for all, they have one size. Returns their CLS tokens."""
+        """CLS tokens (views*B, C) of the masked views of one kind, in one pass; what they reconstruct goes to `values`."""
         x, visible = self._masked_views(batch, kind)
         if f"rec_{kind}" in self.terms:
             values[f"rec_{kind}"], _ = reconstruct(self.encoder, x, visible, self.norm_pix_loss)
@@ -173,7 +178,7 @@ class GLMAE(nn.Module):
         return x, encode_visible(self.encoder, x, keys, self.mask_ratio[kind])
 
     def reconstructions(self, batch: dict[str, Tensor]) -> dict[str, Reconstructed]:
-        """For pictures: the views, their masks and what was predicted, under the name of each kind that is reconstructed."""
+        """For pictures: views, masks and predictions, under the name of each kind that is reconstructed."""
         rows = {}
         for kind in ("global", "local"):
             if f"rec_{kind}" in self.terms:
@@ -191,7 +196,7 @@ class GLMAE(nn.Module):
 
     @torch.no_grad()
     def _teach(self, views: Tensor, step: int) -> Tensor:
-        """Teacher's centred, sharpened probabilities (p, B, K) of the intact global views, or its embeddings (p, B, E)."""
+        """Teacher's centred, sharpened probabilities (p, B, K) of the intact views, or its embeddings (p, B, E)."""
         projected = self.teacher["head"](self.teacher["backbone"](view_major(views))).float()
         if self.consistency == "ce":
             if self.training:
@@ -211,7 +216,7 @@ class GLMAE(nn.Module):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """The teacher follows the student, by name; the centre follows the teacher's mean output over the whole global batch."""
+        """The teacher follows the student, by name; the centre the teacher's mean output over the global batch."""
         if not self.is_consistent:
             return
         student = dict(self.student.named_parameters())
@@ -236,7 +241,9 @@ class GLMAE(nn.Module):
         return state
 
     def load_checkpoint_state(self, content: dict[str, Any]) -> None:
-        self.student.load_state_dict({name.removeprefix("module."): value for name, value in content["student"].items()})
+        self.student.load_state_dict(
+            {name.removeprefix("module."): value for name, value in content["student"].items()}
+        )
         if self.is_consistent:
             self.teacher.load_state_dict(content["teacher"])
             self.center.copy_(content["dino_loss"]["center"])

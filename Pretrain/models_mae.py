@@ -1,6 +1,7 @@
-"""Plain 3D masked autoencoder (He et al., CVPR 2022, in three dimensions): the baseline, and the half of GL-MAE that reconstructs.
+"""Plain 3D masked autoencoder (He et al., CVPR 2022, in three dimensions): the baseline, and the half of GL-MAE that
+reconstructs.
 
-    B volumes   q views of each   M = q*B, view-major   N patches   K kept   P voxels of a patch (times channels)
+B volumes   q views of each   M = q*B, view-major   N patches   K kept   P voxels of a patch (times channels)
 """
 
 import math
@@ -36,7 +37,7 @@ def view_major(views: Tensor) -> Tensor:
 
 
 def view_keys(keys: Tensor, count: int, kind: int) -> Tensor:
-    """One key per view from one per sample: (B,) -> (count*B,), view-major. `kind` sets global (1) and local (0) views apart."""
+    """One key per view from one per sample: (B,) -> (count*B,), view-major. `kind`: 1 global, 0 local views."""
     return torch.cat([derive(keys, 2 * view + kind) for view in range(count)])
 
 
@@ -49,7 +50,7 @@ def encode_visible(vit: VisionTransformer3D, x: Tensor, keys: Tensor, mask_ratio
 
 
 def reconstruct(vit: VisionTransformer3D, x: Tensor, visible: Visible, norm_pix_loss: bool) -> tuple[Tensor, Tensor]:
-    """Decode all patches and compare the removed ones with the intact x: the loss (scalar) and the prediction (M, N, P)."""
+    """Decode all patches, compare the removed ones with the intact x: the loss (scalar), the prediction (M, N, P)."""
     prediction = vit.forward_decoder(visible.tokens, visible.ids_restore, grid_of(x.shape[2:], vit.patch_size))
     target = patchify(x, vit.patch_size)
     return masked_mse(prediction, norm_pix(target) if norm_pix_loss else target, visible.mask), prediction

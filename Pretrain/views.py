@@ -1,8 +1,8 @@
-"""Global and local views of a volume: where a box lies, and how it is cut. Axis order (D, H, W), voxels of the cached volume.
+"""Global and local views of a volume: where a box lies, and how it is cut. Axes (D, H, W), voxels of the cached volume.
 
-`resize`: a box that covers a share of each axis, resized to the view's size, so that a global view shows half to all of a scan whatever its
-spacing. `fixed`: the view's size in voxels, at the cached spacing, as the authors' loaders crop. Scale ranges and `resize` as the default
-are our choice (spec section 2): the paper prints neither.
+`resize`: a box that covers a share of each axis, resized to the view's size, so that a global view shows half to all of
+a scan whatever its spacing. `fixed`: the view's size in voxels, at the cached spacing, as the authors' loaders crop.
+Scale ranges and `resize` as the default are our choice (spec section 2): the paper prints neither.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Volume(Protocol):
 
 @dataclass(frozen=True)
 class Box:
-    """A box in a volume (voxels; may stick out where the volume is smaller) and the axes along which its content is mirrored."""
+    """A box in a volume (voxels; may stick out of a smaller one) and the axes along which its content is mirrored."""
 
     start: tuple[int, int, int]
     size: tuple[int, int, int]
@@ -34,7 +34,7 @@ class Box:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """One kind of view: how many, how large (voxels), which share of each axis they cover, how likely a flip is per axis."""
+    """One kind of view: how many, how large (voxels), the share of each axis they cover, the odds of a flip per axis."""
 
     count: int
     size: tuple[int, int, int]
@@ -44,16 +44,14 @@ class ViewSpec:
 
 
 def draw_box(shape: Sequence[int], spec: ViewSpec, rng: torch.Generator) -> Box:
-    """A box for one view. `resize`: one share for all axes, uniform in `scale`, each axis within 10 % of it; then a uniform place."""
+    """A box for one view. `resize`: a share of all axes, uniform in `scale`, each within 10 % of it; a uniform place."""
     noise = torch.rand(10, generator=rng).tolist()
     if spec.crop_mode == "fixed":
         size = tuple(spec.size)
     else:
         low, high = spec.scale
         share = low + (high - low) * noise[0]
-        size = tuple(
-            max(1, round(min(share * (0.9 + 0.2 * n), 1.0) * length)) for length, n in zip(shape, noise[1:4])
-        )
+        size = tuple(max(1, round(min(share * (0.9 + 0.2 * n), 1.0) * length)) for length, n in zip(shape, noise[1:4]))
     start = tuple(_place(length, extent, n) for length, extent, n in zip(shape, size, noise[4:7]))
     return Box(start, size, tuple(n < spec.flip_prob for n in noise[7:10]))
 

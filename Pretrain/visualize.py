@@ -15,7 +15,7 @@ PANELS = ("view", "visible", "reconstruction")
 
 
 def panels(made: Reconstructed, patch_size: Sequence[int], norm_pix_loss: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The view, the view with its removed patches black, and the view with its removed patches predicted, each (M, C, D, H, W).
+    """The view, then with its removed patches black, then with them predicted; each (M, C, D, H, W).
 
     With `norm_pix_loss` a prediction has no absolute scale: it is shown with the mean and spread of the true patch.
     """
@@ -31,15 +31,20 @@ def panels(made: Reconstructed, patch_size: Sequence[int], norm_pix_loss: bool) 
     return view, shown, filled
 
 
-def picture(rows: dict[str, Reconstructed], patch_size: Sequence[int], norm_pix_loss: bool, zoom: int = 3) -> np.ndarray:
-    """One row of three panels per kind of view: axial middle slices of the first view and channel, as (H, W, 3) uint8."""
+def picture(
+    rows: dict[str, Reconstructed], patch_size: Sequence[int], norm_pix_loss: bool, zoom: int = 3
+) -> np.ndarray:
+    """A row of three panels per kind of view: axial middle slices, first view and channel, as (H, W, 3) uint8."""
     strips = []
     for name, made in rows.items():
         volumes = panels(Reconstructed(*(t[:1] for t in made)), patch_size, norm_pix_loss)
         slices = [axial(volume[0, 0].cpu().numpy()) for volume in volumes]
         low, high = np.percentile(slices[0], (1, 99))  # the view's own contrast, for all three
         slices = [((s - low) / max(high - low, 1e-6)).clip(0, 1) for s in slices]
-        images = [Image.fromarray((s * 255).astype(np.uint8)).resize((s.shape[1] * zoom, s.shape[0] * zoom), 0) for s in slices]
+        images = [
+            Image.fromarray((s * 255).astype(np.uint8)).resize((s.shape[1] * zoom, s.shape[0] * zoom), 0)
+            for s in slices
+        ]
         strips.append(_strip(name, images))
     canvas = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "black")
     top = 0
@@ -50,7 +55,7 @@ def picture(rows: dict[str, Reconstructed], patch_size: Sequence[int], norm_pix_
 
 
 def axial(volume: np.ndarray) -> np.ndarray:
-    """The middle axial slice of a RAS volume (D, H, W) as a radiologist sees it: (rows, columns), front up, right on the left."""
+    """The middle axial slice of a RAS volume (D, H, W) as radiologists see it: front up, the right side on the left."""
     return np.flip(volume[:, :, volume.shape[2] // 2].T, axis=(0, 1))
 
 

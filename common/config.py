@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message is all they see: the file or setting, what was found, what is allowed."""
+    """What the user gave cannot be used. They see the message alone: the file or setting, what was found, is allowed."""
 
 
 def setting(default: Any = dataclasses.MISSING, help: str = "", **kwargs: Any) -> Any:
-    """A dataclass field with its help line. Without `default` the setting is required. Mutable defaults go through a factory."""
+    """A dataclass field with its help line. Without `default` it is required; mutable defaults go through a factory."""
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help, **kwargs})
     return dataclasses.field(default=default, metadata={"help": help, **kwargs})
@@ -60,7 +60,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     """Check and convert one value (from YAML or a flag) to the annotated type `kind`; `where` names it in errors."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        word = value[0] if isinstance(value, list) and len(value) == 1 else value  # a flag of several values gives a list
+        word = value[0] if isinstance(value, list) and len(value) == 1 else value  # flags of several values give lists
         if word is None or (isinstance(word, str) and word.lower() in ("none", "null")):
             if type(None) in args:
                 return None
@@ -83,7 +83,9 @@ def convert(value: Any, kind: Any, where: str) -> Any:
                 values = values * len(args)  # one number for all axes
             if len(values) != len(args):
                 raise InputError(f"{where}: found {len(values)} values {values}, needs {len(args)} (or 1 for all)")
-        return tuple(convert(v, args[0] if variadic else a, where) for v, a in zip(values, args if not variadic else values))
+        return tuple(
+            convert(v, args[0] if variadic else a, where) for v, a in zip(values, args if not variadic else values)
+        )
     if origin is list:
         values = list(value) if isinstance(value, (list, tuple)) else [value]
         return [convert(v, args[0], where) for v in values]
@@ -215,7 +217,12 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: A
 
 def _help_text(cls: type, values: dict[str, Any], prog: str, description: str | None) -> str:
     hints = typing.get_type_hints(cls)
-    lines = [f"usage: {prog} [--config FILE.yaml] [--SETTING VALUE ...]", "", (description or cls.__doc__ or "").strip(), ""]
+    lines = [
+        f"usage: {prog} [--config FILE.yaml] [--SETTING VALUE ...]",
+        "",
+        (description or cls.__doc__ or "").strip(),
+        "",
+    ]
     for field in dataclasses.fields(cls):
         if field.name in values:
             default = convert(values[field.name], hints[field.name], field.name)

@@ -1,4 +1,4 @@
-"""Which volumes, and how they are preprocessed: the settings that the cache's writer and the programs that read it share."""
+"""Which volumes, and how they are preprocessed: the settings that the cache's writer and its readers share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ class DataSettings:
         return Preprocessing(**{name: getattr(self, name) for name in names})
 
     def cases(self, labels: bool = False) -> "list[Case]":
-        """The volumes of all data sets and lists, without their labels unless asked for. InputError where none is named."""
+        """The volumes of all data sets and lists, without labels unless asked for. InputError where none is named."""
         from common.datalist import read_cases
         from common.sources import read_datasets, unlabelled
 

@@ -1,4 +1,5 @@
-"""One process or many, CPU or CUDA: what `torchrun` says about this process, and the few collectives the programs use."""
+"""One process or many, CPU or CUDA: what `torchrun` says about this process, and the few collectives the programs
+use."""
 
 import contextlib
 import os
@@ -30,7 +31,8 @@ class Run:
 
 
 def setup(device: str = "auto") -> Run:
-    """Join the process group that torchrun set up (nccl on CUDA, gloo on CPU); without torchrun this is the only process."""
+    """Join the process group that torchrun set up (nccl on CUDA, gloo on CPU); without torchrun this is the only
+    process."""
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device: found {device!r}, allowed: auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -50,7 +52,8 @@ def setup(device: str = "auto") -> Run:
 
 
 def _watch_peers(rank: int, world_size: int) -> None:
-    """Start the watch, on a connection of its own: a thread that waits on a store holds up all others of that connection."""
+    """Start the watch, on a connection of its own: a thread that waits on a store holds up all others of that
+    connection."""
     global _peers
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     _peers = Peers(dist.TCPStore(address, port, world_size, is_master=False), rank, world_size)

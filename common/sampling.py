@@ -1,8 +1,9 @@
 """Which sample comes when, for any number of processes: one endless stream of samples, cut into updates.
 
-The stream runs through the data set again and again, each time in a new order drawn from the seed. Update `u` with a global batch of G
-takes the positions [u*G, (u+1)*G); a rank and a micro-batch take their share of these. A sample's randomness (crop, flip, mask) is drawn
-from (seed, position) alone. So ranks, accumulation, workers and restarts change nothing, and nothing has to be saved to resume.
+The stream runs through the data set again and again, each time in a new order drawn from the seed. Update `u` with a
+global batch of G takes the positions [u*G, (u+1)*G); a rank and a micro-batch take their share of these. A sample's
+randomness (crop, flip, mask) is drawn from (seed, position) alone. So ranks, accumulation, workers and restarts change
+nothing, and nothing has to be saved to resume.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ _MASK64 = (1 << 64) - 1
 
 
 def mix(*numbers: int) -> int:
-    """A well-mixed 63-bit number from several (the finaliser of splitmix64, Steele et al. 2014), so that seeds that differ by one share nothing."""
+    """A well-mixed 63-bit number from several (the finaliser of splitmix64, Steele et al. 2014), so that seeds that
+    differ by one share nothing."""
     state = 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & _MASK64
@@ -48,7 +50,9 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
     Set `start` and `stop` before iterating; `len` is the number of micro-batches between them.
     """
 
-    def __init__(self, num_samples: int, micro_batch: int, accum: int, rank: int = 0, world_size: int = 1, seed: int = 0):
+    def __init__(
+        self, num_samples: int, micro_batch: int, accum: int, rank: int = 0, world_size: int = 1, seed: int = 0
+    ):
         self.num_samples, self.micro_batch, self.accum = num_samples, micro_batch, accum
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.start, self.stop = 0, 0

@@ -1,4 +1,5 @@
-"""Schedules as functions of the step, counted from 0 in optimiser updates: nothing to save, nothing to replay on resume."""
+"""Schedules as functions of the step, counted from 0 in optimiser updates: nothing to save, nothing to replay on
+resume."""
 
 import math
 

@@ -29,7 +29,8 @@ def write_nifti(path: Path, data: np.ndarray, spacing=(2.0, 2.0, 2.0)) -> Path:
 
 
 def run_module(*args, nproc: int = 1, cwd: Path = ROOT, check: bool = True, **env) -> subprocess.CompletedProcess:
-    """A program of ours as a user starts it; `nproc` > 1 through torchrun. Fails the test with its output unless `check` is False."""
+    """A program of ours as a user starts it; `nproc` > 1 through torchrun. Fails the test with its output unless
+    `check` is False."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
     command = [sys.executable, *launcher, "-m", *map(str, args)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env

@@ -54,5 +54,7 @@ def test_smoke_goes_from_scans_to_scores(tmp_path, method, encoder):
 def test_an_unknown_argument_is_named():
     environment = os.environ | {"PYTHON": sys.executable}
     for args in (["--smok"], ["--method", "foo"]):
-        done = subprocess.run(["bash", "scripts/demo.sh", *args], cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "scripts/demo.sh", *args], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 2 and args[-1] in done.stderr and "allowed" in done.stderr

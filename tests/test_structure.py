@@ -59,10 +59,16 @@ def test_the_hybrid_encoder_needs_only_its_neighbour():
 
 
 def test_nothing_large_or_machine_bound_is_tracked():
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")[:-1]
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")[
+        :-1
+    ]
     if not tracked:
         pytest.skip("not a git checkout")
     large = [f for f in tracked if (ROOT / f).is_file() and (ROOT / f).stat().st_size > 500_000]
     assert large == []
-    unsafe = [f for f in tracked if f.endswith(".py") and not f.startswith("tests/") and "weights_only=False" in (ROOT / f).read_text()]
+    unsafe = [
+        f
+        for f in tracked
+        if f.endswith(".py") and not f.startswith("tests/") and "weights_only=False" in (ROOT / f).read_text()
+    ]
     assert unsafe == []

@@ -79,7 +79,8 @@ def test_base_has_the_released_names_and_shapes():
         block = {
             "norm1.weight": (768,), "norm1.bias": (768,), "attn.qkv.weight": (2304, 768), "attn.qkv.bias": (2304,),
             "attn.proj.weight": (768, 768), "attn.proj.bias": (768,), "norm2.weight": (768,), "norm2.bias": (768,),
-            "mlp.fc1.weight": (3072, 768), "mlp.fc1.bias": (3072,), "mlp.fc2.weight": (768, 3072), "mlp.fc2.bias": (768,),
+            "mlp.fc1.weight": (3072, 768), "mlp.fc1.bias": (3072,),
+            "mlp.fc2.weight": (768, 3072), "mlp.fc2.bias": (768,),
         }  # fmt: skip
         expected |= {f"blocks.{i}.{k}": v for k, v in block.items()}
     assert len(expected) == 150 and shapes == expected
@@ -256,8 +257,9 @@ from models_3dvit import vit_base_patch16_3d
 import torch
 with torch.device("meta"):
     shapes = {{k: v.shape for k, v in vit_base_patch16_3d(img_size=160).state_dict().items()}}
-torch.save({{"student": {{"module.backbone." + k: torch.zeros(s) for k, s in shapes.items()}}}}, {str(tmp_path / "c.pth")!r})
-path = {str(tmp_path / "c.pth")!r}
+torch.save({{"student": {{"module.backbone." + k: torch.zeros(s) for k, s in shapes.items()}}}}, {
+        str(tmp_path / "c.pth")!r
+    }) path = {str(tmp_path / "c.pth")!r}
 model = vit_base_patch16_3d(img_size=(96, 96, 96), patch_size=16, in_chans=1, embed_dim=768, encoder_only=True)
 missing_keys, unexpected_keys = model.load_pretrained_checkpoint(path, encoder_only=True, interpolate_pos_embed=True)
 assert missing_keys == [] and unexpected_keys == []

@@ -1,4 +1,5 @@
-"""The notebook's cells run as they stand, from its own folder, with nothing of this repository but Finetune/ on the path."""
+"""The notebook's cells run as they stand, from its own folder, with nothing of this repository but Finetune/ on the
+path."""
 
 import json
 import os
@@ -25,8 +26,18 @@ def test_load_pretrained(tmp_path):
     for cell, source in enumerate(sources[1:], 1):  # a notebook shows a cell's last line
         body, _, last = f"\n{source}".rpartition("\n")
         sources[cell] = f"{body}\nprint(({last}))"
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"CHECKPOINT": str(tmp_path / "checkpoint-1599.pth")}
-    done = subprocess.run([sys.executable, "-c", "\n".join(sources)], cwd=NOTEBOOKS, env=environment, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "CHECKPOINT": str(tmp_path / "checkpoint-1599.pth")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(sources)], cwd=NOTEBOOKS, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    for expected in ("150 of 150", "(0, 1)", "torch.Size([1, 768])", "torch.Size([6, 6, 6])", "torch.Size([1, 193, 768])"):
+    for expected in (
+        "150 of 150",
+        "(0, 1)",
+        "torch.Size([1, 768])",
+        "torch.Size([6, 6, 6])",
+        "torch.Size([1, 193, 768])",
+    ):
         assert expected in done.stdout

@@ -11,10 +11,9 @@ from Pretrain.models_mae import MAE
 
 
 def build(method):
-    vit = VisionTransformer3D(
-        img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=2, encoder_only=False, decoder_embed_dim=24, decoder_depth=1,
-        decoder_num_heads=2,
-    )  # fmt: skip
+    sizes = dict(img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=2)
+    decoder = dict(encoder_only=False, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=2)
+    vit = VisionTransformer3D(**sizes, **decoder)
     if method == "mae":
         return MAE(vit)
     return GLMAE(vit, hidden_dim=16, bottleneck_dim=8, out_dim=12, consistency=method.removeprefix("glmae-"))
@@ -33,7 +32,9 @@ def test_losses_are_computed_on_the_device(method):
         }
         with torch.autocast("cuda", dtype=torch.bfloat16):
             values = functional_call(model, on_cuda, (batch, 0))
-        assert values and all(v.device.type == "cuda" and v.dtype == torch.float32 and v.ndim == 0 for v in values.values())
+        assert values and all(
+            v.device.type == "cuda" and v.dtype == torch.float32 and v.ndim == 0 for v in values.values()
+        )
 
 
 def test_the_check_catches_a_tensor_on_the_wrong_device():

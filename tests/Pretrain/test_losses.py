@@ -25,7 +25,9 @@ def test_patchify_is_the_plain_loop_and_unpatchify_its_inverse():
 def test_patchify_has_the_order_of_the_patch_embedding():
     """A convolution with kernel = stride equals a matrix product on the patches, channel by channel."""
     x, conv = torch.rand(1, 1, 8, 8, 8), torch.nn.Conv3d(1, 5, 4, 4)
-    torch.testing.assert_close(patchify(x, (4, 4, 4)) @ conv.weight.flatten(1).T + conv.bias, conv(x).flatten(2).transpose(1, 2))
+    torch.testing.assert_close(
+        patchify(x, (4, 4, 4)) @ conv.weight.flatten(1).T + conv.bias, conv(x).flatten(2).transpose(1, 2)
+    )
 
 
 def test_norm_pix_has_unit_unbiased_variance_and_silences_air():

@@ -14,7 +14,8 @@ from Pretrain import main_pretrain
 from tests.helpers import ROOT, ct, run_module, write_nifti
 
 SMALL = """
-  --model tiny --embed_dim 24 --depth 2 --num_heads 2 --patch_size 8 --decoder_embed_dim 24 --decoder_depth 1 --decoder_num_heads 2
+  --model tiny --embed_dim 24 --depth 2 --num_heads 2 --patch_size 8 --decoder_embed_dim 24 --decoder_depth 1
+  --decoder_num_heads 2
   --global_size 32 --local_size 16 --global_views 2 --local_views 2 --hidden_dim 32 --bottleneck_dim 8 --out_dim 16
   --batch_size 2 --samples_per_epoch 4 --epochs 2 --warmup_epochs 0 --workers 0 --save_every 1 --log_every 1 --lr 1e-3
 """.split()
@@ -60,7 +61,9 @@ def test_a_run_leaves_checkpoints_log_and_pictures(scans, tmp_path, capsys):
 @pytest.mark.parametrize("method", ["mae", "glmae"])
 def test_the_loss_falls(scans, tmp_path, method):
     more = ["--epochs", "12", "--lr", "3e-3", "--save_every", "100"]
-    pretrain(scans, tmp_path / "run", "--method", method, "--weight_global_global", "0", "--weight_global_local", "0", *more)
+    pretrain(
+        scans, tmp_path / "run", "--method", method, "--weight_global_global", "0", "--weight_global_local", "0", *more
+    )
     curve = [entry["rec_local"] for entry in log(tmp_path / "run")]
     assert sum(curve[-3:]) / 3 < sum(curve[:3]) / 3 - 0.005
 
@@ -69,7 +72,19 @@ def test_the_loss_falls(scans, tmp_path, method):
 @pytest.mark.parametrize("method", ["mae", "glmae"])
 def test_two_processes_give_the_loss_curve_of_one(scans, tmp_path, method):
     """Same global batch, no dropout: equal to 1e-4 through torchrun on two CPU processes, and with accumulation."""
-    settings = [*SMALL, "--datalist", scans, "--cache_dir", tmp_path / "cache", "--method", method, "--epochs", 6, "--samples_per_epoch", 2]
+    settings = [
+        *SMALL,
+        "--datalist",
+        scans,
+        "--cache_dir",
+        tmp_path / "cache",
+        "--method",
+        method,
+        "--epochs",
+        6,
+        "--samples_per_epoch",
+        2,
+    ]
     run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "one")
     run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "two", nproc=2)
     run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "parts", "--micro_batch_size", 1)
@@ -79,9 +94,13 @@ def test_two_processes_give_the_loss_curve_of_one(scans, tmp_path, method):
         for a, b in zip(one, log(tmp_path / other)):
             for term in (k for k in a if k.startswith(("rec_", "global_", "grad_norm"))):
                 assert abs(a[term] - b[term]) < 1e-4 * max(1, abs(a[term])), (other, a["epoch"], term)
-    # Weights are not compared: Adam turns the rounding noise of gradients that are zero by symmetry (key biases) into whole steps.
+    # Weights are not compared: Adam turns the rounding noise of gradients that are zero by symmetry (key biases) into
+    # whole steps.
     if method == "glmae":
-        centers = [torch.load(tmp_path / n / "checkpoint-last.pth", weights_only=True)["dino_loss"]["center"] for n in ("one", "two")]
+        centers = [
+            torch.load(tmp_path / n / "checkpoint-last.pth", weights_only=True)["dino_loss"]["center"]
+            for n in ("one", "two")
+        ]
         torch.testing.assert_close(*centers, atol=1e-5, rtol=0)
 
 
@@ -161,9 +180,19 @@ def test_volumes_that_cannot_be_used_stop_a_run_unless_asked(scans, tmp_path, ca
 @pytest.mark.slow
 def test_the_recipe_shows_every_setting_with_its_value():
     done = subprocess.run(
-        ["bash", "scripts/pretrain_glmae.sh", "--help"], cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        ["bash", "scripts/pretrain_glmae.sh", "--help"],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    for line in ("--global_size", "--momentum", "[default 160 160 160]", "[default 0.996 1.0]", "[default 1600]", "[default 1k]"):
+    for line in (
+        "--global_size",
+        "--momentum",
+        "[default 160 160 160]",
+        "[default 0.996 1.0]",
+        "[default 1600]",
+        "[default 1k]",
+    ):
         assert line in done.stdout

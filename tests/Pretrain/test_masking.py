@@ -43,7 +43,8 @@ def test_noise_is_uniform_and_keys_are_unrelated():
 
 
 def test_noise_is_pinned():
-    """The same on every machine and device: a checkpoint resumed elsewhere sees the same masks. Reference: splitmix64 in Python."""
+    """The same on every machine and device: a checkpoint resumed elsewhere sees the same masks. Reference: splitmix64
+    in Python."""
 
     def splitmix64(z):
         m = (1 << 64) - 1

@@ -190,7 +190,9 @@ def test_written_layout_reads_as_the_authors_loaders_do(tmp_path):
     renamed = {k.replace("module.backbone", "vit") for k in state["student"]}
     assert {f"vit.{k}" for k in encoder.state_dict()} <= renamed
     assert {k.split(".")[0] for k in state["teacher"]} == {"backbone", "head"}
-    assert {"module.head.last_layer.weight_g", "module.head.last_layer.weight_v", "module.head.mlp.4.bias"} <= set(state["student"])
+    assert {"module.head.last_layer.weight_g", "module.head.last_layer.weight_v", "module.head.mlp.4.bias"} <= set(
+        state["student"]
+    )
     assert not any("decoder" in k or k.startswith("module.") for k in state["teacher"])
 
 

@@ -10,7 +10,8 @@ from Pretrain.views import Box, ViewSpec, cut, draw_box
 
 
 class Ramp:
-    """A volume whose value tells its place: 0..1 along `axis`; with anti-aliased half and quarter levels, as the cache keeps them."""
+    """A volume whose value tells its place: 0..1 along `axis`; with anti-aliased half and quarter levels, as the cache
+    keeps them."""
 
     def __init__(self, shape=(64, 48, 80), axis=0):
         line = (torch.arange(shape[axis]) + 0.5) / shape[axis]
@@ -87,7 +88,11 @@ def test_the_coarsest_level_that_is_fine_enough_is_read():
 
 
 def test_a_sample_is_a_function_of_seed_and_position_alone():
-    specs = {"global": ViewSpec(2, (32, 32, 32), (0.5, 1)), "local": ViewSpec(3, (16, 16, 16), (0.2, 0.5)), "none": ViewSpec(0, (1, 1, 1))}
+    specs = {
+        "global": ViewSpec(2, (32, 32, 32), (0.5, 1)),
+        "local": ViewSpec(3, (16, 16, 16), (0.2, 0.5)),
+        "none": ViewSpec(0, (1, 1, 1)),
+    }
     volumes = [Ramp(axis=0), Ramp(axis=1)]
     a, b = ViewDataset(volumes, specs, 3), ViewDataset(volumes, specs, 3)
     b[(7, 1)], torch.rand(5)

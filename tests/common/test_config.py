@@ -36,7 +36,9 @@ class Preset:
 
 
 def test_flags_of_every_kind():
-    settings = parse(Settings, ["--size", "48", "--mode", "b", "--rate", "1e-3", "--no-fast", "--data", "x/y", "--ids", "3", "4"])
+    settings = parse(
+        Settings, ["--size", "48", "--mode", "b", "--rate", "1e-3", "--no-fast", "--data", "x/y", "--ids", "3", "4"]
+    )
     assert settings == Settings((48, 48, 48), "b", 1e-3, False, Path("x/y"), (3, 4))
     assert parse(Settings, ["--size", "1", "2", "3", "--rate", "none"]).size == (1, 2, 3)
     assert parse(Settings, ["--scale", "1", "2", "3"]).scale == (1.0, 2.0, 3.0)

@@ -39,7 +39,9 @@ def test_every_round_visits_every_sample_once_in_a_new_order():
 
 
 def test_no_sample_is_dropped_at_the_end_of_a_round():
-    seen = [index for update in updates(stop=5, num_samples=10) for _, index in update]  # 20 positions: two rounds of 10
+    seen = [
+        index for update in updates(stop=5, num_samples=10) for _, index in update
+    ]  # 20 positions: two rounds of 10
     assert sorted(seen) == sorted(list(range(10)) * 2)
 
 
