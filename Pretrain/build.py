@@ -24,7 +24,7 @@ Quadruple = tuple[int, int, int, int]
 
 @dataclass(kw_only=True)
 class PretrainSettings(DataSettings, LoopSettings):
-    """Settings of a pretraining run. Defaults are GL-MAE's recipe; scripts/pretrain_glmae.sh says what is the paper's."""
+    """Settings of a pretraining run. The defaults are GL-MAE's; scripts/pretrain_glmae.sh says what is the paper's."""
 
     method: Literal["mae", "glmae", "mim"] = setting("glmae", "the pretraining method")
 

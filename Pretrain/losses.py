@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def patchify(x: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """Volumes (B, C, D, H, W) to patches (B, N, pd*ph*pw*C): raster order of the grid, in a patch of (pd, ph, pw, C)."""
+    """Volumes (B, C, D, H, W) to patches (B, N, pd*ph*pw*C): raster order of the grid, inside (pd, ph, pw, C)."""
     batch, chans = x.shape[:2]
     (pd, ph, pw), (d, h, w) = patch_size, [s // p for s, p in zip(x.shape[2:], patch_size)]
     x = x.reshape(batch, chans, d, pd, h, ph, w, pw)

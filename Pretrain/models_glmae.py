@@ -167,7 +167,7 @@ class GLMAE(nn.Module):
         return values
 
     def _student_pass(self, batch: dict[str, Tensor], kind: str, values: dict[str, Tensor]) -> Tensor:
-        """CLS tokens (views*B, C) of the masked views of one kind, in one pass; what they reconstruct goes to `values`."""
+        """CLS tokens (views*B, C) of the masked views of one kind, in one pass; their loss goes to `values`."""
         x, visible = self._masked_views(batch, kind)
         if f"rec_{kind}" in self.terms:
             values[f"rec_{kind}"], _ = reconstruct(self.encoder, x, visible, self.norm_pix_loss)

@@ -34,7 +34,7 @@ class Box:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """One kind of view: how many, how large (voxels), the share of each axis they cover, the odds of a flip per axis."""
+    """One kind of view: how many, how large (voxels), the share of an axis they cover, the odds of a flip per axis."""
 
     count: int
     size: tuple[int, int, int]
@@ -44,7 +44,7 @@ class ViewSpec:
 
 
 def draw_box(shape: Sequence[int], spec: ViewSpec, rng: torch.Generator) -> Box:
-    """A box for one view. `resize`: a share of all axes, uniform in `scale`, each within 10 % of it; a uniform place."""
+    """A box for one view. `resize`: a share of all axes uniform in `scale`, each within 10 % of it; any place."""
     noise = torch.rand(10, generator=rng).tolist()
     if spec.crop_mode == "fixed":
         size = tuple(spec.size)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. They see the message alone: the file or setting, what was found, is allowed."""
+    """What the user gave cannot be used. The message: the file or setting, what was found, what is allowed."""
 
 
 def setting(default: Any = dataclasses.MISSING, help: str = "", **kwargs: Any) -> Any:

@@ -257,9 +257,8 @@ from models_3dvit import vit_base_patch16_3d
 import torch
 with torch.device("meta"):
     shapes = {{k: v.shape for k, v in vit_base_patch16_3d(img_size=160).state_dict().items()}}
-torch.save({{"student": {{"module.backbone." + k: torch.zeros(s) for k, s in shapes.items()}}}}, {
-        str(tmp_path / "c.pth")!r
-    }) path = {str(tmp_path / "c.pth")!r}
+path = {str(tmp_path / "c.pth")!r}
+torch.save({{"student": {{"module.backbone." + k: torch.zeros(s) for k, s in shapes.items()}}}}, path)
 model = vit_base_patch16_3d(img_size=(96, 96, 96), patch_size=16, in_chans=1, embed_dim=768, encoder_only=True)
 missing_keys, unexpected_keys = model.load_pretrained_checkpoint(path, encoder_only=True, interpolate_pos_embed=True)
 assert missing_keys == [] and unexpected_keys == []
