@@ -8,6 +8,7 @@ import pydicom
 from pydicom.misc import is_dicom
 
 from common.config import InputError
+from common.grid import check_size
 
 TAGS = [
     "SeriesInstanceUID",
@@ -56,6 +57,7 @@ def check_series(folder: Path) -> list[Path]:
         values = {tuple(np.round(np.atleast_1d(np.asarray(h[tag].value, float)), 4).tolist()) for h, _ in headers}
         if len(values) > 1:
             raise InputError(f"{folder}: found slices that differ in {tag} ({sorted(values)[0]}, {sorted(values)[1]})")
+    check_size((headers[0][0].Columns, headers[0][0].Rows, len(headers)), folder)
     headers.sort(key=lambda pair: int(pair[0].InstanceNumber))
     _check_positions(folder, [header for header, _ in headers])
     return [path for _, path in headers]

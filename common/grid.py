@@ -1,5 +1,7 @@
 """Is a grid in space one that a scanner makes? Checks of spacings and affines (4, 4: voxel -> mm)."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,15 @@ from common.config import InputError
 
 SPACING_LIMITS = (0.05, 50.0)  # mm; our choice: micro-CT lies below, no scanner above
 MAX_COSINE = 0.01  # between two axes; our choice
+MAX_VOXELS = 2**30  # 1024^3; bounds the memory that reading one volume takes. Our choice
+
+
+def check_size(shape: Sequence[int], path: str | Path) -> int:
+    """The number of voxels; InputError when they are too many to be one scan."""
+    voxels = math.prod(int(n) for n in shape)
+    if voxels > MAX_VOXELS:
+        raise InputError(f"{path}: found the shape {tuple(shape)}, {voxels:.3g} voxels; at most {MAX_VOXELS} are read")
+    return voxels
 
 
 def check_spacing(spacing: np.ndarray, path: str | Path) -> None:

@@ -14,9 +14,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from common.config import InputError
-from common.grid import check_spacing
+from common.grid import check_size, check_spacing
 
-MAX_BYTES = 32 * 2**30  # of one decompressed volume
 MAX_TAIL = 2**28  # of what may follow the image in a gzipped file
 
 
@@ -85,14 +84,7 @@ def check_header(head: bytes, path: Path) -> int:
     offset = float(header["vox_offset"])
     if not (np.isfinite(offset) and 0 <= offset < 2**30):
         raise InputError(f"{path}: found the data offset {offset:g}, needs a number of bytes")
-    voxels = 1
-    for n in dims:
-        voxels *= n
-    expected = max(int(offset), len(header.binaryblock) + 4) + voxels * itemsize
-    if expected > MAX_BYTES:
-        size = f"{expected / 2**30:.0f} GiB"
-        raise InputError(f"{path}: found the shape {tuple(dims)}, {size}; at most {MAX_BYTES >> 30} GiB is read")
-    return expected
+    return max(int(offset), len(header.binaryblock) + 4) + check_size(dims, path) * itemsize
 
 
 def _parse(head: bytes, path: Path) -> nib.Nifti1Header:

@@ -1,13 +1,13 @@
-"""A fine-tuning run says, and its checkpoint keeps, which validation cases the pretraining checkpoint was trained on."""
+"""A fine-tuning run says, and its checkpoint keeps, which validation cases pretraining has seen."""
 
 import torch
-from tests.Finetune.made import make_dataset
-from tests.Finetune.test_main_finetune import run, vit_file
 
 from common import identity
 from common.checkpoint import load
 from common.volumes import read_image
 from Finetune.presets import load_preset
+from tests.Finetune.made import make_dataset
+from tests.Finetune.test_main_finetune import run, vit_file
 
 
 def test_leaks_are_found_by_content(tmp_path, capsys):

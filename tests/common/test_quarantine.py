@@ -140,7 +140,7 @@ KINDS = {
     _singular: "spacing|singular",
     _nan_affine: "not finite",
     _no_hu: "HU",
-    _promises_too_much: "GiB|cut off",
+    _promises_too_much: "at most 1073741824 are read",
     _unknown_type: "data type",
     _air: "foreground|not HU",
 }
@@ -258,6 +258,19 @@ def test_a_bad_file_is_read_once_and_again_when_it_changed(tmp_path, monkeypatch
     record = json.loads((tmp_path / "cache/quarantine.jsonl").read_text())
     assert record["name"] == "x" and "one value" in record["reason"]
     nifti(case.image, HU)
+    assert cache.fill([case], Preprocessing(), tmp_path / "cache").built == 1
+
+
+def test_a_file_without_permission_is_said_and_tried_again(tmp_path, monkeypatch):
+    case = Case("x", nifti(tmp_path / "x.nii.gz", HU))
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:  # root may read everything, so it is played
+        patch.setattr(cache.identity, "file_hash", denied)
+        (failure,) = cache.fill([case], Preprocessing(), tmp_path / "cache").failures
+    assert "x.nii.gz: cannot be read (Permission denied)" in failure.reason
     assert cache.fill([case], Preprocessing(), tmp_path / "cache").built == 1
 
 
