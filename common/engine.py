@@ -56,7 +56,7 @@ def train_one_epoch(training: Training) -> dict[str, float]:
     parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
     num_parts = getattr(method, "num_parts", 1)
     begin, end = t.epoch * plan.steps_per_epoch, (t.epoch + 1) * plan.steps_per_epoch
-    bar = progress(
+    t.bar = progress(
         total=end - begin, initial=t.step - begin, desc=f"epoch {t.epoch + 1}/{t.settings.epochs}", unit="update"
     )
     t.model.train()
@@ -67,11 +67,11 @@ def train_one_epoch(training: Training) -> dict[str, float]:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         torch.manual_seed(
             mix(t.data_seed, step, run.rank)
-        )  # dropout and drop path: a function of the step, so a restart changes nothing
+        )  # dropout: a function of the step, so a restart changes nothing
         loss_weights, total = t.weights(step), 0.0
+        reported: dict[str, Tensor] = {}  # means over the update's micro-batches
         for micro in range(plan.accum):
             batch = to_device(next(t.batches), run.device)
-            reported: dict[str, Tensor] = {}
             for part in range(num_parts):
                 last = micro == plan.accum - 1 and part == num_parts - 1
                 with contextlib.nullcontext() if last or t.model is method else t.model.no_sync():
@@ -84,9 +84,7 @@ def train_one_epoch(training: Training) -> dict[str, float]:
                     t.scaler.scale(loss).backward()
                 total = total + loss.detach()
                 for name, value in values.items():
-                    reported[name] = reported.get(name, 0.0) + value.detach()
-            t.recent.add(reported)
-            t.epoch_means.add(reported)
+                    reported[name] = reported.get(name, 0.0) + value.detach() / plan.accum
 
         if hasattr(method, "before_step"):
             method.before_step(step)
@@ -100,16 +98,16 @@ def train_one_epoch(training: Training) -> dict[str, float]:
         if hasattr(method, "after_step"):
             method.after_step(step)
 
-        tail = {"grad_norm": norm, "skipped": skip}
-        t.recent.add(tail)
-        t.epoch_means.add(tail)
+        reported |= {"grad_norm": norm, "skipped": skip}
+        t.recent.add(reported)
+        t.epoch_means.add(reported)
         t.step = step + 1
-        bar.update()
+        t.bar.update()
         if t.step % t.settings.log_every == 0 or t.step == end:
             means = t.log_interval(step, lr)
-            bar.set_postfix({name: f"{means[name]:.3f}" for name in loss_weights if name in means}, refresh=False)
+            t.bar.set_postfix({name: f"{means[name]:.3f}" for name in loss_weights if name in means}, refresh=False)
         t.save_or_stop()
-    bar.close()
+    t.bar.close()
     return t.epoch_means.read()
 
 

@@ -54,7 +54,7 @@ class Training:
         self.saver, self.watchdog = Saver(self.out_dir, settings.save_minutes), Watchdog(settings.hang_minutes)
         self.step, self.epoch, self.rollbacks = 0, 0, 0
         self.epoch_means, self.recent = Means(), Means()
-        self.loader = self.batches = None
+        self.loader = self.batches = self.bar = None
 
     # ------------------------------------------------------------ begin and end
 
@@ -84,6 +84,8 @@ class Training:
         """Whatever happened: nothing is left running or half written."""
         self.watchdog.rest()
         self.loader = self.batches = None  # ends their processes, which ignore the signals that would
+        if self.bar is not None:
+            self.bar.close()
         if hasattr(self, "requests"):
             self.requests.close()
             self.log.close()

@@ -53,8 +53,12 @@ else
 fi
 export PYTHON
 
-launch() { # NPROC processes of a module: one as plain Python, more through torchrun
-  if [ "${NPROC:-1}" -gt 1 ]; then
+launch() { # NPROC processes of a module: one as plain Python, more through torchrun; or as LAUNCHER says (scripts/slurm/)
+  if [ -n "${LAUNCHER:-}" ]; then
+    local launcher
+    read -ra launcher <<<"$LAUNCHER"
+    "${launcher[@]}" -m "$@"
+  elif [ "${NPROC:-1}" -gt 1 ]; then
     "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" -m "$@"
   else
     "$PYTHON" -m "$@"

@@ -1,0 +1,94 @@
+"""Fault injection: real training processes are killed, signalled, starved of disk and given harmed checkpoints, and started again.
+
+    python -m tests.reliability.driver --table table.md        about 6 minutes on two cores
+
+Each trial is a run in a folder of its own that ends as the undisturbed run of the same settings: the same weights, optimiser state, log
+lines and TensorBoard points, bit for bit. Exit code 1 if one does not. Moments and targets are drawn from a fixed seed; what happens at a
+moment depends on the machine's speed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from tests.reliability.scenarios import TRIALS, Bench, prepare
+
+SLOTS = 2
+
+
+def run_all(bench: Bench, trials: list) -> list[dict]:
+    """Each trial in a forked process, `SLOTS` at a time."""
+    waiting, running, results = list(enumerate(trials)), {}, {}
+    while waiting or running:
+        while waiting and len(running) < SLOTS:
+            number, trial = waiting.pop(0)
+            pid = os.fork()
+            if pid == 0:
+                os._exit(run_one(bench, number, trial))
+            running[pid] = number
+        pid, _ = os.wait()
+        if pid in running:
+            number = running.pop(pid)
+            results[number] = json.loads((bench.folder / f"result-{number}.json").read_text())
+            print(json.dumps(results[number]), flush=True)
+    return [results[number] for number in sorted(results)]
+
+
+def run_one(bench: Bench, number: int, trial) -> int:
+    began, result = time.monotonic(), {"fault": trial.fault, "run": trial.run}
+    try:
+        result |= {"ok": True, "note": trial.act(bench, bench.folder / f"trial-{number}", number) or ""}
+    except BaseException as error:
+        traceback.print_exc()
+        result |= {"ok": False, "note": f"{type(error).__name__}: {error}"[:2000]}
+    result["seconds"] = round(time.monotonic() - began, 1)
+    (bench.folder / f"result-{number}.json").write_text(json.dumps(result))
+    return 0
+
+
+def table(results: list[dict]) -> str:
+    """One row per fault and kind of run."""
+    rows: dict[tuple[str, str], list[dict]] = {}
+    for result in results:
+        rows.setdefault((result["fault"], result["run"]), []).append(result)
+    lines = ["| fault | run | trials | same as undisturbed | observed |", "|---|---|---|---|---|"]
+    for (fault, run), found in rows.items():
+        notes = "; ".join(dict.fromkeys(r["note"] for r in found if r["note"]))
+        lines.append(f"| {fault} | {run} | {len(found)} | {sum(r['ok'] for r in found)} | {notes} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--only", default="", help="trials whose fault or run contains this")
+    parser.add_argument("--keep", type=Path, help="folder to work in, kept")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(given.keep or Path(scratch))
+        trials = [t for t in TRIALS if given.only in t.fault or given.only in t.run]
+        prepare(bench, {name for t in trials for name in t.references})
+        results = run_all(bench, trials)
+    text = table(results)
+    machine = (
+        f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}"
+    )
+    text += f"\n\n{len(results)} trials in {time.monotonic() - began:.0f} s on {machine}, no GPU.\n"
+    print(text)
+    if given.table:
+        given.table.write_text(text)
+    return 0 if all(r["ok"] for r in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,422 @@
+"""The trials of the fault-injection harness: what is done to a run, and what must come of it."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from common import checkpoint
+from common.signals import EXIT_REQUEUE
+from Finetune.presets import load_preset
+from tests.Finetune.made import make_dataset
+from tests.helpers import ct, write_nifti
+from tests.reliability.compare import difference
+from tests.reliability.processes import Job
+
+COMMON = "--batch_size 4 --warmup_epochs 1 --save_every 2 --log_every 3 --lr 1e-3 --save_minutes 0 --epochs 3".split()
+VIT = "--embed_dim 24 --num_heads 2 --depth 2".split()
+DECODER = "--decoder_embed_dim 24 --decoder_depth 1 --decoder_num_heads 2".split()
+GLMAE = (
+    "--method glmae --model tiny --patch_size 8 --global_size 32 --local_size 16 --global_views 2 --local_views 2 "
+    "--hidden_dim 32 --bottleneck_dim 8 --out_dim 16 --freeze_last_layer 1"
+).split()
+MIM = "--method mim --model tiny --num_heads 2 --embed_dims 6 6 12 24 --depths 1 1 1 1 --local_size 32 --num_mid 2 --num_down 1".split()
+FINETUNE = "--preset MSD09_Spleen --model unetr --patch_size 16 --roi 32 --feature_size 4 --crops 1 --drop_path 0.2 --validate_every 1".split()
+
+RUNS = {  # name -> (program, flags, ranks)
+    "GL-MAE": ("pretrain", [*GLMAE, *VIT, *DECODER, "--samples_per_epoch", "16"], 1),
+    "GL-MAE, accumulated": (
+        "pretrain",
+        [*GLMAE, *VIT, *DECODER, "--samples_per_epoch", "16", "--micro_batch_size", "1"],
+        1,
+    ),
+    "GL-MAE, 2 ranks": ("pretrain", [*GLMAE, *VIT, *DECODER, "--samples_per_epoch", "16"], 2),
+    "GL-MAE, 2 ranks, accumulated": (
+        "pretrain",
+        [*GLMAE, *VIT, *DECODER, "--samples_per_epoch", "16", "--micro_batch_size", "1"],
+        2,
+    ),
+    "MiM": ("pretrain", [*MIM, *DECODER, "--samples_per_epoch", "16"], 1),
+    "MiM, 2 ranks": ("pretrain", [*MIM, *DECODER, "--samples_per_epoch", "16"], 2),
+    "fine-tuning": (
+        "finetune",
+        [*FINETUNE, *VIT, "--depth", "4", "--micro_batch_size", "2", "--samples_per_epoch", "16"],
+        1,
+    ),
+    "fine-tuning, 2 ranks": (
+        "finetune",
+        [*FINETUNE, *VIT, "--depth", "4", "--micro_batch_size", "2", "--samples_per_epoch", "16"],
+        2,
+    ),
+}
+PLAIN = ["--drop_path", "0"]  # drop path is drawn per rank
+RUNS |= {
+    f"{name}, no drop path": (program, [*flags, *PLAIN], ranks)
+    for name, (program, flags, ranks) in RUNS.items()
+    if program == "finetune"
+}
+STEPS = 12
+
+
+@dataclass
+class Bench:
+    """Data, undisturbed runs and how long they took."""
+
+    folder: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def job(
+        self,
+        name: str,
+        out_dir: Path,
+        *more: str,
+        ranks: int | None = None,
+        sabotage: Callable[[int], None] | None = None,
+    ) -> Job:
+        program, flags, own = RUNS[name]
+        data = ["--datalist", self.folder / "scans"] if program == "pretrain" else ["--data", self.folder / "spleen"]
+        argv = [
+            *data,
+            "--cache_dir",
+            self.folder / "cache",
+            *flags,
+            *COMMON,
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+            *more,
+        ]
+        return Job(program, list(map(str, argv)), out_dir, ranks or own, sabotage)
+
+    def reference(self, name: str) -> Path:
+        return self.folder / "undisturbed" / name.replace(" ", "_").replace(",", "")
+
+
+def prepare(bench: Bench, names: set[str]) -> None:
+    """Scans, cache, and one undisturbed run of each kind."""
+    for number in range(3):
+        write_nifti(bench.folder / f"scans/scan{number}.nii.gz", ct((40, 36, 30 + 4 * number), seed=number))
+    make_dataset(load_preset("MSD09_Spleen"), bench.folder / "spleen")
+    for name in sorted(names):
+        began = time.monotonic()
+        ended(bench.job(name, bench.reference(name)), 0)
+        bench.seconds[name] = time.monotonic() - began
+        print(f"undisturbed {name}: {bench.seconds[name]:.1f} s", flush=True)
+
+
+def ended(job: Job, *codes: int) -> None:
+    found = job.wait()
+    if not set(found) <= set(codes):
+        raise AssertionError(f"exit codes {found}, expected {codes}:\n{job.said()[-3000:]}")
+
+
+def resume(bench: Bench, name: str, out: Path, *more: str) -> None:
+    """To the end, and the same as if nothing had happened."""
+    ended(bench.job(name, out, *more), 0)
+    found = difference(out, bench.reference(name))
+    assert not found, found
+    left = [p.name for p in out.glob(".*")]
+    assert not left, left
+
+
+def updates_done(out: Path) -> int:
+    try:
+        return checkpoint.load(out / checkpoint.LAST)["args"]["step"]
+    except ValueError:
+        return 0
+
+
+# ---------------------------------------------------------------- what is done
+
+
+def killed(bench: Bench, out: Path, number: int, name: str, *more: str) -> str:
+    """SIGKILL to everything at a random moment between the start and the end."""
+    job = bench.job(name, out, *more)
+    moment = random.Random(number).uniform(0.0, 1.0) * bench.seconds[name]
+    time.sleep(moment)
+    job.signal(signal.SIGKILL)
+    job.wait()
+    resume(bench, name, out, *more)
+    return ""
+
+
+def signalled(bench: Bench, out: Path, number: int, name: str, *more: str) -> str:
+    """SIGTERM or SIGUSR1, to all ranks or one, after a random update; twice."""
+    rng = random.Random(number)
+    for _ in range(2):
+        at, target = rng.randrange(STEPS - 2), rng.choice([signal.SIGTERM, signal.SIGUSR1])
+        job = bench.job(name, out, *more, sabotage=partial(signal_at_update, at, target))
+        ended(job, 0, EXIT_REQUEUE)
+        if job.codes[job.pids[0]] == EXIT_REQUEUE:
+            assert at <= updates_done(out) <= at + 3 and (out / "requeue").exists(), (at, updates_done(out))
+    resume(bench, name, out, *more)
+    assert not (out / "requeue").exists()
+    return "exit code 75"
+
+
+def signal_at_update(at: int, number: int, rank: int) -> None:
+    """The last rank signals itself, while it makes update `at` (counted by the programs' own step)."""
+    from common.training import Training
+
+    inner, world = Training.save_or_stop, int(os.environ.get("WORLD_SIZE", "1"))
+
+    def save_or_stop(self):
+        if self.step == at + 1 and rank == world - 1:
+            os.killpg(os.getpid(), number)
+        inner(self)
+
+    Training.save_or_stop = save_or_stop
+
+
+def within_save(number: int, at_save: int, rank: int) -> None:
+    """A signal in the middle of writing checkpoint number `at_save`: half of it is on disk, nothing is renamed yet."""
+    real, calls = torch.save, []
+
+    def save(content, file):
+        real(content, file)
+        calls.append(1)
+        if len(calls) == at_save:
+            file.flush()
+            file.truncate(file.tell() // 2)
+            os.kill(os.getpid(), number)
+            time.sleep(0.3)
+            file.seek(0)
+            real(content, file)
+            file.truncate()
+
+    torch.save = save
+
+
+def stopped_while_saving(bench: Bench, out: Path, number: int, name: str, sign: int) -> str:
+    job = bench.job(name, out, sabotage=partial(within_save, sign, 3 + number % 4))
+    ended(job, EXIT_REQUEUE if sign == signal.SIGTERM else -signal.SIGKILL)
+    if sign == signal.SIGKILL:
+        assert list(out.glob(".checkpoint-*.tmp")), "nothing was being written"
+    checkpoint.load(out / checkpoint.LAST)
+    resume(bench, name, out)
+    return "exit code 75" if sign == signal.SIGTERM else ""
+
+
+def harmed(bench: Bench, out: Path, number: int, name: str, harm: str) -> str:
+    """Stopped, and then checkpoint-last.pth is cut or altered at a random place."""
+    rng = random.Random(number)
+    ended(bench.job(name, out, sabotage=partial(signal_at_update, 5 + rng.randrange(4), signal.SIGTERM)), EXIT_REQUEUE)
+    last = out / checkpoint.LAST
+    data = bytearray(last.read_bytes())
+    if harm == "truncated":
+        data = data[: rng.randrange(len(data))]
+    else:  # within a record's data: a byte of a weight
+        weights = max((t for t in tensors(checkpoint.load(last))), key=lambda t: t.numel()).numpy().tobytes()
+        data[data.index(weights) + rng.randrange(len(weights))] ^= 1 << rng.randrange(8)
+    last.unlink()  # it may have a second name
+    last.write_bytes(data)
+    job = bench.job(name, out)
+    ended(job, 0)
+    assert "checkpoint-last.pth: " in job.said() and "taking" in job.said(), job.said()[-2000:]
+    found = difference(out, bench.reference(name))
+    assert not found, found
+    return "refused, previous taken"
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+
+
+def full_disk(bench: Bench, out: Path, number: int, name: str) -> str:
+    """The file system is full when a checkpoint is written: a tmpfs that is too small (as root), else a limit on the size of files."""
+    out.mkdir()
+    size = (bench.reference(name) / checkpoint.LAST).stat().st_size
+    small = size * 5 // 2 + 100_000 * (1 + number % 2)  # last, previous, half of the next, logs; a whole run needs 4
+    if os.geteuid() == 0 and mount(out, small):
+        try:
+            job = bench.job(name, out)
+            ended(job, 2)
+            assert "cannot be written" in job.said() or "No space" in job.said(), job.said()[-2000:]
+            saved = updates_done(out)
+            assert saved > 0
+            subprocess.run(["mount", "-o", f"remount,size={100 * size}", str(out)], check=True)
+            resume(bench, name, out)
+        finally:
+            subprocess.run(["umount", "-l", str(out)], check=True)
+        return "tmpfs: exit code 2 with the reason"
+    job = bench.job(name, out, sabotage=lambda rank: limit_after_saves(3, size // 2))
+    ended(job, 2)
+    assert "cannot be written" in job.said()
+    resume(bench, name, out)
+    return "RLIMIT_FSIZE: exit code 2 with the reason"
+
+
+def limit_after_saves(count: int, size: int) -> None:
+    real, calls = torch.save, []
+
+    def save(content, file):
+        calls.append(1)
+        if len(calls) > count:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        real(content, file)
+
+    torch.save = save
+
+
+def mount(folder: Path, size: int) -> bool:
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def other_ranks(bench: Bench, out: Path, number: int, first: str, then: str) -> str:
+    """Stopped on one number of ranks, resumed on another: the same samples in each update; sums of gradients round differently."""
+    ended(bench.job(first, out, sabotage=partial(signal_at_update, 2 + number % 6, signal.SIGTERM)), EXIT_REQUEUE)
+    ended(bench.job(then, out), 0)
+    from tests.common.toy import lines
+
+    worst = 0.0
+    for a, b in zip(lines(out), lines(bench.reference(first)), strict=True):
+        terms = [k for k in b if k.startswith(("rec_", "global_", "dice", "ce", "grad_norm"))]
+        worst = max([worst, *(abs(a[k] - b[k]) / max(1.0, abs(b[k])) for k in terms)])
+    assert worst < 1e-4, worst
+    return "losses within 1e-4 (sums round differently)"
+
+
+def dead_rank(bench: Bench, out: Path, number: int, name: str) -> str:
+    """One of two ranks is killed: the other ends in seconds. Nothing is lost but the updates since the last checkpoint."""
+    job = bench.job(name, out)
+    while updates_done(out) < 3:
+        time.sleep(0.05)
+        assert not job.poll(), job.said()[-2000:]
+    job.signal(signal.SIGKILL, rank=number % 2)
+    began = time.monotonic()
+    codes = job.wait(40)
+    took = time.monotonic() - began
+    assert codes[1 - number % 2] not in (0, EXIT_REQUEUE) and took < 20, (codes, took)
+    resume(bench, name, out)
+    return "the other rank ended within 20 s"
+
+
+def failing_rank(bench: Bench, out: Path, number: int, name: str) -> str:
+    """One rank raises an exception while the other waits for it: the other repeats the reason."""
+
+    def fail(rank: int) -> None:
+        if rank == 1:
+            from common.training import Training
+
+            def save_or_stop(self):
+                if self.step == 4:
+                    raise MemoryError("no memory left for this rank")
+
+            Training.save_or_stop = save_or_stop
+        elif rank == 0:  # as on NCCL, where a collective call with a dead peer hangs without an error
+            from common.training import Training
+
+            def wait(self):
+                if self.step == 4:
+                    time.sleep(60)
+
+            Training.save_or_stop = wait
+
+    job = bench.job(name, out, "--save_minutes", "none", sabotage=fail)
+    began = time.monotonic()
+    codes = job.wait(40)
+    took = time.monotonic() - began
+    assert codes[0] == 70 and took < 20 and "rank 1 died: MemoryError: no memory left" in job.said(0), (
+        codes,
+        took,
+        job.said(0)[-2000:],
+    )
+    resume(bench, name, out)
+    return "the other rank named the reason and ended"
+
+
+def hanging(bench: Bench, out: Path, number: int, name: str) -> str:
+    """An update that never ends: the watchdog writes where every thread stands, and ends the process."""
+
+    def hang(rank: int) -> None:
+        from common.training import Training
+
+        inner = Training.save_or_stop
+
+        def stuck_in_a_collective_call(self):
+            if self.step == 7:
+                threading.Event().wait()
+            inner(self)
+
+        Training.save_or_stop = stuck_in_a_collective_call
+
+    job = bench.job(name, out, "--hang_minutes", "0.05", sabotage=hang)
+    ended(job, 1)
+    assert "Timeout" in job.said() and "stuck_in_a_collective_call" in job.said(), job.said()[-2000:]
+    resume(bench, name, out)
+    return "stack reported, exit code 1"
+
+
+# ---------------------------------------------------------------- the list
+
+
+@dataclass(frozen=True)
+class Trial:
+    fault: str
+    run: str
+    act: Callable[[Bench, Path, int], str]
+    references: tuple[str, ...]
+
+
+def trial(fault: str, act: Callable, name: str, *more: str, label: str = "") -> Trial:
+    return Trial(fault, name + label, lambda bench, out, number: act(bench, out, number, name, *more), (name,))
+
+
+TWO = ("--workers", "2")
+KILL, STOP = "SIGKILL at a random moment", "SIGTERM or SIGUSR1 after random updates, twice"
+TRIALS = [
+    *[trial(KILL, killed, "GL-MAE")] * 8,
+    *[trial(KILL, killed, "GL-MAE", *TWO, label=", 2 workers")] * 4,
+    *[trial(KILL, killed, "GL-MAE, 2 ranks")] * 3,
+    *[trial(KILL, killed, "MiM")] * 5,
+    *[trial(KILL, killed, "fine-tuning")] * 5,
+    *[trial(STOP, signalled, name) for name in RUNS if "no drop path" not in name],
+    *[
+        trial(STOP, signalled, name, *TWO, label=", 2 workers")
+        for name in ("GL-MAE", "MiM", "fine-tuning", "GL-MAE, 2 ranks, accumulated")
+    ],
+    *[trial("SIGTERM in the middle of writing a checkpoint", stopped_while_saving, "GL-MAE", signal.SIGTERM)] * 2,
+    trial("SIGTERM in the middle of writing a checkpoint", stopped_while_saving, "fine-tuning", signal.SIGTERM),
+    *[trial("SIGKILL in the middle of writing a checkpoint", stopped_while_saving, "GL-MAE", signal.SIGKILL)] * 2,
+    *[trial("last checkpoint cut at a random byte", harmed, "GL-MAE", "truncated")] * 2,
+    trial("last checkpoint cut at a random byte", harmed, "MiM", "truncated"),
+    *[trial("a bit of the last checkpoint altered", harmed, "GL-MAE", "altered")] * 2,
+    trial("a bit of the last checkpoint altered", harmed, "fine-tuning", "altered"),
+    *[trial("disk full while a checkpoint is written", full_disk, "GL-MAE")] * 2,
+    Trial(
+        "resumed on another number of ranks",
+        "GL-MAE, 1 to 2",
+        lambda b, o, n: other_ranks(b, o, n, "GL-MAE", "GL-MAE, 2 ranks"),
+        ("GL-MAE",),
+    ),
+    Trial(
+        "resumed on another number of ranks",
+        "GL-MAE, 2 to 1",
+        lambda b, o, n: other_ranks(b, o, n, "GL-MAE, 2 ranks", "GL-MAE"),
+        ("GL-MAE, 2 ranks",),
+    ),
+    Trial(
+        "resumed on another number of ranks",
+        "fine-tuning, 2 to 1",
+        lambda b, o, n: other_ranks(b, o, n, "fine-tuning, 2 ranks, no drop path", "fine-tuning, no drop path"),
+        ("fine-tuning, 2 ranks, no drop path", "fine-tuning, no drop path"),
+    ),
+    *[trial("SIGKILL to one of two ranks", dead_rank, "GL-MAE, 2 ranks")] * 2,
+    trial("an exception on one of two ranks", failing_rank, "GL-MAE, 2 ranks"),
+    trial("an update that never ends", hanging, "GL-MAE"),
+]
