@@ -92,11 +92,12 @@ def ddp_worker(rank, folder, align):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("align", ["infonce", "published"])
 def test_two_processes_equal_one(tmp_path, align):
     """Three updates: a parameter left without gradient would stop the second. The one process takes its batch in two
     micro-batches, as the first term of `published` mixes up the samples of a forward pass."""
-    torch.multiprocessing.start_processes(ddp_worker, args=(tmp_path, align), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(ddp_worker, args=(tmp_path, align), nprocs=2, start_method="spawn")
     method = toy(align=align)
     micro = [{k: v[n : n + 1] for k, v in batch_of(64, seed=i).items()} for i in range(3) for n in range(2)]
     one = train(method, micro, accum=2, optimizer=descent(method))
