@@ -64,4 +64,4 @@ def table(failures: Sequence[Failure], limit: int = 100) -> str:
 def _kind(failure: Failure) -> str:
     """The reason without the file and the numbers, so that equal troubles are counted together."""
     text = failure.reason.split(": ", 1)[-1]
-    return re.sub(r"[-+]?\d[\d.e+-]*", "#", text)[:70]
+    return re.sub(r"[-+]?\d[\d.e+-]*", "#", text)[:90]

@@ -77,3 +77,22 @@ def test_the_drawn_dicom_scan_is_a_whole_series(drawn):
     image = read_image(b.image)
     assert torch.isfinite(image.as_tensor()).all() and image.shape[3] == len(list(b.image.iterdir()))
     np.testing.assert_allclose(np.asarray(image.pixdim), [2, 2, 3], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_real_scans(tmp_path):
+    """Labels lie on their organs: the HU inside are those of a liver, of an aorta with and without contrast."""
+    listing = sample_data.make(tmp_path / "s")
+    if sample_data.is_synthetic(tmp_path / "s"):
+        pytest.skip("no network")
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]  # the download is gone
+    a, b = read_cases(listing)
+    for case, liver, aorta, organs in ((a, (20, 60), (25, 60), 12), (b, (70, 110), (140, 260), 8)):
+        image = read_image(case.image)
+        label = read_label(case.label, image)
+        hu = image.as_tensor()
+        assert liver[0] < hu[label.as_tensor() == 6].mean() < liver[1]
+        assert aorta[0] < hu[label.as_tensor() == 8].mean() < aorta[1]
+        found = set(label.unique().tolist()) - {0}
+        assert found <= set(sample_data.ORGANS) and len(found) >= organs
+    assert read_image(read_cases(listing, section="pretraining")[1].image).shape == (1, 233, 167, 191)
