@@ -98,14 +98,14 @@ def train_one_epoch(training: Training) -> dict[str, float]:
         if hasattr(method, "after_step"):
             method.after_step(step)
 
-        reported |= {"grad_norm": norm, "skipped": skip}
-        t.recent.add(reported)
-        t.epoch_means.add(reported)
+        for means in (t.recent, t.epoch_means):
+            means.add(reported | {"grad_norm": norm}, made=1.0 - skip)
+            means.add({"skipped": skip})
         t.step = step + 1
         t.bar.update()
         if t.step % t.settings.log_every == 0 or t.step == end:
-            means = t.log_interval(step, lr)
-            t.bar.set_postfix({name: f"{means[name]:.3f}" for name in loss_weights if name in means}, refresh=False)
+            told = t.log_interval(step, lr)
+            t.bar.set_postfix({name: f"{told[name]:.3f}" for name in loss_weights if name in told}, refresh=False)
         t.save_or_stop()
     t.bar.close()
     return t.epoch_means.read()

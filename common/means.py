@@ -12,37 +12,42 @@ class Means:
     """Running means of named scalars, kept on the device: reading them is the only time the host waits for it."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.groups: dict[
+            tuple[str, ...], Tensor
+        ] = {}  # names that come together -> their sums, and how many: (names + 1,)
 
     def clear(self) -> None:
-        self.sums, self.counts = {}, {}
+        self.groups = {}
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+    def add(self, values: dict[str, Tensor], made: Tensor | None = None) -> None:
+        """`made`: 0 for values that are not to count, as those of an update that was not made; they may be NaN."""
+        scalars = [value.detach().float() for value in values.values()]
+        row = torch.stack([*scalars, torch.ones_like(scalars[0])])
+        if made is not None:
+            row = torch.where(made > 0, row, 0.0)
+        names = tuple(values)
+        self.groups[names] = self.groups[names] + row if names in self.groups else row
 
     def read(self) -> dict[str, float]:
-        """Means over what was added and over all processes."""
-        if not self.sums:
+        """Means over what was added and over all processes; NaN where nothing counted."""
+        if not self.groups:
             return {}
-        stacked = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
-        return dict(zip(self.sums, distributed.all_reduce_mean(stacked).tolist()))
+        means = torch.cat([row[:-1] / row[-1] for row in self.groups.values()])
+        names = [name for group in self.groups for name in group]
+        return dict(zip(names, distributed.all_reduce_mean(means).tolist()))
 
     def state(self) -> dict[str, Any]:
-        """Names, counts, and the sums of every rank (ranks, names); all ranks must call it."""
-        if not self.sums:
-            return {"counts": {}, "sums": torch.zeros(1, 0)}
-        stacked = torch.stack(list(self.sums.values()))
-        return {"counts": dict(self.counts), "sums": distributed.all_gather(stacked).cpu()}
+        """Names, and the sums and counts of every rank (ranks, rows); all ranks must call it."""
+        if not self.groups:
+            return {"names": [], "rows": torch.zeros(1, 0)}
+        rows = distributed.all_gather(torch.cat(list(self.groups.values())))
+        return {"names": [list(names) for names in self.groups], "rows": rows.cpu()}
 
     @classmethod
     def restored(cls, state: dict[str, Any], rank: int, world_size: int, device: torch.device) -> "Means":
-        """What `state` kept. With another number of ranks each takes the mean of the sums, so that reading gives the same."""
-        means, sums = cls(), state["sums"]
-        own = sums[rank] if len(sums) == world_size else sums.mean(dim=0)
-        means.counts = dict(state["counts"])
-        means.sums = dict(zip(means.counts, own.to(device)))
+        """What `state` kept. With another number of ranks each takes the mean over the old ones: reading gives the same."""
+        means, rows = cls(), state["rows"]
+        own = rows[rank] if len(rows) == world_size else rows.mean(dim=0)
+        split = own.to(device).split([len(names) + 1 for names in state["names"]])
+        means.groups = {tuple(names): row for names, row in zip(state["names"], split)}
         return means
