@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from common import resize
 
-
 SIZES = [((40, 33, 21), (24, 24, 24)), ((9, 12, 30), (32, 5, 31)), ((8, 8, 8), (8, 8, 8))]
 
 
