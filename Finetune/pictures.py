@@ -28,23 +28,24 @@ def overlay(
     names: Mapping[int, str],
     titles: Sequence[str] = ("",),
 ) -> Pixels:
-    """One row of three planes (axial, coronal, sagittal) for each label map, over the same image, and a legend.
+    """A row for each label map over the same image: the axial plane, beside it coronal above sagittal; and a legend.
 
     Args:
         image: (D, H, W) in [0, 1], RAS.
         labels: label maps (D, H, W) on the image's grid; the planes are those where the first of them that is not
-        empty shows most. spacing: mm.
+            empty shows most.
+        spacing: mm per voxel.
     """
     reference = next((label for label in labels if label.any()), labels[0])
     planes = [most_shown(reference, axis) for axis in (2, 1, 0)]
     rows = []
     for label, title in zip(labels, titles):
-        panels = [panel(image, label, axis, index, spacing) for axis, index in zip((2, 1, 0), planes)]
-        height = max(p.shape[0] for p in panels)
-        row = np.concatenate([np.pad(p, ((0, height - p.shape[0]), (0, 4), (0, 0))) for p in panels], axis=1)
-        rows.append(_titled(row, title))
+        axial, coronal, sagittal = (panel(image, label, *cut, spacing) for cut in zip((2, 1, 0), planes))
+        if len(coronal) + len(sagittal) > len(axial):  # thick scans: at half the size they fit beside the axial plane
+            coronal, sagittal = coronal[::2, ::2], sagittal[::2, ::2]
+        rows.append(_titled(_join([axial, _join([coronal, sagittal], axis=0)], axis=1), title))
     present = [number for number in names if any((label == number).any() for label in labels)]
-    return _legend(np.concatenate(rows), {number: names[number] for number in present})
+    return _legend(_join(rows, axis=0), {number: names[number] for number in present})
 
 
 def most_shown(label: np.ndarray, axis: int) -> int:
@@ -74,6 +75,13 @@ def save_png(path: Path, pixels: Pixels) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
     save_bytes(path, buffer.getvalue())
+
+
+def _join(parts: Sequence[Pixels], axis: int, gap: int = 4) -> Pixels:
+    """Side by side (axis 1) or one above the other (axis 0), black where one is shorter than the others."""
+    extent = max(part.shape[1 - axis] for part in parts)
+    padding = [[(0, gap), (0, extent - part.shape[1 - axis])][:: 1 if axis == 0 else -1] for part in parts]
+    return np.concatenate([np.pad(part, [*pad, (0, 0)]) for part, pad in zip(parts, padding)], axis=axis)
 
 
 def _titled(row: Pixels, title: str) -> Pixels:
