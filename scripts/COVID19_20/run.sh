@@ -12,18 +12,14 @@
 # From the authors' code: loss, lr rule, weight decay, crops, overlap, feature_size 48.
 # Ours: warm-up, gaussian blending (400 epochs are the authors').
 
-source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 
 data="${DATA:-data/COVID19_20}"
 out="${OUT:-runs/COVID19_20}"
+volumes="$data" labels="$data" images="$data/Train"
 
-launch Finetune.main_finetune --preset COVID19_20 --data "$data" --out_dir "$out" --fold 0 \
+finetune COVID19_20 \
   --model unetr --size base --patch_size 16 --feature_size 48 \
   --epochs 400 --warmup_epochs 20 --blr 1e-4 --weight_decay 1e-5 --clip_grad 1 \
   --batch_size 4 --micro_batch_size 1 --crops 4 --validate_every 20 --overlap 0.5 --blending gaussian --seed 0 \
   "$@"
-case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
-
-"$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data" --cases validation --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data" --preset COVID19_20 \
-  --images "$data/Train" --out "$out/scores"

@@ -12,18 +12,14 @@
 # From the authors' code: loss, lr rule, weight decay, crops, overlap, feature_size 48.
 # Ours: epochs, warm-up, gaussian blending.
 
-source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 
 data="${DATA:-data/FLARE22}"
 out="${OUT:-runs/FLARE22}"
+volumes="$data" labels="$data" images="$data/images"
 
-launch Finetune.main_finetune --preset FLARE22 --data "$data" --out_dir "$out" --fold 0 \
+finetune FLARE22 \
   --model unetr --size base --patch_size 16 --feature_size 48 \
   --epochs 1000 --warmup_epochs 50 --blr 1e-4 --weight_decay 1e-5 --clip_grad 1 \
   --batch_size 4 --micro_batch_size 1 --crops 4 --validate_every 50 --overlap 0.5 --blending gaussian --seed 0 \
   "$@"
-case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
-
-"$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data" --cases validation --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data" --preset FLARE22 \
-  --images "$data/images" --out "$out/scores"

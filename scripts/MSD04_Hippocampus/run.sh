@@ -10,11 +10,12 @@
 # OUT: folder of the run. NPROC: processes. The batch does not change with NPROC.
 # Hardware: two CPU cores. Time and result: not measured by us yet. All numbers are our choice: the papers do not use this data set.
 
-source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 
 data="${DATA:-data/Task04_Hippocampus}"
 model="${MODEL:-unetr}"
 out="${OUT:-runs/MSD04_Hippocampus_$model}"
+volumes="$data/dataset.json" labels="$data/labelsTr" images="$data/imagesTr"
 
 case "$model" in
   unetr) network=(--model unetr --size tiny --depth 6 --patch_size 8 --feature_size 16) ;;
@@ -22,13 +23,8 @@ case "$model" in
   *) echo "error: MODEL=$model; allowed: unetr, mim" >&2; exit 2 ;;
 esac
 
-launch Finetune.main_finetune --preset MSD04_Hippocampus --data "$data" --out_dir "$out" --fold 0 \
+finetune MSD04_Hippocampus \
   "${network[@]}" \
   --epochs 20 --warmup_epochs 1 --lr 1e-3 --weight_decay 1e-5 --clip_grad 1 \
   --batch_size 4 --micro_batch_size 4 --crops 1 --validate_every 5 --overlap 0.5 --blending gaussian --seed 0 --workers 0 \
   "$@"
-case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
-
-"$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data/dataset.json" --cases validation --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data/labelsTr" --preset MSD04_Hippocampus \
-  --images "$data/imagesTr" --out "$out/scores"

@@ -12,18 +12,14 @@
 # From the authors' code: loss, lr rule, weight decay, crops, overlap, feature_size 48.
 # Ours: epochs, warm-up, gaussian blending.
 
-source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 
 data="${DATA:-data/MSD08_HepaticVessel}"
 out="${OUT:-runs/MSD08_HepaticVessel}"
+volumes="$data/dataset.json" labels="$data/labelsTr" images="$data/imagesTr"
 
-launch Finetune.main_finetune --preset MSD08_HepaticVessel --data "$data" --out_dir "$out" --fold 0 \
+finetune MSD08_HepaticVessel \
   --model unetr --size base --patch_size 16 --feature_size 48 \
   --epochs 1000 --warmup_epochs 50 --blr 1e-4 --weight_decay 1e-5 --clip_grad 1 \
   --batch_size 4 --micro_batch_size 1 --crops 4 --validate_every 50 --overlap 0.5 --blending gaussian --seed 0 \
   "$@"
-case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
-
-"$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data/dataset.json" --cases validation --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data/labelsTr" --preset MSD08_HepaticVessel \
-  --images "$data/imagesTr" --out "$out/scores"

@@ -7,19 +7,15 @@
 # Arguments go to Finetune.main_finetune and win over the ones below. OUT: folder of the run.
 # Hardware: two CPU cores, minutes. Two scans are no benchmark: this shows that the chain works. Its labels are a model's.
 
-source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 
 data="${DATA:-data/sample_abdomen}"
 out="${OUT:-runs/sample_abdomen}"
+volumes="$data/imagesTs" labels="$data/labelsTs" images="$data/imagesTs"
 
 case " $* " in *" --help "* | *" -h "*) ;; *) "$PYTHON" -m common.sample_data --out "$data" ;; esac
-launch Finetune.main_finetune --preset sample_abdomen --data "$data" --out_dir "$out" --fold 0 \
+finetune sample_abdomen \
   --model unetr --size tiny --depth 6 --patch_size 8 --feature_size 8 --roi 64 \
   --epochs 60 --warmup_epochs 2 --lr 1e-3 --weight_decay 1e-5 --clip_grad 1 \
   --batch_size 1 --micro_batch_size 1 --crops 2 --validate_every 0 --overlap 0.5 --blending gaussian --seed 0 --workers 0 \
   "$@"
-case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
-
-"$PYTHON" -m Finetune.predict --checkpoint "$out/checkpoint-last.pth" --images "$data/imagesTs" --out "$out/predictions"
-"$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$data/labelsTs" --preset sample_abdomen \
-  --images "$data/imagesTs" --out "$out/scores"

@@ -88,8 +88,9 @@ def test_contradictions_are_named(settings, words):
 def test_the_btcv_recipe_takes_mim():
     """`scripts/BTCV/run.sh --model mim`: its own flags, then the user's."""
     text = (Path(__file__).parents[2] / "scripts/BTCV/run.sh").read_text().replace("\\\n", " ")
-    recipe = re.search(r"launch Finetune.main_finetune (.*) \"\$@\"", text).group(1)
-    settings = parse(FinetuneSettings, [*shlex.split(recipe), "--model", "mim"])
+    recipe = re.search(r"finetune BTCV (.*) \"\$@\"", text).group(1)
+    given = ["--preset", "BTCV", "--data", "data", "--out_dir", "out"]  # by scripts/finetune.sh
+    settings = parse(FinetuneSettings, [*given, *shlex.split(recipe), "--model", "mim"])
     architecture = resolve(settings, load_preset("BTCV"), None)
     with torch.device("meta"):
         names = {name: value.shape for name, value in build_model(architecture).state_dict().items()}
