@@ -1,7 +1,7 @@
 """Updates that must not be made: found on the device, told at log time with the files they came from, and what then.
 
-A bad update never reaches the weights, whatever the policy: the optimiser skips it on the device (`found_inf`). The host learns of it when
-it reads the running means, once per log interval, so a step costs no synchronisation.
+A bad update never reaches the weights, whatever the policy: the optimiser skips it on the device (`found_inf`). The
+host learns of it when it reads the running means, once per log interval, so a step costs no synchronisation.
 """
 
 from pathlib import Path
@@ -28,8 +28,9 @@ class GoBack(Exception):
 class Guard:
     """Judges every update on the device: is loss or gradient norm not finite, or `spike_factor` times its running mean?
 
-    A spike enters the running mean cut to that threshold, so a loss that stays higher is the new normal after a few updates. With a scaler
-    (fp16) a gradient that overflows is its daily business: the update is skipped, but is not an anomaly while the loss is finite.
+    A spike enters the running mean cut to that threshold, so a loss that stays higher is the new normal after a few
+    updates. With a scaler (fp16) a gradient that overflows is its daily business: the update is skipped, but is not an
+    anomaly while the loss is finite.
     """
 
     def __init__(self, settings: LoopSettings, device: torch.device, scaled: bool = False):
@@ -75,7 +76,8 @@ class Guard:
         self.flags = list(as_tensor["flags"])
 
     def act(self, step: int, dataset: Dataset, sampler: StreamSampler, log: RunLog, rollbacks: int) -> None:
-        """Tell which updates since the last call, up to `step`, were bad, and follow the policy: return, raise GoBack or InputError.
+        """Tell which updates since the last call, up to `step`, were bad, and follow the policy: return, raise GoBack
+        or InputError.
 
         Waits for the device: called when the running means are read.
         """
@@ -104,7 +106,8 @@ def batch_names(step: int, dataset: Dataset, sampler: StreamSampler) -> list[str
 
 
 def dump_batches(path: Path, step: int, dataset: Dataset, sampler: StreamSampler) -> None:
-    """This rank's share of an update's batch, made again from the stream: {`step`, `items`, `batches`: one per micro-batch}."""
+    """This rank's share of an update's batch, made again from the stream: {`step`, `items`, `batches`: one per
+    micro-batch}."""
     own = StreamSampler(
         sampler.num_samples, sampler.micro_batch, sampler.accum, sampler.rank, sampler.world_size, sampler.seed
     )

@@ -1,23 +1,24 @@
 """Checkpoints: the one place where Pretrain and Finetune meet.
 
-The contract. A checkpoint is a `torch.save`d dict of tensors and plain types (dict, list, str, int, float, bool, None), so that
-`torch.load(weights_only=True)` reads it and no code in it can run.
+The contract. A checkpoint is a `torch.save`d dict of tensors and plain types (dict, list, str, int, float, bool, None),
+so that `torch.load(weights_only=True)` reads it and no code in it can run.
 
-=============  ====================================================================================================================
+=============  =======================================================================================================
 plain MAE      `model`: the names of `Finetune/models_3dvit.py`, encoder and decoder
-GL-MAE         `student`: `module.backbone.*` (encoder and decoder), `module.head.*` (projection head); `teacher`: `backbone.*`,
-               `head.*`; `dino_loss`: {`center`}. The `module.` stands there without DDP too: the authors' loaders expect it
+GL-MAE         `student`: `module.backbone.*` (encoder and decoder), `module.head.*` (projection head); `teacher`:
+               `backbone.*`, `head.*`; `dino_loss`: {`center`}. The `module.` stands there without DDP too: the authors'
+               loaders expect it
 MiM            `model`: the names of `Finetune/models_convvit3d.py` and the decoder's
 fine-tuning    `state_dict`: the segmentation model, encoder under `backbone.`
-all            `optimizer`; `epoch`, 0-based, the last one begun; `args`: the settings as plain types, and in it `step` (updates done),
-               `loop` (scaler, watch over bad updates, data seed) and `grid_size` (the position table's grid, never to be guessed from
-               a count)
-mid-epoch      `progress`: the running means of the epoch and of the log interval; only in a file written within an epoch
-=============  ====================================================================================================================
+all            `optimizer`; `epoch`, 0-based, the last one begun; `args`: the settings as plain types, and in it `step`
+               (updates done), `loop` (scaler, watch over bad updates, data seed) and `grid_size` (the position table's
+               grid, never to be guessed from a count)
+mid-epoch      `progress`: the running means of the epoch and of the log interval; only in a file written within one
+=============  =======================================================================================================
 
-Files are `checkpoint-{epoch}.pth` (no zero padding), `checkpoint-last.pth` and the one before it, `checkpoint-previous.pth`; each is
-written under a temporary name and renamed. Each record of the file (a zip archive) has a CRC32, which is verified when it is read.
-How and when they are written: common/saving.py.
+Files are `checkpoint-{epoch}.pth` (no zero padding), `checkpoint-last.pth` and the one before it,
+`checkpoint-previous.pth`; each is written under a temporary name and renamed. Each record of the file (a zip archive)
+has a CRC32, which is verified when it is read. How and when they are written: common/saving.py.
 """
 
 import argparse
@@ -64,13 +65,15 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_temporary(folder: Path) -> None:
-    """What a process that was killed while it wrote has left behind. Only for the one process that writes to the folder."""
+    """What a process that was killed while it wrote has left behind. Only for the one process that writes to the
+    folder."""
     for path in folder.glob(".checkpoint-*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def verify(path: str | Path) -> None:
-    """Read the whole file and compare every record with its CRC32; InputError if one differs. Files older than torch 1.6 have none."""
+    """Read the whole file and compare every record with its CRC32; InputError if one differs. Files older than torch
+    1.6 have none."""
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -83,7 +86,8 @@ def verify(path: str | Path) -> None:
 
 
 def load(path: str | Path, check: bool = True) -> dict[str, Any]:
-    """The content of a checkpoint on the CPU, read without running anything in it. InputError says what is wrong with the file.
+    """The content of a checkpoint on the CPU, read without running anything in it. InputError says what is wrong with
+    the file.
 
     `check=False` leaves out the checksums, for a file that another rank has just verified.
     """

@@ -2,12 +2,14 @@
 
 A method is an `nn.Module` with
 
-    forward(batch, step) -> {name: scalar tensor}     the losses, and whatever else is to be logged; only names with a weight are summed
+    forward(batch, step) -> {name: scalar tensor}     the losses, and whatever else is to be logged; only names with a
+    weight are summed
 
 and, where it needs them,
 
-    before_step(step), after_step(step)     around the optimiser step: gradients ready, weights updated (EMA teacher, centre)
-    num_parts; forward(batch, step, part)   the backward pass in parts, to save memory; each part's graph is freed before the next runs;
+    before_step(step), after_step(step)     around the optimiser step: gradients ready, weights updated (EMA teacher,
+    centre) num_parts; forward(batch, step, part)   the backward pass in parts, to save memory; each part's graph is
+    freed before the next runs;
                                             what the parts report under one name are shares of it and add up
     probe                                   a parameter at which each loss's gradient norm is logged, once an epoch
     schedule_values(step) -> {name: float}  to be logged beside the learning rate
@@ -50,7 +52,8 @@ __all__ = [
 def train_one_epoch(training: Training) -> dict[str, float]:
     """The updates of `training.epoch` that are not done yet; returns the epoch's means of what the method reported.
 
-    A step never waits for the device. A bad update (not finite, a spike) is skipped on the device, and counted as `skipped`.
+    A step never waits for the device. A bad update (not finite, a spike) is skipped on the device, and counted as
+    `skipped`.
     """
     t, method, run, plan = training, training.method, training.run, training.plan
     parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
@@ -134,17 +137,18 @@ def fit(
     optimizer: torch.optim.Optimizer,
     after_epoch: Callable[[int, RunLog], dict[str, float]] | None = None,
 ) -> Path:
-    """Train `method` on `dataset` to the end of `settings.epochs`, resuming if asked; returns the path of the last checkpoint.
+    """Train `method` on `dataset` to the end of `settings.epochs`, resuming if asked; returns the path of the last
+    checkpoint.
 
     Raises SystemExit(75) when it was asked to stop by SIGTERM or SIGUSR1 and has saved (common/signals.py).
 
     Args:
-        dataset: `dataset[(position, index)]` gives one sample, all its randomness drawn from (`dataset.seed`, position);
-            `dataset.name(index)`, where there is one, says which file that was.
+        dataset: `dataset[(position, index)]` gives one sample, all its randomness drawn from (`dataset.seed`,
+            position); `dataset.name(index)`, where there is one, says which file that was.
         learning_rate, weights: functions of the step.
         args: what the checkpoint keeps as `args`, plain types.
-        after_epoch: called on every rank after each epoch (validation, pictures); what it returns goes into the epoch's log line. It may
-            be called again for the same epoch by a resumed run.
+        after_epoch: called on every rank after each epoch (validation, pictures); what it returns goes into the epoch's
+            log line. It may be called again for the same epoch by a resumed run.
     """
     training = Training(
         method,

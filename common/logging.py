@@ -1,4 +1,5 @@
-"""What a run tells: lines on the screen, progress bars, TensorBoard, and one JSON line per epoch. Rank 0 speaks, the others are silent."""
+"""What a run tells: lines on the screen, progress bars, TensorBoard, and one JSON line per epoch. Rank 0 speaks, the
+others are silent."""
 
 import json
 import os
@@ -28,7 +29,8 @@ def say(text: str) -> None:
 def progress(
     iterable: Iterable | None = None, desc: str = "", total: int | None = None, unit: str = "it", initial: int = 0
 ) -> tqdm:
-    """A progress bar on rank 0, `initial` of its steps already done. Into a file or a pipe it is refreshed every ten seconds only, so that logs stay short."""
+    """A progress bar on rank 0, `initial` of its steps already done. Into a file or a pipe it is refreshed every ten
+    seconds only, so that logs stay short."""
     return tqdm(
         iterable,
         desc=desc,
@@ -44,9 +46,10 @@ def progress(
 class RunLog:
     """TensorBoard events, `log.jsonl` and `anomalies.jsonl` in `out_dir`, written by rank 0 only.
 
-    TensorBoard's steps count from 0 and name the update that was the last one made. A run that goes on after `first_step` updates, in
-    epoch `first_epoch`, drops what an earlier process logged past them; no line and no point is doubled or missing, if `flush` is called
-    before each checkpoint. What happened before a rollback is kept in `anomalies.jsonl`: lines with fewer `rollbacks`.
+    TensorBoard's steps count from 0 and name the update that was the last one made. A run that goes on after
+    `first_step` updates, in epoch `first_epoch`, drops what an earlier process logged past them; no line and no point
+    is doubled or missing, if `flush` is called before each checkpoint. What happened before a rollback is kept in
+    `anomalies.jsonl`: lines with fewer `rollbacks`.
     """
 
     def __init__(self, out_dir: str | Path, first_step: int = 0, first_epoch: int = 0, rollbacks: int = 0):

@@ -45,7 +45,8 @@ class Means:
 
     @classmethod
     def restored(cls, state: dict[str, Any], rank: int, world_size: int, device: torch.device) -> "Means":
-        """What `state` kept. With another number of ranks each takes the mean over the old ones: reading gives the same."""
+        """What `state` kept. With another number of ranks each takes the mean over the old ones: reading gives the
+        same."""
         means, rows = cls(), state["rows"]
         own = rows[rank] if len(rows) == world_size else rows.mean(dim=0)
         split = own.to(device).split([len(names) + 1 for names in state["names"]])

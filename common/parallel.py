@@ -17,7 +17,8 @@ from common.sampling import StreamSampler
 def build_optimizer(
     method: nn.Module, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
 ) -> torch.optim.AdamW:
-    """Fused AdamW with timm's groups: no decay on biases, 1-D parameters and tokens. Only the fused form can skip an update on the device."""
+    """Fused AdamW with timm's groups: no decay on biases, 1-D parameters and tokens. Only the fused form can skip an
+    update on the device."""
     tokens = {n for n, _ in method.named_parameters() if n.rsplit(".", 1)[-1] in ("cls_token", "mask_token")}
     groups = param_groups_weight_decay(method, weight_decay, no_weight_decay_list=tokens)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
@@ -26,10 +27,11 @@ def build_optimizer(
 def wrap(method: nn.Module, run: Run, accum: int = 1) -> nn.Module:
     """The method, in DDP where there are several processes.
 
-    DDP's static graph is used where nothing is against it (torch 2.14). With accumulation or a backward pass in parts the first passes of an
-    update run under `no_sync`, which it does not survive in the first update (an internal assertion fails). And where the gradient at a
-    `probe` is taken apart from the backward pass it reduces wrong gradients, without a word: GL-MAE's losses on two ranks were off by 6e-2
-    after 12 updates, and are those of one rank to 1e-4 without it.
+    DDP's static graph is used where nothing is against it (torch 2.14). With accumulation or a backward pass in parts
+    the first passes of an update run under `no_sync`, which it does not survive in the first update (an internal
+    assertion fails). And where the gradient at a `probe` is taken apart from the backward pass it reduces wrong
+    gradients, without a word: GL-MAE's losses on two ranks were off by 6e-2 after 12 updates, and are those of one rank
+    to 1e-4 without it.
     """
     if run.world_size == 1:
         return method
@@ -45,8 +47,8 @@ def wrap(method: nn.Module, run: Run, accum: int = 1) -> nn.Module:
 def compile_blocks(method: nn.Module) -> int:
     """`torch.compile` of every transformer block, in place (names in the checkpoint stay); returns how many.
 
-    Blocks alone, not the method: they are nearly all of the arithmetic, are compiled once for all depths, and masks and views around them
-    would break the graph anyway.
+    Blocks alone, not the method: they are nearly all of the arithmetic, are compiled once for all depths, and masks and
+    views around them would break the graph anyway.
     """
     blocks = [module for module in method.modules() if isinstance(module, Block)]
     for block in blocks:

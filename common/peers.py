@@ -1,7 +1,9 @@
-"""When one process dies the others must not wait for it: a collective call with a dead peer hangs, on NCCL until its timeout.
+"""When one process dies the others must not wait for it: a collective call with a dead peer hangs, on NCCL until its
+timeout.
 
-Every rank has a thread that beats in the store of the process group (it is not asked in the training step, and lives on while the main
-thread is stuck in a collective call). It watches one neighbour's beat, and whether anybody has left word why the run ends.
+Every rank has a thread that beats in the store of the process group (it is not asked in the training step, and lives on
+while the main thread is stuck in a collective call). It watches one neighbour's beat, and whether anybody has left word
+why the run ends.
 """
 
 import contextlib
@@ -18,7 +20,8 @@ EXIT_PEER_DIED = 70  # EX_SOFTWARE of sysexits.h
 
 
 class Peers:
-    """The watch of one rank over the next one. `start` it, `report` a death of one's own, `stop` it before an orderly end."""
+    """The watch of one rank over the next one. `start` it, `report` a death of one's own, `stop` it before an
+    orderly end."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int):
         self.store, self.rank, self.neighbour = dist.PrefixStore("peers", store), rank, (rank + 1) % world_size

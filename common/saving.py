@@ -1,12 +1,13 @@
 """When and how a run writes its checkpoints, and which one it takes up again.
 
-The rule: `checkpoint-last.pth` after every epoch, every `save_minutes` within one, and when asked to stop; the one before it stays as
-`checkpoint-previous.pth`; `checkpoint-{epoch}.pth` every `save_every` epochs and after the last, for good. A file that is torn or altered
-is refused with a message, and the one before it is taken.
+The rule: `checkpoint-last.pth` after every epoch, every `save_minutes` within one, and when asked to stop; the one
+before it stays as `checkpoint-previous.pth`; `checkpoint-{epoch}.pth` every `save_every` epochs and after the last, for
+good. A file that is torn or altered is refused with a message, and the one before it is taken.
 
-Training stops for the copy to host memory only; a thread writes the copy. Not torch.distributed.checkpoint's async_save, which does the
-same to a folder of shards with pickled metadata: under DDP every rank holds everything, so there is nothing to shard, and the contract
-with every reader (the authors' loaders among them) is one file that `torch.load(weights_only=True)` reads.
+Training stops for the copy to host memory only; a thread writes the copy. Not torch.distributed.checkpoint's
+async_save, which does the same to a folder of shards with pickled metadata: under DDP every rank holds everything, so
+there is nothing to shard, and the contract with every reader (the authors' loaders among them) is one file that
+`torch.load(weights_only=True)` reads.
 """
 
 import contextlib
@@ -72,7 +73,8 @@ class Saver:
 
 
 def second_name(path: Path, name: Path) -> None:
-    """Let `name` mean the file at `path` too, whole or not at all; it stays when `path` is replaced. Costs no disk space."""
+    """Let `name` mean the file at `path` too, whole or not at all; it stays when `path` is replaced. Costs no disk
+    space."""
     temporary = checkpoint.temporary_name(name)
     try:
         try:

@@ -66,7 +66,8 @@ class Plan:
 
 
 def plan_updates(settings: LoopSettings, num_samples: int, world_size: int) -> Plan:
-    """The cut of `batch_size` over processes and accumulation. The batch is global: it does not change with the number of processes."""
+    """The cut of `batch_size` over processes and accumulation. The batch is global: it does not change with the
+    number of processes."""
     batch, micro = settings.batch_size, settings.micro_batch_size
     if num_samples < 1:
         raise InputError("the data list is empty")

@@ -1,4 +1,5 @@
-"""Asked to stop: SIGTERM and SIGUSR1 end a run after the update it is at, saved, with an exit code that means "start me again"."""
+"""Asked to stop: SIGTERM and SIGUSR1 end a run after the update it is at, saved, with an exit code that means "start
+me again"."""
 
 import os
 import signal
@@ -27,8 +28,8 @@ class Requeue(SystemExit):
 class Requests:
     """What the ranks agree on after each update: to stop, and to save.
 
-    Each rank's wishes go into a sum over the ranks on the CPU, begun after one update and read after the next, when it has long arrived:
-    no rank waits for the device or for another one, and all act after the same update.
+    Each rank's wishes go into a sum over the ranks on the CPU, begun after one update and read after the next, when it
+    has long arrived: no rank waits for the device or for another one, and all act after the same update.
     """
 
     def __init__(self, run: Run):

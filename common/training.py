@@ -27,7 +27,8 @@ MAX_ROLLBACKS = 5
 
 
 class Training:
-    """`step` updates are done, `epoch` is the one to work on. The data order needs no state: it follows from the seed and the step."""
+    """`step` updates are done, `epoch` is the one to work on. The data order needs no state: it follows from the
+    seed and the step."""
 
     def __init__(
         self,
@@ -112,7 +113,8 @@ class Training:
     # ------------------------------------------------------------ within an epoch
 
     def log_interval(self, step: int, lr: float) -> dict[str, float]:
-        """Log the means since the last call; tell what was skipped, and act on it. The one place where the host waits for the device."""
+        """Log the means since the last call; tell what was skipped, and act on it. The one place where the host
+        waits for the device."""
         means, self.recent = self.recent.read(), Means()
         means["weight_norm"] = self.weight_norm()
         scheduled = self.method.schedule_values(step) if hasattr(self.method, "schedule_values") else {}
@@ -148,7 +150,8 @@ class Training:
     # ------------------------------------------------------------ checkpoints
 
     def save(self, within: bool) -> None:
-        """Have `checkpoint-last.pth` written, and the numbered one after its epoch. `within` an epoch: with the running means.
+        """Have `checkpoint-last.pth` written, and the numbered one after its epoch. `within` an epoch: with the running
+        means.
 
         All ranks must call it.
         """

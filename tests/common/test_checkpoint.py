@@ -45,6 +45,10 @@ def test_bad_files_are_named(tmp_path):
     checkpoint.save(tmp_path / "c.pth", {"model": {"a": torch.rand(1000)}})
     (tmp_path / "torn.pth").write_bytes((tmp_path / "c.pth").read_bytes()[:900])
     torch.save([1], tmp_path / "list.pth")
-    for name, message in [("torn", "not a readable checkpoint"), ("list", "needs a dict"), ("none", "no such checkpoint")]:
+    for name, message in [
+        ("torn", "not a readable checkpoint"),
+        ("list", "needs a dict"),
+        ("none", "no such checkpoint"),
+    ]:
         with pytest.raises(InputError, match=rf"{name}.pth: .*{message}"):
             checkpoint.load(tmp_path / f"{name}.pth")

@@ -1,4 +1,5 @@
-"""A dead peer is noticed from its silence or its last word, an orderly end is not taken for a death; a hang ends the process."""
+"""A dead peer is noticed from its silence or its last word, an orderly end is not taken for a death; a hang ends the
+process."""
 
 import subprocess
 import sys
@@ -64,7 +65,9 @@ def test_the_watchdog_shows_where_it_hangs():
     program = (
         "import time\nfrom common.watchdog import Watchdog\n"
         "def stuck_here():\n    time.sleep(30)\n"
-        "w = Watchdog(0.005)\nw.feed(); w.rest(); time.sleep(0.5)\nfor _ in range(5): w.feed(); time.sleep(0.1)\nprint('fed', flush=True)\nstuck_here()"
+        "w = Watchdog(0.005)\nw.feed(); w.rest(); time.sleep(0.5)\n"
+        "for _ in range(5): w.feed(); time.sleep(0.1)\n"
+        "print('fed', flush=True)\nstuck_here()"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert done.returncode == 1 and done.stdout == "fed\n" and "in stuck_here" in done.stderr

@@ -1,4 +1,5 @@
-"""A run that is stopped after any update and started again is the run that was not: weights, logs, and what it says of itself."""
+"""A run that is stopped after any update and started again is the run that was not: weights, logs, and what it says
+of itself."""
 
 import os
 import signal
@@ -34,7 +35,8 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("at", range(12))
 def test_stopped_after_any_update_and_resumed_is_the_same_run(tmp_path, whole, at):
-    """12 updates in 4 epochs of 3, logged every 2: the stops fall within an epoch, within a log interval, and on the ends of both."""
+    """12 updates in 4 epochs of 3, logged every 2: the stops fall within an epoch, within a log interval, and on the
+    ends of both."""
     with pytest.raises(SystemExit) as stopped:
         run_toy(tmp_path, Asked(at), log_every=2)
     assert stopped.value.code == EXIT_REQUEUE == 75
@@ -83,7 +85,8 @@ def test_settings_under_which_a_step_means_other_data_are_refused(tmp_path, chan
 
 
 def test_logs_of_a_killed_process_do_not_survive_past_its_checkpoint(tmp_path, whole):
-    """Killed between the epoch's log line and the end of writing its checkpoint: the line is there, the checkpoint is not."""
+    """Killed between the epoch's log line and the end of writing its checkpoint: the line is there, the checkpoint
+    is not."""
 
     class Killed(Toy):
         def checkpoint_state(self):

@@ -1,10 +1,11 @@
-"""Fault injection: real training processes are killed, signalled, starved of disk and given harmed checkpoints, and started again.
+"""Fault injection: real training processes are killed, signalled, starved of disk and given harmed checkpoints, and
+started again.
 
-    python -m tests.reliability.driver --table table.md        about 6 minutes on two cores
+    python -m tests.reliability.driver --table table.md        about 3 minutes on two cores
 
-Each trial is a run in a folder of its own that ends as the undisturbed run of the same settings: the same weights, optimiser state, log
-lines and TensorBoard points, bit for bit. Exit code 1 if one does not. Moments and targets are drawn from a fixed seed; what happens at a
-moment depends on the machine's speed.
+Each trial is a run in a folder of its own that ends as the undisturbed run of the same settings: the same weights,
+optimiser state, log lines and TensorBoard points, bit for bit. Exit code 1 if one does not. Moments and targets are
+drawn from a fixed seed; what happens at a moment depends on the machine's speed.
 """
 
 import argparse
@@ -19,12 +20,13 @@ from pathlib import Path
 
 import torch
 
-from tests.reliability.scenarios import TRIALS, Bench, prepare
+from tests.reliability.scenarios import Bench, prepare
+from tests.reliability.trials import TRIALS, Trial
 
 SLOTS = 2
 
 
-def run_all(bench: Bench, trials: list) -> list[dict]:
+def run_all(bench: Bench, trials: list[Trial]) -> list[dict]:
     """Each trial in a forked process, `SLOTS` at a time."""
     waiting, running, results = list(enumerate(trials)), {}, {}
     while waiting or running:
@@ -42,7 +44,7 @@ def run_all(bench: Bench, trials: list) -> list[dict]:
     return [results[number] for number in sorted(results)]
 
 
-def run_one(bench: Bench, number: int, trial) -> int:
+def run_one(bench: Bench, number: int, trial: Trial) -> int:
     began, result = time.monotonic(), {"fault": trial.fault, "run": trial.run}
     try:
         result |= {"ok": True, "note": trial.act(bench, bench.folder / f"trial-{number}", number) or ""}
@@ -59,9 +61,9 @@ def table(results: list[dict]) -> str:
     rows: dict[tuple[str, str], list[dict]] = {}
     for result in results:
         rows.setdefault((result["fault"], result["run"]), []).append(result)
-    lines = ["| fault | run | trials | same as undisturbed | observed |", "|---|---|---|---|---|"]
+    lines = ["| fault | run | trials | ended as undisturbed | observed |", "|---|---|---|---|---|"]
     for (fault, run), found in rows.items():
-        notes = "; ".join(dict.fromkeys(r["note"] for r in found if r["note"]))
+        notes = "; ".join(dict.fromkeys(r["note"].splitlines()[0] for r in found if r["note"]))
         lines.append(f"| {fault} | {run} | {len(found)} | {sum(r['ok'] for r in found)} | {notes} |")
     return "\n".join(lines)
 

@@ -1,4 +1,5 @@
-"""Training processes for the fault-injection harness: forked from a process that has imported everything, so each starts at once."""
+"""Training processes for the fault-injection harness: forked from a process that has imported everything, so each
+starts at once."""
 
 import os
 import signal
@@ -18,7 +19,8 @@ MAINS = {"pretrain": Pretrain.main_pretrain.main, "finetune": Finetune.main_fine
 
 
 class Job:
-    """A training program on `ranks` processes, each the leader of a process group of its own (with its data workers)."""
+    """A training program on `ranks` processes, each the leader of a process group of its own (with its data
+    workers)."""
 
     def __init__(
         self,

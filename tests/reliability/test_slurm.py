@@ -15,7 +15,7 @@ from tests.reliability.compare import difference
 
 TEMPLATES = sorted((ROOT / "scripts/slurm").glob("*.sbatch"))
 SRUN = """#!/usr/bin/env bash
-# Stand-in: one task per node of SLURM_NNODES, all here. On the first start, Slurm's signal once the run is under way ($UNDER_WAY is there).
+# Stand-in: one task per node of SLURM_NNODES, all here. On the first start, Slurm's signal once $UNDER_WAY is there.
 while [[ "$1" == --* ]]; do shift; done
 pids=()
 for ((node = 0; node < ${SLURM_NNODES:-1}; node++)); do
@@ -36,7 +36,8 @@ if [ "$1 $2" = "show hostnames" ]; then echo localhost; else echo "$@" >>"$REQUE
 RECIPE = """source "{root}/scripts/env.sh"
 launch Pretrain.main_pretrain --method glmae --model tiny --embed_dim 24 --depth 2 --num_heads 2 --patch_size 8 \\
   --decoder_embed_dim 24 --decoder_depth 1 --decoder_num_heads 2 --global_size 32 --local_size 16 --local_views 2 \\
-  --hidden_dim 32 --bottleneck_dim 8 --out_dim 16 --batch_size 4 --samples_per_epoch 40 --epochs 8 --warmup_epochs 0 --lr 1e-3 \\
+  --hidden_dim 32 --bottleneck_dim 8 --out_dim 16 --batch_size 4 --samples_per_epoch 40 --epochs 8 --warmup_epochs 0 \\
+  --lr 1e-3 \\
   --device cpu "$@"
 """
 
@@ -175,7 +176,8 @@ def test_a_signalled_cell_of_a_comparison_goes_on_too(tmp_path):
     }
     (tmp_path / "bin").mkdir()
     cluster = Cluster(tmp_path, out / "under_way")
-    watch = 'until [ -n "$(find "$OUT_DIR" -name log.jsonl -size +0 2>/dev/null)" ]; do sleep 0.1; done; echo 1 >"$UNDER_WAY"'
+    watch = 'until [ -n "$(find "$OUT_DIR" -name log.jsonl -size +0 2>/dev/null)" ]; do sleep 0.1; done; '
+    watch += 'echo 1 >"$UNDER_WAY"'
     watcher = subprocess.Popen(["bash", "-c", watch], env=cluster.env | {"OUT_DIR": str(out)})
     try:
         first = cluster.start("compare.sbatch", "--settings", str(tmp_path / "cells.yaml"), **settings)
