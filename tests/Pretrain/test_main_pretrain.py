@@ -141,7 +141,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(scans, tmp_path):
         (["--global_views", "0"], "--global_views 0"),
         (["--batch_size", "3", "--micro_batch_size", "2"], "multiple of 2"),
         (["--datalist", "nowhere"], "nowhere"),
-        (["--datalist", "nowhere", "--datasets", "2k"], "did you mean"),
+        (["--datasets", "2k", "--data_root", "."], "did you mean"),
         (["--methot", "mae"], "--method"),
     ],
 )
