@@ -11,7 +11,7 @@ import torch
 from common.config import InputError
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain import main_pretrain
-from tests.helpers import ROOT, ct, run_module, write_nifti
+from tests.helpers import ROOT, run_module, write_nifti
 
 SMALL = """
   --model tiny --embed_dim 24 --depth 2 --num_heads 2 --patch_size 8 --decoder_embed_dim 24 --decoder_depth 1
@@ -19,14 +19,6 @@ SMALL = """
   --global_size 32 --local_size 16 --global_views 2 --local_views 2 --hidden_dim 32 --bottleneck_dim 8 --out_dim 16
   --batch_size 2 --samples_per_epoch 4 --epochs 2 --warmup_epochs 0 --workers 0 --save_every 1 --log_every 1 --lr 1e-3
 """.split()
-
-
-@pytest.fixture(scope="module")
-def scans(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scans")
-    for i in range(3):
-        write_nifti(folder / f"scan{i}.nii.gz", ct((40, 36, 30 + 4 * i), seed=i))
-    return folder
 
 
 def pretrain(scans, out, *more):

@@ -13,7 +13,7 @@ from Finetune.models_convvit3d import ConvViT3D
 from Pretrain import main_pretrain
 from Pretrain.build import PretrainSettings, build_task
 from Pretrain.data import ViewDataset
-from tests.helpers import ROOT, ct, run_module, write_nifti
+from tests.helpers import ROOT, run_module
 
 TOY = """--method mim --datalist x --out_dir x --batch_size 2 --epochs 10 --local_size 32 --model tiny --num_heads 2
  --embed_dims 6 6 12 24 --depths 1 1 1 1 --decoder_embed_dim 24 --decoder_depth 1 --decoder_num_heads 2"""
@@ -103,14 +103,6 @@ def test_contradictions_are_named(extra, words):
 
 
 # ---------------------------------------------------------------- the program
-
-
-@pytest.fixture(scope="module")
-def scans(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scans")
-    for i in range(3):
-        write_nifti(folder / f"scan{i}.nii.gz", ct((40, 36, 30 + 4 * i), seed=i))
-    return folder
 
 
 def arguments(scans, out, *more):
