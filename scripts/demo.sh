@@ -66,7 +66,7 @@ step "2/6 Cache: the volumes, preprocessed once" "$cache"
 "$PYTHON" generate_cache_files.py --datalist "$data/dataset.json" --labels --spacing 3 --low -175 --high 250 --cache_dir "$cache"
 
 step "3/6 Pretraining: ${names[0]} on the training scan and the chest scan, without labels" "$out/pretrain"
-rm -rf "$out"
+rm -rf "$out/pretrain" "$out/finetune" "$out/predictions" "$out/scores" # of an earlier run: this one trains anew
 launch Pretrain.main_pretrain --method "$method" "${pretrain[@]}" \
   --datalist "$data/dataset.json" --section pretraining --cache_dir "$cache" \
   --epochs "$pretrain_epochs" --samples_per_epoch "$pretrain_samples" --warmup_epochs 1 --save_every 4 --log_every 1 --workers 0 --seed 0 \
