@@ -63,7 +63,7 @@ step "1/6 Data: two abdominal CT scans with organ labels, one chest CT without" 
 
 step "2/6 Cache: the volumes, preprocessed once" "$cache"
 "$PYTHON" generate_cache_files.py --datalist "$data/dataset.json" --section pretraining --cache_dir "$cache"
-"$PYTHON" generate_cache_files.py --datalist "$data/dataset.json" --labels --spacing 3 --low -175 --high 250 --cache_dir "$cache"
+"$PYTHON" generate_cache_files.py --preset sample_abdomen --data_root "$data" --cache_dir "$cache"
 
 step "3/6 Pretraining: ${names[0]} on the training scan and the chest scan, without labels" "$out/pretrain"
 rm -rf "$out/pretrain" "$out/finetune" "$out/predictions" "$out/scores" # of an earlier run: this one trains anew
