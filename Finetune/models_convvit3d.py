@@ -341,6 +341,14 @@ class ConvViT3D(nn.Module):
         """Recompute the blocks in the backward pass: less memory, about a third more time."""
         self.grad_checkpointing = enable
 
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Depth of each parameter for timm's layer-wise learning-rate decay: patch embedding, its stage's blocks, next."""
+        depths = {}
+        for stage in range(1, 5):
+            more = r"|^patch_embed5|^pos_embed" if stage == 4 else ""
+            depths |= {f"embed{stage}": rf"^patch_embed{stage}{more}", f"stage{stage}": rf"^blocks{stage}\.(\d+)"}
+        return depths | {"last": r"^norm|^fpn|^stage\d_output_decode"}
+
     def no_weight_decay(self) -> set[str]:
         """Names that weight decay leaves alone besides biases and norms."""
         tables = (name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from Finetune.models_3dvit import take
@@ -327,3 +328,24 @@ def test_importable_with_its_folder_on_the_path(monkeypatch):
     module = importlib.import_module("models_convvit3d")
     assert module.convvit3d_tiny_patch16(img_size=32).grid_size == (2, 2, 2)
     assert module.vit.__name__ == "models_3dvit"
+
+
+def test_layer_decay_follows_the_depth():
+    """timm's groups: the learning rate falls from the last block to the first patch embedding, one step per layer."""
+    model = small(depths=(1, 2, 1, 3))
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scale = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    order = [
+        "patch_embed1.proj",
+        "blocks1.0",
+        "patch_embed2.proj",
+        "blocks2.0",
+        "blocks2.1",
+        "patch_embed3.proj",
+        "blocks3.0",
+    ]
+    order += ["patch_embed4.proj", "blocks4.0", "blocks4.1", "blocks4.2", "norm"]
+    found = [next(value for name, value in scale.items() if name.startswith(f"{part}.")) for part in order]
+    assert found == [0.5 ** (len(order) - 1 - depth) for depth in range(len(order))]
+    assert scale["patch_embed5.weight"] == scale["patch_embed4.proj.weight"]

@@ -205,6 +205,19 @@ def test_byol_needs_no_prototypes_and_is_zero_for_equal_embeddings():
     assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("consistency", ["ce", "byol"])
+def test_autocast_to_bfloat16_stays_close_and_losses_stay_float32(consistency):
+    method, data = small_glmae(consistency=consistency), batch()
+    full = method(data)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = method(data)
+    sum(half[t] for t in method.terms).backward()
+    for term in method.terms:
+        assert half[term].dtype == torch.float32
+        torch.testing.assert_close(half[term], full[term], atol=0.05, rtol=0.05)
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
 def test_unknown_term_is_named():
     with pytest.raises(ValueError, match="globule"):
         small_glmae(terms=("globule",))
