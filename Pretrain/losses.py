@@ -45,13 +45,18 @@ def cross_entropy_pairs(teacher: Tensor, student: Tensor) -> Tensor:
 
     teacher (p, B, K): probabilities, no gradient; student (s, B, K): log-probabilities.
     """
-    return -torch.einsum("ibk,jbk->ij", teacher, student) / teacher.shape[1]
+    return -_pairs(teacher, student)
 
 
 def cosine_pairs(teacher: Tensor, student: Tensor) -> Tensor:
     """2 - 2 cos of embeddings (p, B, E) and (s, B, E), every view with every view: (p, s), averaged over the batch."""
     teacher, student = F.normalize(teacher.float(), dim=-1), F.normalize(student.float(), dim=-1)
-    return 2.0 - 2.0 * torch.einsum("ibe,jbe->ij", teacher, student) / teacher.shape[1]
+    return 2.0 - 2.0 * _pairs(teacher, student)
+
+
+def _pairs(a: Tensor, b: Tensor) -> Tensor:
+    """Products (p, B, K) x (s, B, K) -> (p, s), summed over K, averaged over B. An einsum would go to bf16."""
+    return (a.float().unsqueeze(1) * b.float().unsqueeze(0)).sum(dim=-1).mean(dim=-1)
 
 
 def collapse_monitors(teacher: Tensor, student: Tensor) -> dict[str, Tensor]:
