@@ -63,7 +63,7 @@ def _decompress(path: Path) -> bytes:
 def check_header(head: bytes, path: Path) -> int:
     """Check the first bytes of a decompressed file; returns how many bytes it must have. InputError otherwise."""
     header = _parse(head, path)
-    magic = header["magic"].item()[:3]
+    magic = header["magic"].tobytes()[:3]
     if magic not in (b"n+1", b"n+2"):
         raise InputError(f"{path}: found the magic {magic!r}, needs a NIfTI in one file ('n+1')")
     count = int(header["dim"][0])
