@@ -2,17 +2,19 @@
 
     python -m Finetune.predict --checkpoint runs/btcv/checkpoint-last.pth --images DIR_or_LIST --out DIR
 
-A checkpoint of main_finetune is all that is needed: it holds network, preset and preprocessing. Several checkpoints
-are an ensemble: the mean of their logits. Memory does not grow with the depth of a volume times the number of classes
-(see sliding.py, regrid.py).
+A checkpoint of main_finetune, or the folder of its run, is all that is needed: it holds network, preset and
+preprocessing. Several checkpoints are an ensemble: the mean of their logits. Memory does not grow with the depth of a
+volume times the number of classes (see sliding.py, regrid.py).
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -23,36 +25,41 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import volumes
-from common.checkpoint import file_sha256
-from common.config import InputError, parse, run_program, setting, to_dict
+from common import checkpoint, volumes
+from common.config import InputError, check_writable, parse, run_program, setting, to_dict
 from common.datalist import Case, read_cases
 from common.distributed import setup
 from common.engine import autocast_dtype
 from common.logging import progress, say
 from Finetune.build import load_finetuned
 from Finetune.engine_finetune import predictor
-from Finetune.files import save_bytes, writable, write_nifti
+from Finetune.files import save_bytes, write_nifti
 from Finetune.pictures import overlay, save_png
 from Finetune.presets import Preset
 from Finetune.regrid import Grid, regrid
 from Finetune.sliding import Window, slabs, window_starts
 
 PROTOCOL = "predictions.json"
+BEST = "checkpoint-best.pth"
 
 
 @dataclass(kw_only=True)
 class PredictSettings:
     """Settings of a prediction."""
 
-    checkpoint: tuple[Path, ...] = setting(help="of main_finetune; several are an ensemble (folds, seeds)")
+    checkpoint: tuple[Path, ...] = setting(
+        help="of main_finetune, or the folder of a run: its last one, or the best where the run was to --select it; "
+        "several are an ensemble (folds, seeds)"
+    )
     images: Path = setting(help="folder of NIfTI files or DICOM series, a text file of paths, or a Decathlon JSON")
     out: Path = setting(help="folder for the label maps, one NAME.nii.gz per volume")
     cases: Literal["all", "validation"] = setting(
-        "all", "validation: only the cases that the checkpoint did not train on"
+        "all", "validation: only the validation cases of the checkpoint (of an ensemble: those of every member)"
     )
-    overlap: float = setting(0.5, "overlap of the sliding window")
-    blending: Literal["gaussian", "constant"] = setting("gaussian", "of overlapping windows; the authors': constant")
+    overlap: float | None = setting(None, "of the sliding window; none: the one that the checkpoint's run was given")
+    blending: Literal["gaussian", "constant"] | None = setting(
+        None, "of overlapping windows; the authors': constant; none: the one that the checkpoint's run was given"
+    )
     sw_batch_size: int | None = setting(None, "windows per forward pass; none: 4 on CUDA, 1 on a CPU")
     flips: bool = setting(False, "mean over the 8 mirror images of each window: 8 times the work")
     probabilities: bool = setting(False, "also NAME_probabilities.nii: one channel per class, in steps of 1/255")
@@ -63,14 +70,14 @@ class PredictSettings:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(PredictSettings, argv, description=__doc__)
-    if not 0 <= config.overlap < 1:
-        raise InputError(f"overlap: found {config.overlap}, needs at least 0 and less than 1")
+    if config.sw_batch_size is not None and config.sw_batch_size < 1:
+        raise InputError(f"sw_batch_size: found {config.sw_batch_size}, needs at least 1")
     run = setup(config.device)
-    ensemble = load_ensemble(config.checkpoint)
+    ensemble = load_ensemble([find_checkpoint(path) for path in config.checkpoint])
+    window = choose_window(config, ensemble, run.device)
     cases = choose_cases(config, ensemble.validation_cases)
-    writable(config.out)
-    batch = config.sw_batch_size or (4 if run.device.type == "cuda" else 1)
-    window = Window(ensemble.roi, config.overlap, config.blending, batch)
+    check_writable(config.out)
+    (config.out / PROTOCOL).unlink(missing_ok=True)  # of an earlier run: it must not vouch for label maps of this one
     models = [model.to(run.device) for model in ensemble.models]
     predict = mean_logits(models, run.device, autocast_dtype(config.amp, run.device), config.flips)
     failures = []
@@ -82,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         except InputError as error:
             failures.append(case.name)
             say(f"error: {error}")
-    protocol = describe(config, ensemble, [case.name for case in cases if case.name not in failures])
+    done = [case.name for case in cases if case.name not in failures]
+    protocol = describe(config, ensemble, window, done, failures)
     save_bytes(config.out / PROTOCOL, json.dumps(protocol, indent=2).encode())
     say(f"{len(cases) - len(failures)} of {len(cases)} label maps in {config.out}")
     if failures:
@@ -99,28 +107,63 @@ class Ensemble:
     models: list[nn.Module]
     preset: Preset
     roi: tuple[int, int, int]
-    validation_cases: list[str]
+    validation_cases: list[str]  # which no member trained on
     members: list[dict[str, Any]]
+    config: dict[str, Any]  # the settings of the first member's run
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint itself, or of the folder of a run the one that is reported: the last, unless the run was to select
+    the best."""
+    if not path.is_dir():
+        return path
+    last = path / checkpoint.LAST
+    if not last.is_file():
+        raise InputError(f"{path}: found no {checkpoint.LAST}, needs a checkpoint or the folder of a run")
+    args = checkpoint.load(last).get("args")
+    if not isinstance(args, dict) or not isinstance(args.get("config"), dict) or args["config"].get("select") != "best":
+        return last
+    if not (path / BEST).is_file():
+        raise InputError(f"{path}: found no {BEST}, its run was to select the best checkpoint (--select best)")
+    return path / BEST
 
 
 def load_ensemble(paths: Sequence[Path]) -> Ensemble:
-    """InputError unless all checkpoints share preset (classes and preprocessing) and roi."""
+    """InputError unless all checkpoints segment, and share preset (classes and preprocessing) and roi."""
     models, members = [], []
     first = None
     for path in paths:
         model, architecture, preset, args = load_finetuned(path)
+        if preset.task != "segmentation":
+            raise InputError(
+                f"{path}: its preset {preset.name} is for {preset.task}, there are no label maps to predict; "
+                "main_finetune writes classification.csv"
+            )
         kind = (preset.labels, preset.regions, preset.preprocessing, preset.channels, architecture.roi)
         if first is None:
-            first = (kind, preset, architecture.roi, args["validation_cases"])
+            first = (kind, preset, architecture.roi, args["config"])
+            validation = list(args["validation_cases"])
         elif kind != first[0]:
             raise InputError(f"{path}: its classes, preprocessing or roi differ from those of {paths[0]}")
+        validation = [name for name in validation if name in set(args["validation_cases"])]
         models.append(model)
         members.append(
-            {"checkpoint": str(path), "sha256": file_sha256(path), "architecture": to_dict(architecture)}
+            {"checkpoint": str(path), "sha256": checkpoint.file_sha256(path), "architecture": to_dict(architecture)}
             | {key: args.get(key) for key in ("init", "init_sha256", "selected", "step", "leak")}
             | {"fold": args["config"]["fold"], "seed": args["config"]["seed"], "labels": len(args["training_cases"])}
         )
-    return Ensemble(models, first[1], first[2], first[3], members)
+    _, preset, roi, config = first
+    return Ensemble(models, preset, roi, validation, members, config)
+
+
+def choose_window(config: PredictSettings, ensemble: Ensemble, device: torch.device) -> Window:
+    """What is not given is as in the first member's run."""
+    overlap = ensemble.config.get("overlap", 0.5) if config.overlap is None else config.overlap
+    if not 0 <= overlap < 1:
+        raise InputError(f"overlap: found {overlap}, needs at least 0 and less than 1")
+    blending = config.blending or ensemble.config.get("blending", "gaussian")
+    batch = config.sw_batch_size or (4 if device.type == "cuda" else 1)
+    return Window(ensemble.roi, overlap, blending, batch)
 
 
 def mean_logits(
@@ -144,7 +187,14 @@ def mean_logits(
 
 
 def choose_cases(config: PredictSettings, validation: Sequence[str]) -> list[Case]:
+    """The volumes of `config.images`. InputError when there is none, or a label map could be taken for an image, or
+    would be written over one."""
+    images, out = config.images.resolve(), config.out.resolve()
+    if config.images.is_dir() and out.is_relative_to(images):
+        raise InputError(f"out: found {config.out}, which is in --images {config.images}; needs a folder outside it")
     cases = read_cases(config.images)
+    if config.cases == "validation" and not validation:
+        raise InputError("cases: no case validates for every checkpoint; predict each fold with its own checkpoint")
     if config.cases == "validation":
         cases = [case for case in cases if case.name in set(validation)]
     if not cases:
@@ -154,6 +204,9 @@ def choose_cases(config: PredictSettings, validation: Sequence[str]) -> list[Cas
     double = next((name for name in names if names.count(name) > 1), None)
     if double:
         raise InputError(f"{config.images}: two volumes are called {double}, their label maps would be one file")
+    for case in cases:
+        if out / f"{case.name}.nii.gz" == case.image.resolve():
+            raise InputError(f"out: found {config.out}, where the label map of {case.image} would be written over it")
     return cases
 
 
@@ -167,6 +220,8 @@ def predict_case(
     config: PredictSettings,
 ) -> None:
     """One volume: read, preprocess, slide, put back, write."""
+    if case.problem:
+        raise InputError(case.problem)
     image = volumes.read_image(case.image, channels=preset.channels)
     prepared, _ = preset.preprocessing.apply(image)
     own = own_grid(case.image, image)
@@ -174,22 +229,22 @@ def predict_case(
     shown = to_grey(image, preset) if config.overlays else None
     del image
     labels = np.zeros(own.shape, np.uint8)
-    probabilities = (
-        Probabilities(config.out / f"{case.name}_probabilities.nii", own, preset) if config.probabilities else None
-    )
+    with ExitStack() as stack:
+        probabilities = None
+        if config.probabilities:
+            path = config.out / f"{case.name}_probabilities.nii"
+            probabilities = stack.enter_context(Probabilities(path, own, preset))
 
-    def emit(where: tuple[slice, slice, slice], logits: Tensor) -> None:
-        labels[where] = label_map(logits, preset).numpy()
-        if probabilities:
-            probabilities.put(where, logits)
+        def emit(where: tuple[slice, slice, slice], logits: Tensor) -> None:
+            labels[where] = label_map(logits, preset).numpy()
+            if probabilities:
+                probabilities.put(where, logits)
 
-    total = len(window_starts(prepared.shape[1:], window))
-    with progress(total=total, desc=f"predict {title}", unit="window") as bar:
-        tensor = torch.as_tensor(prepared.as_tensor())
-        regrid(slabs(tensor, predict, window, device, bar.update), source, own, emit)
-    write_label_map(config.out / f"{case.name}.nii.gz", labels, own, case.image)
-    if probabilities:
-        probabilities.close()
+        total = len(window_starts(prepared.shape[1:], window))
+        with progress(total=total, desc=f"predict {title}", unit="window") as bar:
+            tensor = torch.as_tensor(prepared.as_tensor())
+            regrid(slabs(tensor, predict, window, device, bar.update), source, own, emit)
+        write_label_map(config.out / f"{case.name}.nii.gz", labels, own, case.image)
     if shown is not None:
         canonical = nib.as_closest_canonical(nib.Nifti1Image(labels, own.affine))
         spacing = np.linalg.norm(canonical.affine[:3, :3], axis=0)
@@ -251,7 +306,7 @@ def to_grey(image: Tensor, preset: Preset) -> np.ndarray:
 
 class Probabilities:
     """A NIfTI file (D, H, W, K) of 8-bit probabilities, written in place through the disk, so that it never has to fit
-    in memory."""
+    in memory. A context: `path` is there when it was left without an exception, else nothing is."""
 
     def __init__(self, path: Path, grid: Grid, preset: Preset):
         self.path, self.sigmoid = path, bool(preset.regions)
@@ -262,10 +317,13 @@ class Probabilities:
         header.set_slope_inter(1 / 255, 0)
         header["vox_offset"] = 352
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.temporary.write_bytes(header.binaryblock + b"\0" * 4)
+            with open(self.temporary, "wb") as file:
+                file.write(header.binaryblock + b"\0" * 4)
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a SIGBUS in the middle
+                    os.posix_fallocate(file.fileno(), 0, 352 + math.prod(shape))
             self.values = np.memmap(self.temporary, np.uint8, "r+", offset=352, shape=shape, order="F")
         except OSError as error:
+            self.temporary.unlink(missing_ok=True)
             raise InputError(f"{path}: cannot be written ({error.strerror})") from None
         if not self.sigmoid:
             self.values[..., 0] = 255  # background, where nothing will be put
@@ -274,33 +332,43 @@ class Probabilities:
         share = logits.sigmoid() if self.sigmoid else logits.softmax(dim=0)
         self.values[where] = (share * 255).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
 
-    def close(self) -> None:
-        self.values.flush()
-        os.replace(self.temporary, self.path)
+    def __enter__(self) -> "Probabilities":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.values.flush()
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- protocol
 
 
-def describe(config: PredictSettings, ensemble: Ensemble, cases: list[str]) -> dict[str, Any]:
+def describe(
+    config: PredictSettings, ensemble: Ensemble, window: Window, cases: list[str], failed: list[str]
+) -> dict[str, Any]:
     """How these label maps were made; evaluate copies it onto the score card."""
     return {
         "preset": ensemble.preset.name,
         "checkpoints": ensemble.members,
         "spacing": list(ensemble.preset.spacing) if ensemble.preset.spacing else None,
         "roi": list(ensemble.roi),
-        "overlap": config.overlap,
-        "blending": config.blending,
+        "overlap": window.overlap,
+        "blending": window.blending,
         "flips": config.flips,
         "ensemble": len(ensemble.members),
         "code_version": code_version(),
         "cases": cases,
+        "failed": failed,
     }
 
 
 def code_version() -> str:
-    """The commit of the checkout, "unknown" where there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit of the checkout, with -dirty where files differ from it; "unknown" where there is none."""
+    describe = ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]  # no tag: the hash itself
+    command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -40,9 +40,10 @@ class Bright(torch.nn.Module):
         return -((x - self.levels.reshape(1, -1, 1, 1, 1)) ** 2) * 50
 
 
-def save_checkpoint(path, preset, seed=0, **kwargs):
+def save_checkpoint(path, preset, seed=0, config=None, validation=("plain",), **kwargs):
     torch.manual_seed(seed)
     sizes = {
+        "model": "unetr",
         "embed_dim": 24,
         "depth": 4,
         "num_heads": 2,
@@ -50,17 +51,15 @@ def save_checkpoint(path, preset, seed=0, **kwargs):
         "roi": (32, 32, 32),
         "patch_size": (16, 16, 16),
     }
-    architecture = Architecture(
-        model="unetr", in_chans=preset.channels, out_channels=preset.out_channels, **(sizes | kwargs)
-    )
+    architecture = Architecture(in_chans=preset.channels, out_channels=preset.out_channels, **(sizes | kwargs))
     args = {
         "preset": to_dict(preset),
         "architecture": to_dict(architecture),
-        "config": {"fold": 0, "seed": seed},
+        "config": {"fold": 0, "seed": seed} | (config or {}),
         "init": "scratch",
         "selected": "last",
         "training_cases": ["a"],
-        "validation_cases": ["plain"],
+        "validation_cases": list(validation),
         "step": 1,
     }
     checkpoint.save(path, {"state_dict": build_model(architecture).state_dict(), "args": args})
@@ -219,6 +218,98 @@ def test_bad_input(tmp_path, preset, file):
     torch.save({"student": {}}, tmp_path / "pretraining.pth")
     with pytest.raises(InputError, match="pretraining.pth: not a fine-tuned checkpoint"):
         run(tmp_path / "pretraining.pth", tmp_path / "in", tmp_path / "out")
+    for wrong in (-1, 0):
+        with pytest.raises(InputError, match=f"sw_batch_size: found {wrong}, needs at least 1"):
+            run(file, tmp_path / "in", tmp_path / "out", "--sw_batch_size", wrong)
+    classes = load_preset("CC_CCII")
+    save_checkpoint(tmp_path / "classes.pth", classes, model="classifier")
+    with pytest.raises(InputError, match="classes.pth: its preset CC_CCII is for classification"):
+        run(tmp_path / "classes.pth", tmp_path / "in", tmp_path / "out")
     shutil.copy(tmp_path / "in/scan.nii.gz", tmp_path / "out")  # a file where the folder should be
     with pytest.raises(InputError, match="out: cannot be written"):
         run(file, tmp_path / "in", tmp_path / "out")
+
+
+def test_an_image_is_never_written_over(tmp_path, preset, file):
+    write_ct(tmp_path / "in/scan.nii.gz", preset, AFFINES["flipped"])
+    before = (tmp_path / "in/scan.nii.gz").read_bytes()
+    (tmp_path / "list.txt").write_text("in/scan.nii.gz")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for images, out in (("in", "in"), ("in", "in/predictions"), ("list.txt", "in"), ("in", "link")):
+        with pytest.raises(InputError, match="out: found"):
+            run(file, tmp_path / images, tmp_path / out)
+    assert [p.name for p in (tmp_path / "in").iterdir()] == ["scan.nii.gz"]
+    assert (tmp_path / "in/scan.nii.gz").read_bytes() == before
+
+
+def test_a_path_that_leaves_its_list_is_refused(tmp_path, preset, file, capsys):
+    write_ct(tmp_path / "secret.nii.gz", preset, AFFINES["flipped"])
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/list.txt").write_text("../secret.nii.gz")
+    with pytest.raises(InputError, match="1 of 1 volumes"):
+        run(file, tmp_path / "lists/list.txt", tmp_path / "out")
+    assert "which leaves" in capsys.readouterr().out and not (tmp_path / "out/secret.nii.gz").exists()
+
+
+def test_an_ensemble_validates_on_what_no_member_has_trained_on(tmp_path, preset):
+    for name in ("a", "b", "c"):
+        write_ct(tmp_path / f"in/{name}.nii.gz", preset, AFFINES["flipped"])
+    one = save_checkpoint(tmp_path / "one.pth", preset, validation=("a", "b"))
+    two = save_checkpoint(tmp_path / "two.pth", preset, seed=1, validation=("b", "c"))
+    other = save_checkpoint(tmp_path / "other.pth", preset, seed=2, validation=("c",))
+    run([one, two], tmp_path / "in", tmp_path / "out", "--cases", "validation", "--no-overlays")
+    assert [p.name for p in (tmp_path / "out").glob("*.nii.gz")] == ["b.nii.gz"]
+    with pytest.raises(InputError, match="no case validates for every checkpoint"):
+        run([one, other], tmp_path / "in", tmp_path / "out", "--cases", "validation")
+
+
+def test_the_folder_of_a_run_gives_the_checkpoint_that_is_reported(tmp_path, preset):
+    write_ct(tmp_path / "in/scan.nii.gz", preset, AFFINES["flipped"])
+
+    def used(*flags):
+        run(tmp_path / "run", tmp_path / "in", tmp_path / "out", "--no-overlays", *flags)
+        protocol = json.loads((tmp_path / "out/predictions.json").read_text())
+        return protocol["checkpoints"][0]["checkpoint"].split("/")[-1], protocol["overlap"], protocol["blending"]
+
+    (tmp_path / "run").mkdir()
+    with pytest.raises(InputError, match=r"run: found no checkpoint-last.pth"):
+        used()
+    last = tmp_path / "run/checkpoint-last.pth"
+    save_checkpoint(last, preset)
+    save_checkpoint(tmp_path / "run/checkpoint-best.pth", preset, seed=1)  # left by a run that asked for it
+    assert used() == ("checkpoint-last.pth", 0.5, "gaussian")
+    save_checkpoint(last, preset, config={"select": "best", "overlap": 0.25, "blending": "constant"})
+    assert used() == ("checkpoint-best.pth", 0.5, "gaussian")
+    (tmp_path / "run/checkpoint-best.pth").unlink()
+    with pytest.raises(InputError, match="run: found no checkpoint-best.pth"):
+        used()
+    save_checkpoint(last, preset, config={"overlap": 0.25, "blending": "constant"})
+    assert used() == ("checkpoint-last.pth", 0.25, "constant")  # as the run validated
+    assert used("--overlap", 0, "--blending", "gaussian") == ("checkpoint-last.pth", 0.0, "gaussian")
+
+
+def test_what_was_stopped_leaves_nothing_half_written_and_no_protocol(tmp_path, monkeypatch, preset, file):
+    write_ct(tmp_path / "in/scan.nii.gz", preset, AFFINES["flipped"])
+    run(file, tmp_path / "in", tmp_path / "out", "--no-overlays")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("Finetune.predict.label_map", stopped)
+    (tmp_path / "out/scan.nii.gz").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(file, tmp_path / "in", tmp_path / "out", "--no-overlays", "--probabilities")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch, preset, file, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    write_ct(tmp_path / "in/scan.nii.gz", preset, AFFINES["flipped"])
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(InputError, match="1 of 1 volumes"):
+        run(file, tmp_path / "in", tmp_path / "out", "--no-overlays", "--probabilities")
+    assert "scan_probabilities.nii: cannot be written (No space left" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
+    assert json.loads((tmp_path / "out/predictions.json").read_text())["failed"] == ["scan"]
