@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from common import volumes
 from common.config import InputError
 from common.datalist import ENDINGS, Case, read_cases, stem
 from common.logging import progress
@@ -190,17 +191,22 @@ def few_labels(
 # ---------------------------------------------------------------- label values
 
 
-def map_values(values: np.ndarray, preset: Preset, where: str | Path) -> np.ndarray:
-    """Label values of a file as the preset's ids, uint8. InputError names a value that the preset does not know."""
-    known = preset.label_values or {number: number for number in preset.labels}
-    found = np.unique(values)
-    unknown = [value for value in found.tolist() if value not in known]
-    if unknown:
-        raise InputError(f"{where}: found the label value {unknown[0]:g}, preset {preset.name} allows {sorted(known)}")
-    ids = np.zeros(values.shape, np.uint8)
-    for value in found.tolist():
-        ids[values == value] = known[value]
-    return ids
+def map_values(values: np.ndarray, preset: Preset, where: str | Path, or_ids: bool = False) -> np.ndarray:
+    """Label values of a file as the preset's ids, uint8; with `or_ids` (predictions) the file may hold ids already.
+    InputError names a value that the preset does not know."""
+    identity = {number: number for number in preset.labels}
+    tables = [identity] if or_ids else []
+    for known in [*tables, preset.label_values or identity]:
+        ids, unknown = np.zeros(values.shape, np.uint8), np.ones(values.shape, bool)
+        for value, number in known.items():
+            here = values == value
+            ids[here] = number
+            unknown &= ~here
+        if not unknown.any():
+            return ids
+    raise InputError(
+        f"{where}: found the label value {values[unknown][0]:g}, preset {preset.name} allows {sorted(known)}"
+    )
 
 
 def with_mapped_labels(cases: Sequence[Case], preset: Preset, folder: Path) -> list[Case]:
@@ -214,9 +220,9 @@ def with_mapped_labels(cases: Sequence[Case], preset: Preset, folder: Path) -> l
         key = f"{case.label.resolve()} {stat.st_size} {stat.st_mtime_ns} {sorted(preset.label_values.items())}"
         target = folder / f"{case.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.nii.gz"
         if not target.exists():
-            label = nib.load(case.label)
-            ids = map_values(np.asanyarray(label.dataobj), preset, case.label)
-            write_nifti(target, nib.Nifti1Image(ids, label.affine))
+            label = volumes.load(case.label, channels=1)
+            ids = map_values(label[0].numpy(), preset, case.label)
+            write_nifti(target, nib.Nifti1Image(ids, label.affine.numpy()))
         mapped.append(replace(case, label=target))
     return mapped
 

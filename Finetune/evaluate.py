@@ -10,25 +10,26 @@ one cross-validation.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
-from common import volumes
-from common.config import InputError, parse, run_program, setting
-from common.datalist import ENDINGS, stem
+from common import grid, volumes
+from common.config import InputError, check_writable, parse, run_program, setting
+from common.datalist import ENDINGS, read_cases, stem
 from common.logging import progress, say
 from Finetune.cases import label_for, map_values
-from Finetune.files import save_bytes, writable
+from Finetune.files import save_bytes
 from Finetune.metrics import Score, case_means, score_case
 from Finetune.pictures import overlay, save_png
 from Finetune.predict import PROTOCOL, to_grey
 from Finetune.presets import Preset, load_preset
 from Finetune.scorecard import box_plots, compare, compare_table, write_card
+
+OF_A_FOLDER = ("checkpoints", "cases", "failed", "trained_on")  # of its protocol; the rest is how it was made
 
 
 @dataclass(kw_only=True)
@@ -38,7 +39,9 @@ class EvaluateSettings:
     out: Path = setting(help="folder for the score card")
     predictions: tuple[Path, ...] = setting((), "folder of label maps; several are the folds of one cross-validation")
     labels: Path | None = setting(
-        None, "folder of reference label maps, named as the predictions or as the preset pairs them"
+        None,
+        "folder of reference label maps, named as the predictions or as the preset pairs them; "
+        "or a Decathlon JSON that names the label of every case",
     )
     preset: str | None = setting(None, "data set: a name of Finetune/datasets/, or the path of a YAML of one's own")
     images: Path | None = setting(None, "folder of the images, to draw the worst cases on; none: on the labels alone")
@@ -64,20 +67,30 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(
                 f"--{name}: missing; needs --predictions, --labels, --preset and --out, or --compare and --out"
             )
-    evaluate(config, load_preset(config.preset))
+    if config.worst < 0:
+        raise InputError(f"worst: found {config.worst}, needs at least 0")
+    if config.images and not config.images.is_dir():
+        raise InputError(f"images: found {config.images}, needs a folder")
+    preset = load_preset(config.preset)
+    if preset.task != "segmentation":
+        raise InputError(f"preset {preset.name}: is for {preset.task}, main_finetune writes its scores")
+    evaluate(config, preset)
 
 
 def evaluate(config: EvaluateSettings, preset: Preset) -> None:
     pairs = find_pairs(config.predictions, config.labels, preset)
-    writable(config.out)
+    made = {folder: read_protocol(folder) for folder in config.predictions}
+    check_writable(config.out)
     scores: list[Score] = []
     for name, (prediction, label) in progress(pairs.items(), desc="score", unit="case"):
         found, reference, spacing = read_pair(prediction, label, preset)
         scores += score_case(name, found, reference, spacing, preset.scored(), preset.nsd_tolerance)
-    table = write_card(config.out, scores, protocol(config, preset, list(pairs)), notes(config, preset))
+    table = write_card(
+        config.out, scores, protocol(config, preset, made, list(pairs)), notes(config, preset, made, pairs)
+    )
+    say(table)
     box_plots(config.out / "dice.png", scores)
     draw_worst(config, preset, pairs, scores)
-    say(table)
     say(f"score card in {config.out}")
 
 
@@ -88,22 +101,27 @@ def find_pairs(predictions: Sequence[Path], labels: Path, preset: Preset) -> dic
     """case -> (prediction, label). InputError for a prediction without a label, a case found twice, or nothing at
     all."""
     pairs: dict[str, tuple[Path, Path]] = {}
-    for folder in (*predictions, labels):
+    for folder in predictions:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder")
+    if not labels.exists():
+        raise InputError(f"{labels}: no such folder or list")
+    listed = {case.name: case.label for case in read_cases(labels)} if labels.is_file() else None
     for folder in predictions:
         for path in sorted(folder.iterdir()):
             name = stem(path)
-            if not path.name.endswith(ENDINGS) or path.name.startswith(".") or name.endswith("_probabilities"):
+            if not path.name.lower().endswith(ENDINGS) or path.name.startswith(".") or name.endswith("_probabilities"):
                 continue
             if name in pairs:
                 raise InputError(f"{path}: {name} is in {pairs[name][0].parent} as well, a case is scored once")
-            label = label_for(preset, name, labels)
+            label = label_for(preset, name, labels) if listed is None else listed.get(name)
             if label is None:
                 raise InputError(f"{path}: found no label for it in {labels}")
+            if label.resolve() == path.resolve():
+                raise InputError(f"{path}: found as its own label; --predictions and --labels must differ")
             pairs[name] = (path, label)
     if not pairs:
-        raise InputError(f"{', '.join(map(str, predictions))}: found no label map (.nii.gz, .nii or .nrrd)")
+        raise InputError(f"{', '.join(map(str, predictions))}: found no label map (NAME.nii.gz or .nii)")
     return pairs
 
 
@@ -117,46 +135,54 @@ def read_pair(prediction: Path, label: Path, preset: Preset) -> tuple[np.ndarray
         raise InputError(
             f"{prediction}: found the shape {found.shape}, its label {label} has {reference.shape} (both in RAS)"
         )
-    corners = np.array([[0, 0, 0, 1], [*found.shape, 1]]).T
-    shift = np.abs((found_affine - affine) @ corners).max()
+    shift = grid.distance(found_affine, affine, found.shape)
     if shift > 0.1 * spacing.min():
         raise InputError(
             f"{prediction}: lies up to {shift:.3g} mm off its label {label}, at most a tenth of a voxel is allowed"
         )
-    unmapped = {number: number for number in preset.labels}
-    known = map_values(found, preset, prediction) if not set(np.unique(found).tolist()) <= set(unmapped) else found
-    return known.astype(np.uint8), map_values(reference, preset, label), tuple(spacing.tolist())
+    found, reference = map_values(found, preset, prediction, or_ids=True), map_values(reference, preset, label)
+    return found, reference, tuple(spacing.tolist())
 
 
 def read_map(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(values (D, H, W), affine) of a label map, brought to RAS by flips and swaps of axes alone."""
-    try:
-        image = nib.as_closest_canonical(nib.load(path))
-        values = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
-    if values.ndim != 3:
-        raise InputError(f"{path}: found the shape {values.shape}, needs a 3D label map")
-    return values, image.affine
+    """(values (D, H, W), affine) of a label map, brought to RAS by flips and swaps of axes alone. InputError for a file
+    that is damaged: nibabel alone reads a torn .nii.gz as if it were whole."""
+    image = volumes.load(path, channels=1)
+    return image[0].numpy(), image.affine.numpy()
 
 
 # ---------------------------------------------------------------- what the card says
 
 
-def protocol(config: EvaluateSettings, preset: Preset, cases: list[str]) -> dict[str, Any]:
-    """How the predictions were made, as predict wrote it, and how they are scored."""
-    made = []
-    for folder in config.predictions:
-        try:
-            made.append(json.loads((folder / PROTOCOL).read_text()))
-        except (OSError, ValueError):
-            made.append({})
+def read_protocol(folder: Path) -> dict[str, Any]:
+    """How the label maps of a folder were made, as predict wrote it; {} where nothing says so. InputError for a file
+    that predict did not write."""
+    path = folder / PROTOCOL
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        for member in content["checkpoints"]:
+            _ = [member[key] for key in ("checkpoint", "sha256", "fold", "init")]
+        _ = [str(name) for name in content["cases"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not as Finetune.predict writes it ({error!r}); remove it, or predict again"
+        ) from None
+    return content
+
+
+def protocol(
+    config: EvaluateSettings, preset: Preset, made: Mapping[Path, dict[str, Any]], cases: list[str]
+) -> dict[str, Any]:
+    """How the predictions were made, where all folders agree, and how they are scored."""
+    first, *others = made.values()
     common = {
-        key: made[0][key]
-        for key in made[0]
-        if key not in ("checkpoints", "cases") and all(m.get(key) == made[0][key] for m in made)
+        key: value
+        for key, value in first.items()
+        if key not in OF_A_FOLDER and all(key in other and other[key] == value for other in others)
     }
-    members = [member for one in made for member in one.get("checkpoints", [])]
+    members = [member for one in made.values() for member in one.get("checkpoints", [])]
     scored = {
         "preset": preset.name,
         "nsd_tolerance_mm": preset.nsd_tolerance,
@@ -165,33 +191,60 @@ def protocol(config: EvaluateSettings, preset: Preset, cases: list[str]) -> dict
     return common | scored | {"fold": sorted({m["fold"] for m in members}), "checkpoints": members, "cases": cases}
 
 
-def notes(config: EvaluateSettings, preset: Preset) -> list[str]:
+def notes(
+    config: EvaluateSettings,
+    preset: Preset,
+    made: Mapping[Path, dict[str, Any]],
+    pairs: Mapping[str, tuple[Path, Path]],
+) -> list[str]:
     """What a reader of the scores must know."""
     lines = []
     author = labels_by(config.labels, preset)
     if author != "experts":
         lines.append(f"REFERENCE LABELS: {author}. These scores are agreement with them, not with the truth")
-    for folder in config.predictions:
-        path = folder / PROTOCOL
-        if not path.is_file():
+    if config.labels.is_file():
+        missing = [case.name for case in read_cases(config.labels) if case.name not in pairs]
+        lines += _about(missing, f"of {config.labels} have no label map, and are in no mean")
+    for folder, content in made.items():
+        if not content:
             lines.append(f"{folder} has no {PROTOCOL}: how its label maps were made is not known")
             continue
-        for member in json.loads(path.read_text()).get("checkpoints", []):
+        here = [name for name, (path, _) in pairs.items() if path.parent == folder]
+        lines += _about(
+            [name for name in here if name not in content["cases"]], f"in {folder} are not of this prediction"
+        )
+        lines += _about(content.get("failed", []), "could not be predicted, and are in no mean")
+        lines += _about([name for name in content.get("trained_on", []) if name in here], "TRAINED the network")
+        if content.get("preset", preset.name) != preset.name:
+            lines.append(f"{folder}: predicted by a network for preset {content['preset']}")
+        for member in content["checkpoints"]:
             if member.get("leak"):
                 lines.append(f"LEAK in fold {member['fold']}, {member['checkpoint']}: {member['leak']}")
             if member.get("selected") == "best":
                 lines.append(
                     f"{member['checkpoint']} was picked by validation: on the validation cases its scores flatter it"
                 )
+    keys = {key for content in made.values() for key in content if key not in OF_A_FOLDER}
+    first, *others = made.values()
+    differing = sorted(key for key in keys if any(other.get(key) != first.get(key) for other in others))
+    if differing:
+        lines.append(f"the folders of label maps were not made alike: they differ in {', '.join(differing)}")
     return lines
+
+
+def _about(cases: Sequence[str], what: str) -> list[str]:
+    """A note that names up to five cases; none without a case."""
+    names = ", ".join(cases[:5]) + (", ..." if len(cases) > 5 else "")
+    return [f"{len(cases)} case(s) {what}: {names}"] if cases else []
 
 
 def labels_by(labels: Path, preset: Preset) -> str:
     """Who made the reference labels: what the data set's own list says (`labels_by`, as common.sample_data writes it),
     else the preset."""
-    for folder in (labels, labels.parent):
+    lists = [labels] if labels.is_file() else [labels / "dataset.json", labels.parent / "dataset.json"]
+    for path in lists:
         try:
-            listing = json.loads((folder / "dataset.json").read_text())
+            listing = json.loads(path.read_text())
         except (OSError, ValueError):
             continue
         if isinstance(listing, dict) and isinstance(listing.get("labels_by"), str):
@@ -202,7 +255,9 @@ def labels_by(labels: Path, preset: Preset) -> str:
 def draw_worst(
     config: EvaluateSettings, preset: Preset, pairs: dict[str, tuple[Path, Path]], scores: Sequence[Score]
 ) -> None:
-    """worst/1-NAME.png, ...: cases of lowest mean Dice, reference above prediction."""
+    """worst/1-NAME.png, ...: cases of lowest mean Dice, reference above prediction. Those of an earlier card go."""
+    for path in (config.out / "worst").glob("[0-9]*-*.png"):
+        path.unlink()
     dice = {case: value for case, value in case_means(scores, "dice").items() if value is not None}
     for rank, case in enumerate(sorted(dice, key=dice.get)[: config.worst], start=1):
         found, reference, spacing = read_pair(*pairs[case], preset)

@@ -107,7 +107,8 @@ class Ensemble:
     models: list[nn.Module]
     preset: Preset
     roi: tuple[int, int, int]
-    validation_cases: list[str]  # which no member trained on
+    training_cases: set[str]  # of any member
+    validation_cases: list[str]  # of every member
     members: list[dict[str, Any]]
     config: dict[str, Any]  # the settings of the first member's run
 
@@ -142,9 +143,10 @@ def load_ensemble(paths: Sequence[Path]) -> Ensemble:
         kind = (preset.labels, preset.regions, preset.preprocessing, preset.channels, architecture.roi)
         if first is None:
             first = (kind, preset, architecture.roi, args["config"])
-            validation = list(args["validation_cases"])
+            training, validation = set(), list(args["validation_cases"])
         elif kind != first[0]:
             raise InputError(f"{path}: its classes, preprocessing or roi differ from those of {paths[0]}")
+        training |= set(args["training_cases"])
         validation = [name for name in validation if name in set(args["validation_cases"])]
         models.append(model)
         members.append(
@@ -153,7 +155,7 @@ def load_ensemble(paths: Sequence[Path]) -> Ensemble:
             | {"fold": args["config"]["fold"], "seed": args["config"]["seed"], "labels": len(args["training_cases"])}
         )
     _, preset, roi, config = first
-    return Ensemble(models, preset, roi, validation, members, config)
+    return Ensemble(models, preset, roi, training, validation, members, config)
 
 
 def choose_window(config: PredictSettings, ensemble: Ensemble, device: torch.device) -> Window:
@@ -362,6 +364,7 @@ def describe(
         "code_version": code_version(),
         "cases": cases,
         "failed": failed,
+        "trained_on": [name for name in cases if name in ensemble.training_cases],
     }
 
 

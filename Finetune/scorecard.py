@@ -38,10 +38,11 @@ def read_scores(folder: Path) -> tuple[list[Score], dict[str, Any]]:
         with open(folder / CSV, newline="") as file:
             rows = list(csv.DictReader(file))
         card = json.loads((folder / JSON).read_text())
+        _ = card["protocol"].keys()
         return [_score(row) for row in rows], card
     except FileNotFoundError as error:
         raise InputError(f"{folder}: holds no score card ({Path(error.filename).name} is missing)") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: its score card cannot be read ({error})") from None
 
 
@@ -120,6 +121,9 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
         "classes": {},
     }
     result["protocol_differs_in"] = differing(card_a["protocol"], card_b["protocol"])
+    result["labels_differ_in"] = sorted(
+        {case for case, name in pairs_a if pairs_a[case, name].label_ml != pairs_b[case, name].label_ml}
+    )
     for metric in METRICS:
         means_a, means_b = case_means(scores_a, metric), case_means(scores_b, metric)
         result["metrics"][metric] = difference([(means_a[case], means_b[case]) for case in means_a])
@@ -159,11 +163,16 @@ def compare_table(result: Mapping[str, Any]) -> str:
             continue
         interval = row["ci95"]
         shown = f"95 % {interval[0]:+.4f}..{interval[1]:+.4f}" if interval else "no interval, fewer than two cases"
+        alone = f", {row['one_sided']} with a value in one only" if row["one_sided"] else ""
         lines.append(
-            f"{name:{width}}  {row['difference']:+.4f}  {shown}  b higher in {row['b_higher']} of {row['pairs']}"
+            f"{name:{width}}  {row['difference']:+.4f}  {shown}  b higher in {row['b_higher']} of {row['pairs']}{alone}"
         )
     if result["protocol_differs_in"]:
         lines.append(f"note: the protocols differ in {', '.join(result['protocol_differs_in'])}")
+    if result["labels_differ_in"]:
+        lines.append(
+            f"note: the reference labels are not the same ones for {', '.join(result['labels_differ_in'][:5])}"
+        )
     return "\n".join(lines) + "\n"
 
 

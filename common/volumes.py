@@ -35,7 +35,7 @@ def read_image(path: str | Path, channels: int = 1) -> MetaTensor:
     InputError says what is wrong: missing, damaged, another shape, no sane grid, NaN, all one value.
     """
     path = Path(path)
-    image = _load(path, channels)
+    image = load(path, channels)
     voxels = image.as_tensor()
     broken = voxels.numel() - int(torch.isfinite(voxels).sum())
     if broken:
@@ -52,7 +52,7 @@ def read_label(path: str | Path, image: MetaTensor) -> MetaTensor:
     InputError when it lies on another grid (shape or affine), or holds anything but the whole numbers 0..255.
     """
     path = Path(path)
-    label = _load(path, channels=1)
+    label = load(path, channels=1)
     shape = tuple(image.shape[1:])
     if label.shape[1:] != shape:
         raise InputError(f"{path}: found a label of shape {tuple(label.shape[1:])}, its image has {shape}")
@@ -75,8 +75,9 @@ def read_label(path: str | Path, image: MetaTensor) -> MetaTensor:
 # ---------------------------------------------------------------- loading
 
 
-def _load(path: Path, channels: int) -> MetaTensor:
-    """(channels, D, H, W) float32, RAS; shape and grid checked, values not."""
+def load(path: Path, channels: int) -> MetaTensor:
+    """Any volume as (channels, D, H, W) float32, RAS; shape, grid and the file's own checksum are checked, values are
+    not. For images and labels that will be trained on there are `read_image` and `read_label`."""
     _check_readable(path)
     if path.is_dir():
         array, meta = _read_dicom(path)

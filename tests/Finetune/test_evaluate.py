@@ -1,6 +1,7 @@
 """The score card from files: pairing, geometry, rules, notes, comparison, pictures."""
 
 import csv
+import gzip
 import json
 
 import nibabel as nib
@@ -75,6 +76,8 @@ def test_card_of_two_cases(two_cases, capsys):
 
 def test_flipped_axes_of_a_file_do_not_matter(two_cases):
     before = run(two_cases)["mean"]
+    label = two_cases / "label/label0036.nii.gz"
+    save(label, np.asarray(nib.load(label).dataobj)[..., None])  # 4D with one channel is a volume
     path = two_cases / "p/img0035.nii.gz"
     nib.save(nib.as_closest_canonical(nib.load(path)), path)
     assert run(two_cases)["mean"] == before
@@ -97,6 +100,35 @@ def test_the_card_says_who_made_labels_and_choices(two_cases):
     assert any("LEAK in fold 1, c.pth: seen before" in note for note in card["notes"])
     assert any("picked by validation" in note for note in card["notes"])
     assert card["protocol"]["overlap"] == 0.5 and card["protocol"]["checkpoints"] == [member]
+    assert any(
+        "2 case(s) in " in note and "are not of this prediction: img0035, img0036" in note for note in card["notes"]
+    )
+    found = {
+        "cases": ["img0035", "img0036"],
+        "failed": ["img0037"],
+        "trained_on": ["img0036", "img0001"],
+        "preset": "WORD",
+    }
+    (two_cases / "p/predictions.json").write_text(json.dumps(protocol | found))
+    text = "\n".join(run(two_cases)["notes"])
+    assert "1 case(s) could not be predicted, and are in no mean: img0037" in text
+    assert "1 case(s) TRAINED the network: img0036" in text and "predicted by a network for preset WORD" in text
+    assert "not of this prediction" not in text
+
+
+def test_labels_may_be_a_list_and_then_what_is_missing_is_said(two_cases):
+    before = run(two_cases)["mean"]
+    entries = [
+        {"name": f"img{n}", "image": f"x/img{n}.nii.gz", "label": f"label/label{n}.nii.gz"}
+        for n in ("0035", "0036", "0037")
+    ]
+    (two_cases / "list.json").write_text(json.dumps({"training": entries, "labels_by": "students"}))
+    card = run(two_cases, "--labels", two_cases / "list.json")
+    assert card["mean"] == before and card["protocol"]["labels_by"] == "students"
+    assert any("1 case(s) of" in note and "are in no mean: img0037" in note for note in card["notes"])
+    (two_cases / "list.json").write_text(json.dumps({"training": entries[:1]}))
+    with pytest.raises(InputError, match="img0036.nii.gz: found no label for it"):
+        run(two_cases, "--labels", two_cases / "list.json")
 
 
 def test_folds_are_pooled_and_no_case_counts_twice(two_cases):
@@ -106,6 +138,13 @@ def test_folds_are_pooled_and_no_case_counts_twice(two_cases):
     flags = ["--predictions", two_cases / "p", two_cases / "q", "--labels", two_cases / "label", "--preset", "BTCV"]
     main([*map(str, flags), "--out", str(two_cases / "folds")])
     assert json.loads((two_cases / "folds/scores.json").read_text())["mean"] == whole["mean"]
+    for folder, overlap in (("p", 0.5), ("q", 0.25)):
+        content = {"checkpoints": [], "cases": ["img0035", "img0036"], "overlap": overlap, "flips": True}
+        (two_cases / folder / "predictions.json").write_text(json.dumps(content))
+    main([*map(str, flags), "--out", str(two_cases / "folds")])
+    card = json.loads((two_cases / "folds/scores.json").read_text())
+    assert "overlap" not in card["protocol"] and card["protocol"]["flips"] is True
+    assert any("not made alike: they differ in overlap" in note for note in card["notes"])
     (two_cases / "q/img0035.nii.gz").write_bytes((two_cases / "p/img0035.nii.gz").read_bytes())
     with pytest.raises(InputError, match="img0035 is in .* as well"):
         main([*map(str, flags), "--out", str(two_cases / "folds")])
@@ -122,7 +161,17 @@ def test_compare_is_paired_by_case(two_cases, capsys):
     assert result["metrics"]["dice"]["difference"] == pytest.approx(1 - a["mean"]["dice"]["mean"])
     assert result["metrics"]["dice"]["b_higher"] == 2 and result["metrics"]["hd95"]["difference"] < 0
     assert result["classes"]["right kidney"]["one_sided"] == 1  # a false positive in a, absent in b: no pair
-    assert "b higher in 2 of 2" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "b higher in 2 of 2" in text and "b higher in 1 of 1, 1 with a value in one only" in text
+    assert not result["labels_differ_in"]
+    reference = two_cases / "label/label0036.nii.gz"
+    save(reference, np.where(np.asarray(nib.load(reference).dataobj) == 6, 1, np.asarray(nib.load(reference).dataobj)))
+    run(two_cases, out="other")
+    main(["--compare", str(two_cases / "a"), str(two_cases / "other"), "--out", str(two_cases / "ab")])
+    assert "note: the reference labels are not the same ones for img0036" in capsys.readouterr().out
+    (two_cases / "other/scores.json").write_text("[]")
+    with pytest.raises(InputError, match="other: its score card cannot be read"):
+        main(["--compare", str(two_cases / "a"), str(two_cases / "other"), "--out", str(two_cases / "ab")])
     (two_cases / "p/img0036.nii.gz").unlink()
     run(two_cases, out="c")
     with pytest.raises(InputError, match="not the same cases"):
@@ -148,8 +197,31 @@ def test_bad_input(two_cases):
     with pytest.raises(InputError, match="img0035.nii.gz: found the label value 14"):
         run(two_cases)
     (two_cases / "p/img0035.nii.gz").write_bytes(b"no nifti")
-    with pytest.raises(InputError, match="img0035.nii.gz: cannot be read"):
+    with pytest.raises(InputError, match="img0035.nii.gz: found a file that is not gzip"):
         run(two_cases)
+    damaged = bytearray(gzip.compress(nib.Nifti1Image(label.astype(np.uint8), AFFINE).to_bytes(), mtime=0))
+    damaged[200:260] = b"\xff" * 60  # nibabel reads this without a word, as other labels
+    (two_cases / "p/img0035.nii.gz").write_bytes(damaged)
+    with pytest.raises(InputError, match="img0035.nii.gz: the gzip data is damaged"):
+        run(two_cases)
+    colours = np.zeros(label.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nib.save(nib.Nifti1Image(colours, AFFINE), two_cases / "p/img0035.nii.gz")
+    with pytest.raises(InputError, match="img0035.nii.gz: found .*data"):
+        run(two_cases)
+    for extra, words in (
+        (["--worst", "-1"], "worst: found -1"),
+        (["--images", two_cases / "nowhere"], "images: found .*nowhere, needs a folder"),
+        (["--labels", two_cases / "nowhere"], "nowhere: no such folder or list"),
+        (["--preset", "CC_CCII"], "preset CC_CCII: is for classification"),
+        (["--labels", two_cases / "p"], "img0035.nii.gz: found as its own label"),
+    ):
+        with pytest.raises(InputError, match=words):
+            run(two_cases, *extra)
+    for content in ("no json", "[]", '{"checkpoints": 3}', '{"checkpoints": [{}], "cases": []}'):
+        (two_cases / "p/predictions.json").write_text(content)
+        with pytest.raises(InputError, match="predictions.json: not as Finetune.predict writes it"):
+            run(two_cases)
+    (two_cases / "p/predictions.json").unlink()
     (two_cases / "label/label0035.nii.gz").unlink()
     with pytest.raises(InputError, match="img0035.nii.gz: found no label for it"):
         run(two_cases)

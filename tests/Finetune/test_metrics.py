@@ -54,7 +54,8 @@ def test_rule_for_each_way_of_not_being_there():
     assert (missed.status, missed.dice, missed.nsd) == ("missed", 0.0, 0.0)
     assert missed.hd95 == pytest.approx(diagonal)
     false_positive = score_class("c", "x", organ, empty, (1, 1, 2), 2.0)
-    assert (false_positive.status, false_positive.dice) == ("false positive", 0.0)
+    assert (false_positive.status, false_positive.dice, false_positive.nsd) == ("false positive", 0.0, 0.0)
+    assert false_positive.hd95 == pytest.approx(diagonal) and false_positive.label_ml == 0
 
 
 def test_means_are_over_classes_then_cases_and_count_everything():
