@@ -12,7 +12,7 @@ import numpy as np
 from common import volumes
 from common.config import InputError
 from common.datalist import ENDINGS, Case, read_cases, stem
-from common.logging import progress
+from common.logging import progress, say
 from common.sampling import mix
 from Finetune.files import write_nifti
 from Finetune.presets import Layout, Preset
@@ -125,7 +125,14 @@ def _folds(cases: Sequence[Case], preset: Preset) -> dict[int, list[Case]]:
         return folds
     by_name = {case.name: case for case in cases}
     first = [by_name[name] for name in preset.validation if name in by_name]
-    if first:
+    if preset.validation:
+        found = f"{len(first)} of the {len(preset.validation)} validation cases that preset {preset.name} names"
+        if not first:
+            raise InputError(
+                f"{cases[0].image.parent}: found {found} ({preset.validation[0]}, ...); or give a list of folds"
+            )
+        if len(first) < len(preset.validation):
+            say(f"warning: found {found}")
         rest = [case for case in cases if case.name not in set(preset.validation)]
         return {0: first} | dict(enumerate(_cut(rest, preset.folds - 1), start=1))
     groups: dict[str, list[Case]] = {}

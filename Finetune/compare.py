@@ -12,21 +12,26 @@ A scratch cell is the twin of the first checkpoint: its architecture, its schedu
 weights.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.checkpoint import file_sha256
-from common.config import InputError, load_yaml, parse, run_program, setting, to_dict
+from common.config import InputError, check_writable, load_yaml, parse, run_program, setting, to_dict
+from common.datalist import Case
 from common.logging import say
 from Finetune.cases import few_labels, find_cases, split
 from Finetune.compare_table import as_table, draw, short_name, summary, versus
-from Finetune.files import save_bytes, writable
+from Finetune.evaluate import labels_by
+from Finetune.files import save_bytes
 from Finetune.metrics import case_means
 from Finetune.presets import Preset, load_preset
 from Finetune.scorecard import CSV, JSON, read_scores
@@ -75,6 +80,7 @@ class Cell:
     seed: int
     flags: tuple[str, ...]
     folder: Path
+    validation: tuple[Case, ...]  # is predicted and scored
 
     @property
     def title(self) -> str:
@@ -89,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(CompareSettings, argv, description=__doc__)
     preset = load_preset(config.preset)
     cells = plan(config, preset)
-    writable(config.out)
+    check_writable(config.out)
     if config.slurm:
         write_array(config, len(cells), sys.argv[1:] if argv is None else argv)
         return
@@ -129,7 +135,8 @@ def plan(config: CompareSettings, preset: Preset) -> list[Cell]:
     taken = sorted(set(common) & {*OURS, "out_dir", "cache_dir"})
     if taken:
         raise InputError(f"{config.settings}: found '{taken[0]}', which the grid sets itself")
-    training, _ = split(find_cases(preset, config.data), preset, config.fold)
+    training, validation = split(find_cases(preset, config.data), preset, config.fold)
+    cases = [[case.name for case in part] for part in (training, validation)]
     first = next((init for init in inits if init != "scratch"), None)
     cells = []
     for init in inits:
@@ -139,10 +146,10 @@ def plan(config: CompareSettings, preset: Preset) -> list[Cell]:
             for seed in (_number(text, "seeds") for text in _items(config.seeds, "seeds")):
                 start = ["--init", init] if init != "scratch" or not first else ["--init", first, "--scratch_twin"]
                 flags = [*start, "--label_count", str(count), "--label_seed", str(seed), "--seed", str(seed)]
-                what = [to_dict(preset), common, config.fold, _hash_of(init, first), count, seed]
+                what = [to_dict(preset), common, config.fold, cases, _hash_of(init, first), count, seed]
                 key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
                 folder = config.out / "cells" / f"{short_name(init)}-{count}-seed{seed}-{key}"
-                cells.append(Cell(init, count, seed, tuple(flags), folder))
+                cells.append(Cell(init, count, seed, tuple(flags), folder, tuple(validation)))
     return cells
 
 
@@ -170,24 +177,44 @@ def _number(text: str, name: str) -> int:
 def run_cell(config: CompareSettings, preset: Preset, cell: Cell) -> str | None:
     """Train, predict, score in `cell.folder`; None when done, else the reason in one line. The output goes to log.txt
     there."""
-    _, validation = split(find_cases(preset, config.data), preset, config.fold)
-    images = "".join(f"{case.image.resolve()}\n" for case in validation)
-    save_bytes(cell.folder / "images.txt", images.encode())
-    labels = validation[0].label.parent if preset.layout.datalist or config.data.is_file() else config.data
-    run, predictions = cell.folder / "run", cell.folder / "predictions"
+    check_writable(cell.folder)
+    with claim(cell.folder) as lock:
+        if lock is None:
+            return "another process is at it (its start was interrupted, its training goes on?)"
+        return _run_programs(config, preset, cell, lock)
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[int | None]:
+    """A lock on a cell, as a file descriptor that the cell's programs inherit: it is theirs even when this process is
+    killed and they go on. None where another process has it. The system lets it go with its last holder."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks: go on
+                raise
+        yield file.fileno()
+
+
+def _run_programs(config: CompareSettings, preset: Preset, cell: Cell, lock: int) -> str | None:
+    entries = [
+        {"name": case.name, "image": str(case.image.resolve()), "label": str(case.label.resolve())}
+        for case in cell.validation
+    ]
+    listing = {"labels_by": labels_by(config.data, preset), "training": entries}
+    cases = (cell.folder / "cases.json").resolve()
+    save_bytes(cases, json.dumps(listing, indent=1).encode())
+    run, predictions = (cell.folder / "run").resolve(), (cell.folder / "predictions").resolve()
     train = ["Finetune.main_finetune", *(["--config", str(config.settings.resolve())] if config.settings else [])]
     train += ["--preset", _preset(config), "--data", str(config.data.resolve()), "--fold", str(config.fold)]
-    train += ["--cache_dir", str(config.cache_dir.resolve()), "--out_dir", str(run.resolve()), *_absolute(cell.flags)]
-    checkpoint = run.resolve() / "checkpoint-last.pth"
-    predict = [
-        "Finetune.predict",
-        "--checkpoint",
-        str(checkpoint),
-        "--images",
-        str((cell.folder / "images.txt").resolve()),
-    ]
-    predict += ["--out", str(predictions.resolve()), "--no-overlays"]
-    score = ["Finetune.evaluate", "--predictions", str(predictions.resolve()), "--labels", str(labels.resolve())]
+    train += ["--cache_dir", str(config.cache_dir.resolve()), "--out_dir", str(run), *_absolute(cell.flags)]
+    predict = ["Finetune.predict", "--checkpoint", str(run), "--images", str(cases)]
+    predict += ["--out", str(predictions), "--no-overlays"]
+    score = ["Finetune.evaluate", "--predictions", str(predictions), "--labels", str(cases)]
     score += ["--preset", _preset(config), "--out", str((cell.folder / "scores").resolve()), "--worst", "1"]
     for command in (train, predict, score):
         with open(cell.folder / "log.txt", "a") as log:
@@ -197,6 +224,7 @@ def run_cell(config: CompareSettings, preset: Preset, cell: Cell) -> str | None:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
+                pass_fds=(lock,),
             )
         if done.returncode:
             return f"{command[0]} ended with code {done.returncode}: {_last_line(cell.folder / 'log.txt')}"
@@ -204,7 +232,7 @@ def run_cell(config: CompareSettings, preset: Preset, cell: Cell) -> str | None:
 
 
 def _preset(config: CompareSettings) -> str:
-    return str(Path(config.preset).resolve()) if Path(config.preset).is_file() else config.preset
+    return str(Path(config.preset).resolve()) if config.preset.endswith((".yaml", ".yml")) else config.preset
 
 
 def _absolute(flags: Sequence[str]) -> list[str]:
@@ -236,7 +264,7 @@ def write_array(config: CompareSettings, count: int, argv: Sequence[str]) -> Non
 set -euo pipefail
 cd '{Path.cwd()}'
 export PYTHONPATH='{ROOT}'
-'{sys.executable}' -m Finetune.compare {quoted} --only "$SLURM_ARRAY_TASK_ID"
+'{sys.executable}' -m Finetune.compare {quoted} --no-slurm --only "$SLURM_ARRAY_TASK_ID"
 """
     save_bytes(config.out / "array.sbatch", script.encode())
     say(f"{count} cells: sbatch {config.out / 'array.sbatch'}")

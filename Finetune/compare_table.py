@@ -67,7 +67,7 @@ def as_table(result: dict[str, Any]) -> str:
             f"{name:{width}}  {row['count']:6}  {dice}  {_interval(row['ci95']):16}  {spread:24}  {gain}".rstrip()
         )
         if row["missing"]:
-            lines.append(f"{'':{width}}  {row['missing']} of {row['missing'] + len(seeds)} cells are missing")
+            lines.append(f"{'':{width}}  {row['missing']} of {row['missing'] + len(row['seeds'])} cells are missing")
     lines += [f"FAILED: {title}: {reason}" for title, reason in result["failed"].items()]
     return "\n".join(lines) + "\n"
 

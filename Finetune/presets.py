@@ -5,6 +5,7 @@ nearest right one.
 """
 
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -122,8 +123,14 @@ def check(preset: Preset, where: str | Path) -> Preset:
     def fail(text: str) -> None:
         raise InputError(f"{where}: {text}")
 
-    if preset.task == "segmentation" and sorted(preset.labels) != list(range(len(preset.labels))):
-        fail(f"labels: found the ids {sorted(preset.labels)}, needs 0 (background), 1, 2, ... without a gap")
+    if sorted(preset.labels) != list(range(len(preset.labels))):
+        fail(
+            f"labels: found the ids {sorted(preset.labels)}, needs 0 (the background, if any), 1, 2, ... without a gap"
+        )
+    names = list(preset.labels.values())
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        fail(f"labels: found the name '{double}' twice, each class needs its own")
     if len(preset.labels) < 2 or len(preset.labels) > 255:
         fail(f"labels: found {len(preset.labels)}, needs 2 to 255 with the background")
     if min(preset.roi) < 1 or min(preset.patch_size) < 1 or any(r % p for r, p in zip(preset.roi, preset.patch_size)):
@@ -137,6 +144,13 @@ def check(preset: Preset, where: str | Path) -> Preset:
     for name, ids in [*preset.regions.items(), ("label_values", tuple(preset.label_values.values()))]:
         if not set(ids) <= set(preset.labels):
             fail(f"{name}: found the ids {sorted(ids)}, allowed: {sorted(preset.labels)}")
+    if () in preset.regions.values():
+        fail(f"regions: found no id in '{next(name for name, ids in preset.regions.items() if not ids)}'")
+    least = {"channels": 1, "folds": 2, "nsd_tolerance": 0}
+    least |= {"validation_cases": 1} if preset.validation_cases is not None else {}
+    for field, low in least.items():
+        if getattr(preset, field) < low:
+            fail(f"{field}: found {getattr(preset, field)}, needs at least {low}")
     for field, value in vars(preset.augmentation).items():
         if not 0 <= value <= 1:
             fail(f"augmentation: {field}: found {value}, needs a probability 0..1")
@@ -145,6 +159,13 @@ def check(preset: Preset, where: str | Path) -> Preset:
         fail("layout: needs either 'datalist' or 'images' and 'labels'")
     if preset.task == "segmentation" and len(layout.images) != len(layout.labels):
         fail(f"layout: found {len(layout.images)} patterns of images and {len(layout.labels)} of labels, needs as many")
+    for field in ("case", "patient"):
+        try:
+            re.compile(getattr(layout, field) or "")
+        except re.error as error:
+            fail(f"layout: {field}: found '{getattr(layout, field)}', which is no regular expression ({error})")
+    if preset.task == "classification" and not set(layout.classes.values()) == set(preset.labels):
+        fail(f"layout: classes: found the numbers {sorted(layout.classes.values())}, needs {sorted(preset.labels)}")
     for pattern in (*layout.images, *layout.labels):
         if pattern.count("{case}") < 1:
             fail(f"layout: found '{pattern}', needs a {{case}} in it")

@@ -23,7 +23,7 @@ def names_of(cases):
     return [case.name for case in cases]
 
 
-def test_btcv_folds_and_nested_lists(tmp_path):
+def test_btcv_folds_and_nested_lists(tmp_path, capsys):
     numbers = [*range(1, 11), *range(21, 41)]
     touch(tmp_path, *[f"img/img{n:04}.nii.gz" for n in numbers], *[f"label/label{n:04}.nii.gz" for n in numbers])
     preset = load_preset("BTCV")
@@ -40,6 +40,12 @@ def test_btcv_folds_and_nested_lists(tmp_path):
     assert lists[12] == {f"img{n:04}" for n in [*range(1, 11), 21, 22]}
     with pytest.raises(InputError, match="fold: found 5"):
         split(cases, preset, 5)
+    split(cases[:-1], preset, 0)
+    assert "warning: found 5 of the 6 validation cases that preset BTCV names" in capsys.readouterr().out
+    with pytest.raises(
+        InputError, match=r"img: found 0 of the 6 validation cases that preset BTCV names \(img0035, ...\)"
+    ):
+        split(cases[:24], preset, 0)  # another fold 0 under the same number would not be the papers'
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib
 import json
 import subprocess
+import sys
 import types
 
 import pytest
@@ -34,6 +35,12 @@ SETTINGS = {
 def grid(tmp_path, monkeypatch):
     """A grid of 2 initialisations x 2 label counts on made-up data; programs run in this process, and are counted."""
     data = make_dataset(load_preset("MSD09_Spleen"), tmp_path / "data")
+    listing = json.loads((data / "dataset.json").read_text())
+    for entry in listing["training"]:  # a list may name its labels as it likes
+        renamed = entry["label"].replace("spleen", "reference_of_spleen")
+        (data / entry["label"]).rename(data / renamed)
+        entry["label"] = renamed
+    (data / "dataset.json").write_text(json.dumps(listing | {"labels_by": "a student"}))
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
     torch.manual_seed(0)
     vit = VisionTransformer3D(img_size=32, patch_size=16, embed_dim=24, depth=4, num_heads=2)
@@ -86,6 +93,9 @@ def test_a_grid_is_run_once_and_tabled(grid, capsys):
     assert "minus scratch" in capsys.readouterr().out and (grid.path / "out/compare.png").stat().st_size > 5000
     scratch = [args for args in used_by(grid) if args["init"] == "scratch"]
     assert len(scratch) == 1 and scratch[0]["architecture"]["embed_dim"] == 24  # the checkpoint's, not the default's
+    for card in grid.path.glob("out/cells/*/scores/scores.json"):
+        protocol = json.loads(card.read_text())["protocol"]
+        assert protocol["cases"] == ["spleen_2"] and protocol["labels_by"] == "a student"
     compare.main(flags)
     assert len(grid.calls) == 2 * 3  # nothing again
 
@@ -130,6 +140,30 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(grid, capsys):
     assert "FAILED: bad.pth" in capsys.readouterr().out
 
 
+def test_a_cell_that_another_process_is_at_is_left_to_it(grid):
+    config = compare.parse(compare.CompareSettings, [*grid.flags, "--label_counts", "2"])
+    first, second = compare.plan(config, load_preset("MSD09_Spleen"))
+    first.folder.mkdir(parents=True)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", hold, str(first.folder / ".lock")], **pipes)
+    try:
+        process.stdout.readline()
+        assert "another process is at it" in compare.run_cell(config, load_preset("MSD09_Spleen"), first)
+        assert not grid.calls
+    finally:
+        process.communicate(b"\n")
+    with compare.claim(first.folder) as lock:  # let go by the system, not by a file that stays
+        assert lock is not None
+        # a program of the cell holds it on: the one that started it may be killed
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
+    with compare.claim(first.folder) as lock:
+        assert lock is None
+    child.communicate(b"\n")
+    with compare.claim(first.folder) as lock:
+        assert lock is not None
+
+
 def test_a_slurm_array_has_one_task_per_cell(grid):
     compare.main([*grid.flags, "--slurm"])
     script = grid.path / "out/array.sbatch"
@@ -149,6 +183,14 @@ def test_settings_change_the_cell_and_bad_ones_are_refused(grid):
     (grid.path / "settings.yaml").write_text(yaml.safe_dump(SETTINGS | {"epochs": 2}))
     after = compare.plan(parse(compare.CompareSettings, grid.flags), load_preset("MSD09_Spleen"))
     assert not {cell.folder for cell in before} & {cell.folder for cell in after}
+    before, listing = after, grid.path / "data/dataset.json"
+    content = json.loads(listing.read_text())
+    listing.write_text(
+        json.dumps(content | {"training": content["training"] + [content["training"][0] | {"name": "x"}]})
+    )
+    after = compare.plan(parse(compare.CompareSettings, grid.flags), load_preset("MSD09_Spleen"))
+    assert not {cell.folder for cell in before} & {cell.folder for cell in after}  # other cases, another cell
+    listing.write_text(json.dumps(content))
     for extra, words in (
         (["--inits", "nowhere.pth"], "inits: found 'nowhere.pth'"),
         (["--label_counts", "3"], "label_count: found 3, there are 2"),

@@ -77,6 +77,21 @@ def test_a_yaml_of_ones_own(tmp_path):
         ({"spacing": "two"}, "spacing: found 'two'"),
         ({"layout": {"images": ["img/*.nii.gz"], "labels": ["label/*.nii.gz"]}}, "case"),
         ({"layout": {}}, "layout: needs either"),
+        ({"labels": {0: "background", 1: "spleen", 2: "spleen"}}, "labels: found the name 'spleen' twice"),
+        ({"regions": {"organ": []}}, "regions: found no id in 'organ'"),
+        ({"channels": 0}, "channels: found 0, needs at least 1"),
+        ({"folds": 1}, "folds: found 1, needs at least 2"),
+        ({"validation_cases": 0}, "validation_cases: found 0, needs at least 1"),
+        ({"nsd_tolerance": -1}, "nsd_tolerance: found -1.0, needs at least 0"),
+        (
+            {"layout": {"datalist": "d.json", "case": "(["}},
+            r"layout: case: found '\(\[', which is no regular expression",
+        ),
+        ({"layout": {"datalist": "d.json", "patient": "*"}}, "layout: patient: found"),
+        (
+            {"task": "classification", "layout": {"images": ["A/{case}.nii.gz"], "classes": {"A": 7}}},
+            r"layout: classes: found the numbers \[7\], needs \[0, 1\]",
+        ),
     ],
 )
 def test_a_wrong_yaml_names_file_key_and_what_is_allowed(tmp_path, changes, words):
