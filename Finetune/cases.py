@@ -129,7 +129,7 @@ def _folds(cases: Sequence[Case], preset: Preset) -> dict[int, list[Case]]:
         found = f"{len(first)} of the {len(preset.validation)} validation cases that preset {preset.name} names"
         if not first:
             raise InputError(
-                f"{cases[0].image.parent}: found {found} ({preset.validation[0]}, ...); or give a list of folds"
+                f"{cases[0].image.parent}: found {found} ({preset.validation[0]}, ...); or name folds in a list"
             )
         if len(first) < len(preset.validation):
             say(f"warning: found {found}")

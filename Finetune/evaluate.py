@@ -44,7 +44,9 @@ class EvaluateSettings:
         "or a Decathlon JSON that names the label of every case",
     )
     preset: str | None = setting(None, "data set: a name of Finetune/datasets/, or the path of a YAML of one's own")
-    images: Path | None = setting(None, "folder of the images, to draw the worst cases on; none: on the labels alone")
+    images: tuple[Path, ...] = setting(
+        (), "folders of the images, to draw the worst cases on; without the image a case is drawn on black"
+    )
     worst: int = setting(3, "pictures of this many worst cases")
     compare: tuple[Path, ...] = setting(
         (), "two folders with score cards on the same cases: paired differences, second minus first"
@@ -69,8 +71,9 @@ def main(argv: list[str] | None = None) -> None:
             )
     if config.worst < 0:
         raise InputError(f"worst: found {config.worst}, needs at least 0")
-    if config.images and not config.images.is_dir():
-        raise InputError(f"images: found {config.images}, needs a folder")
+    for folder in config.images:
+        if not folder.is_dir():
+            raise InputError(f"images: found {folder}, needs a folder")
     preset = load_preset(config.preset)
     if preset.task != "segmentation":
         raise InputError(f"preset {preset.name}: is for {preset.task}, main_finetune writes its scores")
@@ -271,10 +274,9 @@ def draw_worst(
         )
 
 
-def picture_of(folder: Path | None, case: str, preset: Preset) -> np.ndarray | None:
-    """The image of a case (D, H, W) in [0, 1], RAS; None without a folder of images, or where it holds none of that
-    name."""
-    for path in (folder / f"{case}{ending}" for ending in (*ENDINGS, "") if folder):
+def picture_of(folders: Sequence[Path], case: str, preset: Preset) -> np.ndarray | None:
+    """The image of a case (D, H, W) in [0, 1], RAS; None where no folder holds one of that name."""
+    for path in (folder / f"{case}{ending}" for folder in folders for ending in (*ENDINGS, "")):
         if path.exists():
             return to_grey(volumes.read_image(path, channels=preset.channels), preset)
     return None

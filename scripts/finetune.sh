@@ -1,15 +1,38 @@
 # Sourced by the recipes of the data sets: finetune PRESET SETTING... fine-tunes, predicts the validation cases of the fold, scores them.
 #
-# The recipe sets data (folder or list), out (folder of the run), volumes (what to predict), labels, images (for the pictures).
+# The recipe sets data (folder or list), out (folder of the run), volumes (what to predict), labels, images (folders, for the pictures).
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 finetune() {
-  local preset="$1"
+  local preset="$1" word
   shift
-  case " $* " in *" --out_dir "* | *" --data "*) echo "error: --data, --out_dir: give them as DATA= and OUT=, prediction and scores use them too" >&2; exit 2 ;; esac
+  for word in "$@"; do
+    case "$word" in
+      --out_dir | --out_dir=* | --data | --data=*)
+        echo "error: $word: give them as DATA= and OUT=, prediction and scores use them too" >&2
+        exit 2
+        ;;
+      --preset | --preset=*)
+        echo "error: $word: this recipe is for $preset, prediction and scores use it too" >&2
+        exit 2
+        ;;
+      --help | -h)
+        launch Finetune.main_finetune --preset "$preset" --data "$data" --out_dir "$out" --fold 0 "$@"
+        return
+        ;;
+    esac
+  done
+  if [ -d "$volumes" ]; then # said now, not after the training
+    mkdir -p "$out"
+    case "$(cd "$out" && pwd -P)/" in
+      "$(cd "$volumes" && pwd -P)"/*)
+        echo "error: OUT=$out: is in $volumes, its label maps would be taken for images; needs a folder outside it" >&2
+        exit 2
+        ;;
+    esac
+  fi
   launch Finetune.main_finetune --preset "$preset" --data "$data" --out_dir "$out" --fold 0 "$@"
-  case " $* " in *" --help "* | *" -h "*) return ;; esac
   "$PYTHON" -m Finetune.predict --checkpoint "$out" --images "$volumes" --cases validation --out "$out/predictions"
-  "$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$labels" --preset "$preset" --images "$images" --out "$out/scores"
+  "$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$labels" --preset "$preset" --images "${images[@]}" --out "$out/scores"
 }

@@ -16,7 +16,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 
 data="${DATA:-data/AMOS22_CT}"
 out="${OUT:-runs/AMOS22_CT}"
-volumes="$data" labels="$data" images="$data/imagesTr"
+volumes="$data" labels="$data" images=("$data/imagesTr" "$data/imagesVa")
 
 finetune AMOS22_CT \
   --model unetr --size base --patch_size 16 --feature_size 48 \
