@@ -9,6 +9,7 @@ are shipped by neither paper: ours, the same for every initialisation that is co
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,16 +126,16 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         say(f"warning: fold {config.fold}: {args['leak']}")
     best = best_so_far(config)
 
-    def after_epoch(epoch: int, log: RunLog) -> dict[str, float]:
+    def after_epoch(epoch: int, log: RunLog, method: Finetuning) -> dict[str, float]:
         nonlocal best
         last = epoch + 1 == config.epochs
         if not validation or not config.validate_every or ((epoch + 1) % config.validate_every and not last):
             return {}
         if preset.task == "classification":
             name, out = "accuracy", config.out_dir if last else None
-            scores = validate_classes(model, validation, preset, architecture.roi, run, config.amp, out)
+            scores = validate_classes(method.model, validation, preset, architecture.roi, run, config.amp, out)
         else:
-            name, scores = "dice", validate(model, validation, preset, window, run, config.amp)
+            name, scores = "dice", validate(method.model, validation, preset, window, run, config.amp)
         log.scalars(scores, (epoch + 1) * plan.steps_per_epoch - 1)
         say(f"epoch {epoch + 1}: validation {name} {scores[f'val/{name}']:.4f}")
         if config.select == "best" and scores[f"val/{name}"] > best:
@@ -158,7 +159,7 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         learning_rate=lambda step: warmup_cosine(step, plan.total_steps, warmup, peak),
         weights=lambda step: {"dice": 1.0, "ce": 1.0},
         args=args,
-        optimizer=make_optimizer(method, config.weight_decay, config.layer_decay),
+        make_optimizer=partial(make_optimizer, weight_decay=config.weight_decay, layer_decay=config.layer_decay),
         after_epoch=after_epoch,
     )
     say(f"done: {path}")

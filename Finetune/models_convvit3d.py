@@ -342,7 +342,7 @@ class ConvViT3D(nn.Module):
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Depth of each parameter for timm's layer-wise learning-rate decay: patch embedding, its stage's blocks, next."""
+        """Depth of each parameter for timm's layer-wise learning-rate decay: patch embedding, stage blocks, next."""
         depths = {}
         for stage in range(1, 5):
             more = r"|^patch_embed5|^pos_embed" if stage == 4 else ""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 from common import cache, distributed
 from common.config import check_writable, parse, run_program, to_dict
@@ -21,7 +22,7 @@ from common.logging import RunLog, say
 from common.parallel import build_loader
 from common.sampling import StreamSampler
 from common.schedules import warmup_cosine
-from Pretrain.build import PretrainSettings, Task, build_task
+from Pretrain.build import PretrainSettings, build_task
 from Pretrain.data import ViewDataset
 from Pretrain.visualize import picture
 
@@ -66,8 +67,8 @@ def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path | None:
         learning_rate=partial(warmup_cosine, total=plan.total_steps, warmup=warmup, peak=peak),
         weights=task.weights,
         args=to_dict(settings) | {"grid_size": list(encoder.grid_size), "data": [v.content_hash for v in volumes]},
-        optimizer=build_optimizer(task.method, settings.weight_decay),
-        after_epoch=partial(draw_reconstructions, settings, plan, task, dataset) if run.rank == 0 else None,
+        make_optimizer=partial(build_optimizer, weight_decay=settings.weight_decay),
+        after_epoch=partial(draw_reconstructions, settings, plan, dataset) if run.rank == 0 else None,
     )
 
 
@@ -80,17 +81,17 @@ def measure(settings: PretrainSettings, run: distributed.Run, plan: Plan, datase
 
 
 def draw_reconstructions(
-    settings: PretrainSettings, plan: Plan, task: Task, dataset: ViewDataset, epoch: int, log: RunLog
+    settings: PretrainSettings, plan: Plan, dataset: ViewDataset, epoch: int, log: RunLog, method: nn.Module
 ) -> dict[str, float]:
     """One view of each kind with its reconstruction, always the same: reconstruction-{epoch}.png and TensorBoard."""
     if (epoch + 1) % settings.save_every and epoch + 1 != settings.epochs:
         return {}
     sample = torch.utils.data.default_collate([dataset[(0, 0)]])
-    task.method.eval()
+    method.eval()
     with torch.no_grad():
-        rows = task.method.reconstructions(to_device(sample, task.method.encoder.pos_embed.device))
+        rows = method.reconstructions(to_device(sample, method.encoder.pos_embed.device))
     if rows:
-        pixels = picture(rows, task.method.encoder.patch_size, settings.norm_pix_loss)
+        pixels = picture(rows, method.encoder.patch_size, settings.norm_pix_loss)
         Image.fromarray(pixels).save(settings.out_dir / f"reconstruction-{epoch}.png")
         log.image("reconstruction", pixels, (epoch + 1) * plan.steps_per_epoch - 1)
     return {}

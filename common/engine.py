@@ -16,7 +16,6 @@ and, where it needs them,
     checkpoint_state(), load_checkpoint_state(content)
 """
 
-import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,10 +30,13 @@ from common.anomalies import GoBack
 from common.config import InputError
 from common.distributed import Run
 from common.logging import RunLog, progress, say
-from common.parallel import autocast_dtype, build_optimizer, to_device
+from common.parallel import autocast_dtype, build_optimizer, reducing, to_device, uncompiled
 from common.sampling import mix
 from common.settings import LoopSettings, Plan, plan_updates
+from common.sharding import whole
 from common.training import Training, Weights
+
+AfterEpoch = Callable[[int, RunLog, nn.Module], dict[str, float]]
 
 __all__ = [
     "LoopSettings",
@@ -77,11 +79,12 @@ def train_one_epoch(training: Training) -> dict[str, float]:
             batch = to_device(next(t.batches), run.device)
             for part in range(num_parts):
                 last = micro == plan.accum - 1 and part == num_parts - 1
-                with contextlib.nullcontext() if last or t.model is method else t.model.no_sync():
+                probing = step == begin and micro == 0 and part == 0 and hasattr(method, "probe")
+                with reducing(t.model, last), uncompiled(probing and t.settings.compile):
                     with torch.autocast(run.device.type, dtype=t.autocast, enabled=t.autocast is not None):
                         values = t.model(batch, step, part) if num_parts > 1 else t.model(batch, step)
                     losses = {name: loss_weights[name] * values[name] for name in loss_weights if name in values}
-                    if step == begin and micro == 0 and hasattr(method, "probe"):
+                    if probing:
                         t.recent.add(gradient_norms(losses, method.probe))
                     loss = sum(losses.values()) / plan.accum
                     t.scaler.scale(loss).backward()
@@ -92,7 +95,7 @@ def train_one_epoch(training: Training) -> dict[str, float]:
         if hasattr(method, "before_step"):
             method.before_step(step)
         t.scaler.unscale_(t.optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, t.settings.clip_grad or float("inf"))
+        norm = whole(nn.utils.clip_grad_norm_(parameters, t.settings.clip_grad or float("inf")))
         skip = t.guard.judge(norm, total)
         t.optimizer.found_inf = skip  # fused AdamW leaves weights and moments alone where this is 1
         t.optimizer.step()
@@ -134,8 +137,8 @@ def fit(
     learning_rate: Callable[[int], float],
     weights: Weights,
     args: dict[str, Any],
-    optimizer: torch.optim.Optimizer,
-    after_epoch: Callable[[int, RunLog], dict[str, float]] | None = None,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    after_epoch: AfterEpoch | None = None,
 ) -> Path:
     """Train `method` on `dataset` to the end of `settings.epochs`, resuming if asked; returns the path of the last
     checkpoint.
@@ -147,8 +150,10 @@ def fit(
             position); `dataset.name(index)`, where there is one, says which file that was.
         learning_rate, weights: functions of the step.
         args: what the checkpoint keeps as `args`, plain types.
-        after_epoch: called on every rank after each epoch (validation, pictures); what it returns goes into the epoch's
-            log line. It may be called again for the same epoch by a resumed run.
+        make_optimizer: of the method, once its parameters are what they stay (on their device, sharded).
+        after_epoch: called on every rank after each epoch with its number, the log and the method, or a copy of it
+            where the weights are shared out (validation, pictures); what it returns goes into the epoch's log line. It
+            may be called again for the same epoch by a resumed run.
     """
     training = Training(
         method,
@@ -159,7 +164,7 @@ def fit(
         learning_rate=learning_rate,
         weights=weights,
         args=args,
-        optimizer=optimizer,
+        make_optimizer=make_optimizer,
     )
     try:
         training.begin()
@@ -175,15 +180,17 @@ def fit(
     return training.saver.last
 
 
-def finish_epoch(t: Training, after_epoch: Callable[[int, RunLog], dict[str, float]] | None) -> None:
+def finish_epoch(t: Training, after_epoch: AfterEpoch | None) -> None:
     """What is left of `t.epoch`: updates, validation, log line, checkpoint."""
     began, last_step = time.time(), (t.epoch + 1) * t.plan.steps_per_epoch
     t.start_epoch()
     means = train_one_epoch(t)
     check_progress(t, means)
     t.watchdog.rest()
+    method = t.whole_method()  # on every rank, whether or not it has something to do
     if after_epoch:
-        means |= after_epoch(t.epoch, t.log)
+        means |= after_epoch(t.epoch, t.log, method)
+    del method
     seconds = round(time.time() - began, 1)  # of this process: less for an epoch that was taken up in its middle
     t.log.epoch({"epoch": t.epoch, "step": t.step, "lr": t.learning_rate(last_step - 1), "seconds": seconds} | means)
     t.save(within=False)

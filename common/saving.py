@@ -24,6 +24,7 @@ from common import checkpoint, distributed
 from common.config import InputError
 from common.distributed import Run
 from common.logging import say
+from common.sharding import whole
 
 
 class Saver:
@@ -41,13 +42,16 @@ class Saver:
             self.wait()
         return self.minutes is not None and time.monotonic() - self._saved_at > self.minutes * 60
 
-    def save(self, content: dict[str, Any], keep: str | None = None) -> None:
+    def save(self, content: dict[str, Any], keep: str | None = None, write: bool = True) -> None:
         """Copy `content` to host memory and have it written as the last checkpoint, and as `keep` (a file name) too.
 
-        Raises InputError for a writing before this one that has failed; the file of before that one is still whole.
+        Without `write` a process only gives its shares of the tensors to the one that writes. Raises InputError for a
+        writing before this one that has failed; the file of before that one is still whole.
         """
         self.wait()
-        content = host_copy(content)
+        content = host_copy(content, keep=write)
+        if not write:
+            return
         self._saved_at = time.monotonic()
         self._thread = threading.Thread(target=self._write, args=(content, keep), name="checkpoint")
         self._thread.start()
@@ -88,14 +92,19 @@ def second_name(path: Path, name: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def host_copy(value: Any) -> Any:
-    """The same nesting with every tensor copied to host memory, and nothing of it shared with the original."""
+def host_copy(value: Any, keep: bool = True) -> Any:
+    """The same nesting with every tensor whole and in host memory, and nothing of it shared with the original.
+
+    Where tensors are shared out over the processes all must call it, in turn for each tensor, so that no device ever
+    holds all of them; those that do not `keep` get None for each.
+    """
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        tensor = whole(value.detach())
+        return tensor.to("cpu", copy=True) if keep else None
     if isinstance(value, dict):
-        return {key: host_copy(item) for key, item in value.items()}
+        return {key: host_copy(item, keep) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(host_copy(item) for item in value)
+        return type(value)(host_copy(item, keep) for item in value)
     return value
 
 

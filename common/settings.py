@@ -38,6 +38,9 @@ class LoopSettings:
         "auto", "auto: go on from checkpoint-last.pth if it is there; none: start anew; or a checkpoint"
     )
     grad_checkpointing: bool = setting(False, "recompute the encoder in the backward pass: less memory, more time")
+    fsdp: bool = setting(
+        False, "FSDP2: processes share out weights, gradients and AdamW's state (large and huge encoders)"
+    )
     compile: bool = setting(False, "torch.compile of every transformer block; the first updates take minutes")
     on_nan: Literal["skip", "rollback", "stop"] = setting(
         "skip",

@@ -15,10 +15,11 @@ from common.config import InputError, to_dict
 from common.distributed import Run
 from common.logging import RunLog, say, write_text
 from common.means import Means
-from common.parallel import autocast_dtype, build_loader, compile_blocks, wrap
+from common.parallel import autocast_dtype, build_loader, compile_blocks, transformer_blocks, wrap
 from common.sampling import StreamSampler, mix
 from common.saving import Saver, candidates, read_first
 from common.settings import LoopSettings, Plan
+from common.sharding import blueprint, shard, watch_loading, whole, whole_copy
 from common.signals import Requests, Requeue, clear_requeue, mark_requeue
 from common.watchdog import Watchdog
 
@@ -41,13 +42,18 @@ class Training:
         learning_rate: Callable[[int], float],
         weights: Weights,
         args: dict[str, Any],
-        optimizer: torch.optim.Optimizer,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     ):
-        self.method = method.to(
-            run.device
-        )  # before the optimiser's state is loaded, which follows its parameters' device
+        self.method, self.sharded = method.to(run.device), settings.fsdp and run.world_size > 1
+        if settings.fsdp and not self.sharded:
+            say("--fsdp: one process, nothing to share out")
+        if self.sharded:
+            self.blueprint = blueprint(self.method)
+            shard(self.method, transformer_blocks(self.method), run)
+        self.optimizer = make_optimizer(self.method)
+        watch_loading(self.optimizer)
         self.dataset, self.settings, self.run, self.plan = dataset, settings, run, plan
-        self.learning_rate, self.weights, self.args, self.optimizer = learning_rate, weights, args, optimizer
+        self.learning_rate, self.weights, self.args = learning_rate, weights, args
         self.out_dir = Path(settings.out_dir)
         self.autocast = autocast_dtype(settings.amp, run.device)
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.autocast is torch.float16)
@@ -105,6 +111,10 @@ class Training:
         self.sampler.start, self.sampler.stop = self.step, (self.epoch + 1) * self.plan.steps_per_epoch
         self.batches = iter(self.loader)
 
+    def whole_method(self) -> nn.Module:
+        """The method, as a module that each rank may run for itself. All ranks must call it."""
+        return whole_copy(self.method, self.blueprint) if self.sharded else self.method
+
     @property
     def data_seed(self) -> int:
         """Another one after each rollback: another order, other crops, other masks."""
@@ -125,7 +135,7 @@ class Training:
     def weight_norm(self) -> float:
         """Of all trained weights; InputError if it is not finite, which no update that was judged good should do."""
         parameters = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.stack(torch._foreach_norm(parameters)).norm()
+        norm = whole(nn.utils.get_total_norm(parameters))
         if not norm.isfinite():
             raise InputError(
                 f"the weights are not finite after {self.step} updates; nothing was saved, --resume goes on from before"
@@ -162,11 +172,13 @@ class Training:
             content["progress"] = {"epoch": self.epoch_means.state(), "recent": self.recent.state()}
         if self.run.rank == 0:
             self.log.flush()  # before the checkpoint: what it says is done is in the logs
+        if self.run.rank == 0 or self.sharded:
             content |= self.method.checkpoint_state() | {"optimizer": self.optimizer.state_dict()}
             numbered = not within and (
                 (self.epoch + 1) % self.settings.save_every == 0 or self.epoch + 1 == self.settings.epochs
             )
-            self.saver.save(content, keep=f"checkpoint-{self.epoch}.pth" if numbered else None)
+            name = f"checkpoint-{self.epoch}.pth" if numbered else None
+            self.saver.save(content, keep=name, write=self.run.rank == 0)
 
     def load(self, path: Path, content: dict[str, Any]) -> None:
         """Become what `content` holds. InputError where it is not of this run."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import checkpoint
 from common.config import InputError
 from Finetune.build import load_finetuned
 from Finetune.main_finetune import main
@@ -96,10 +97,10 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path, spleen):
         pass
 
     def stop_after_one(*args, after_epoch, **kwargs):
-        def after(epoch, log):
+        def after(epoch, log, method):
             if epoch == 1:
                 raise Stopped
-            return after_epoch(epoch, log)
+            return after_epoch(epoch, log, method)
 
         return fit(*args, after_epoch=after, **kwargs)
 
@@ -209,12 +210,15 @@ def test_anchors_from_scratch(tmp_path, spleen, name, roi):
 def test_two_processes_make_the_same_run_as_one(tmp_path, spleen):
     flags = ["--preset", "MSD09_Spleen", "--data", spleen, "--cache_dir", tmp_path / "cache", *SMALL, *QUICK]
     flags += ["--epochs", 3, "--batch_size", 2, "--validate_every", 3, "--lr", 0.01, "--micro_batch_size", 1]
-    for processes in (1, 2):
-        run_module("Finetune.main_finetune", *flags, "--out_dir", tmp_path / str(processes), nproc=processes)
-    one, two = ([json.loads(line) for line in open(tmp_path / n / "log.jsonl")] for n in ("1", "2"))
-    for a, b in zip(one, two):
-        assert a["dice"] == pytest.approx(b["dice"], abs=1e-4) and a["ce"] == pytest.approx(b["ce"], abs=1e-4)
-    assert one[-1]["val/dice"] == pytest.approx(two[-1]["val/dice"], abs=1e-3)
+    for name, processes, more in (("one", 1, ()), ("two", 2, ()), ("sharded", 2, ("--fsdp", "--select", "best"))):
+        run_module("Finetune.main_finetune", *flags, "--out_dir", tmp_path / name, *more, nproc=processes)
+    one, *others = ([json.loads(li) for li in open(tmp_path / n / "log.jsonl")] for n in ("one", "two", "sharded"))
+    for other in others:
+        for a, b in zip(one, other, strict=True):
+            assert a["dice"] == pytest.approx(b["dice"], abs=1e-4) and a["ce"] == pytest.approx(b["ce"], abs=1e-4)
+        assert one[-1]["val/dice"] == pytest.approx(other[-1]["val/dice"], abs=1e-3)
+    best, last = (checkpoint.load(tmp_path / f"sharded/checkpoint-{n}.pth")["state_dict"] for n in ("best", "last"))
+    assert all(torch.equal(best[name], last[name]) for name in last)  # the only validation is the last
 
 
 @pytest.mark.slow

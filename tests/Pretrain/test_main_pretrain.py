@@ -63,7 +63,7 @@ def test_the_loss_falls(scans, tmp_path, method):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["mae", "glmae"])
 def test_two_processes_give_the_loss_curve_of_one(scans, tmp_path, method):
-    """Same global batch, no dropout: equal to 1e-4 through torchrun on two CPU processes, and with accumulation."""
+    """Same global batch, no dropout: equal to 1e-4 through torchrun on two processes, DDP or FSDP2, and accumulated."""
     settings = [
         *SMALL,
         "--datalist",
@@ -79,10 +79,11 @@ def test_two_processes_give_the_loss_curve_of_one(scans, tmp_path, method):
     ]
     run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "one")
     run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "two", nproc=2)
+    run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "sharded", "--fsdp", nproc=2)
     run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "parts", "--micro_batch_size", 1)
     one = log(tmp_path / "one")
     assert len(one) == 6
-    for other in ("two", "parts"):
+    for other in ("two", "sharded", "parts"):
         for a, b in zip(one, log(tmp_path / other)):
             for term in (k for k in a if k.startswith(("rec_", "global_", "grad_norm"))):
                 assert abs(a[term] - b[term]) < 1e-4 * max(1, abs(a[term])), (other, a["epoch"], term)
@@ -91,9 +92,23 @@ def test_two_processes_give_the_loss_curve_of_one(scans, tmp_path, method):
     if method == "glmae":
         centers = [
             torch.load(tmp_path / n / "checkpoint-last.pth", weights_only=True)["dino_loss"]["center"]
-            for n in ("one", "two")
+            for n in ("one", "two", "sharded")
         ]
-        torch.testing.assert_close(*centers, atol=1e-5, rtol=0)
+        for other in centers[1:]:
+            torch.testing.assert_close(other, centers[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_of_a_plain_one(scans, tmp_path):
+    """Also where a loss's gradient is taken apart, once an epoch, and with weights that are shared out."""
+    settings = [*SMALL, "--datalist", scans, "--cache_dir", tmp_path / "cache", "--method", "glmae"]
+    run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "plain")
+    run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "compiled", "--compile")
+    run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "both", "--compile", "--fsdp", nproc=2)
+    for other in ("compiled", "both"):
+        for a, b in zip(log(tmp_path / "plain"), log(tmp_path / other), strict=True):
+            for term in (k for k in a if k.startswith(("rec_", "global_", "grad_norm"))):
+                assert abs(a[term] - b[term]) < 1e-3 * max(1, abs(a[term])), (other, a["epoch"], term)
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(scans, tmp_path):
@@ -105,10 +120,10 @@ def test_a_resumed_run_equals_an_undisturbed_one(scans, tmp_path):
 
     real = main_pretrain.draw_reconstructions
 
-    def stop(settings, plan, task, dataset, epoch, log):
+    def stop(settings, plan, dataset, epoch, log, method):
         if epoch == 1:
             raise Stop
-        return real(settings, plan, task, dataset, epoch, log)
+        return real(settings, plan, dataset, epoch, log, method)
 
     main_pretrain.draw_reconstructions = stop
     try:

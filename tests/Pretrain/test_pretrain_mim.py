@@ -158,13 +158,14 @@ def test_a_run_resumes_bit_for_bit_and_ends_in_the_segmentation_network(scans, t
 
 @pytest.mark.slow
 def test_two_processes_give_the_loss_curve_of_one(scans, tmp_path):
-    """Equal to 1e-4 through torchrun on two CPU processes, and with accumulation."""
-    for name, nproc, more in (("one", 1, ()), ("two", 2, ()), ("parts", 1, ("--micro_batch_size", 1))):
+    """Equal to 1e-4 through torchrun on two CPU processes, DDP or FSDP2, and accumulated."""
+    runs = {"one": (1, ()), "two": (2, ()), "sharded": (2, ("--fsdp",)), "parts": (1, ("--micro_batch_size", 1))}
+    for name, (nproc, more) in runs.items():
         args = arguments(scans, tmp_path / name, "--epochs", 4, "--align", "infonce", *more)
         run_module("Pretrain.main_pretrain", *args, nproc=nproc)
     one = log(tmp_path / "one")
     assert len(one) == 4
-    for other in ("two", "parts"):
+    for other in ("two", "sharded", "parts"):
         for a, b in zip(one, log(tmp_path / other)):
             for term in (key for key in a if key.startswith(("rec_", "align_", "grad_norm"))):
                 assert a[term] == pytest.approx(b[term], rel=1e-4, abs=1e-4), (other, a["epoch"], term)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ def run_toy(out_dir, method=None, run=CPU, **settings):
         learning_rate=lambda step: 0.01 / (1 + step),
         weights=lambda step: {"fit": 2.0},
         args={"note": "toy"},
-        optimizer=build_optimizer(method, settings.weight_decay),
+        make_optimizer=partial(build_optimizer, weight_decay=settings.weight_decay),
     )
     return method, checkpoint.load(path)
 

@@ -66,6 +66,11 @@ RUNS = {  # name -> (program, flags, ranks)
         2,
     ),
 }
+RUNS |= {
+    f"{name}, sharded": (program, [*flags, "--fsdp"], ranks)
+    for name, (program, flags, ranks) in RUNS.items()
+    if ranks == 2
+}
 PLAIN = ["--drop_path", "0"]  # drop path is drawn per rank
 RUNS |= {
     f"{name}, no drop path": (program, [*flags, *PLAIN], ranks)

@@ -34,11 +34,13 @@ def trial(fault: str, act: Callable, name: str, *more: str, label: str = "") -> 
 
 
 TWO = ("--workers", "2")
+SHARDED = "fine-tuning, 2 ranks, sharded, no drop path"
 KILL, STOP = "SIGKILL at a random moment", "SIGTERM or SIGUSR1 after random updates, twice"
 TRIALS = [
     *[trial(KILL, killed, "GL-MAE")] * 8,
     *[trial(KILL, killed, "GL-MAE", *TWO, label=", 2 workers")] * 4,
     *[trial(KILL, killed, "GL-MAE, 2 ranks")] * 3,
+    *[trial(KILL, killed, "GL-MAE, 2 ranks, sharded")] * 2,
     *[trial(KILL, killed, "MiM")] * 5,
     *[trial(KILL, killed, "fine-tuning")] * 5,
     *[trial(STOP, signalled, name) for name in RUNS if "no drop path" not in name],
@@ -73,6 +75,18 @@ TRIALS = [
         "fine-tuning, 2 to 1",
         lambda b, o, n: other_ranks(b, o, n, "fine-tuning, 2 ranks, no drop path", "fine-tuning, no drop path"),
         ("fine-tuning, 2 ranks, no drop path", "fine-tuning, no drop path"),
+    ),
+    Trial(
+        "resumed with shared out weights",
+        "GL-MAE, 2 ranks to 2 ranks, sharded",
+        lambda b, o, n: other_ranks(b, o, n, "GL-MAE, 2 ranks", "GL-MAE, 2 ranks, sharded"),
+        ("GL-MAE, 2 ranks",),
+    ),
+    Trial(
+        "resumed without shared out weights",
+        "fine-tuning, 2 ranks, sharded to 1",
+        lambda b, o, n: other_ranks(b, o, n, SHARDED, "fine-tuning, no drop path"),
+        (SHARDED,),
     ),
     *[trial("SIGKILL to one of two ranks", dead_rank, "GL-MAE, 2 ranks")] * 2,
     trial("an exception on one of two ranks, the other hangs", failing_rank, "GL-MAE, 2 ranks", False),
