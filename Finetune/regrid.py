@@ -2,11 +2,11 @@
 
 The two grids are related by their affines: index on the file's grid -> mm -> index on the preprocessed grid.
 Orienting, resampling and cropping only permute, flip, scale and shift axes, so this map takes each axis to one axis,
-and trilinear interpolation is three interpolations along one axis each. A sheared file (gantry tilt) is not of that
-kind: for it the logits of the whole volume are held and sampled in space.
+and trilinear interpolation is three interpolations along one axis each. A file with a slight shear (what
+common.volumes lets pass) is not of that kind: it is sampled in space, from the rows that a few of its rows cut through.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,42 +46,43 @@ def regrid(
     matrix = np.linalg.inv(source.affine) @ target.affine  # target index -> source index
     axes = one_to_one(matrix[:3, :3])
     if axes is None:
-        _regrid_oblique(slabs, source, target, matrix, emit)
+        _regrid_sheared(slabs, source, target, matrix, emit)
         return
     # order[a]: the target axis that runs along the source axis a
     order = [axes.index(axis) for axis in range(3)]
     coordinates = [_coordinates(matrix, a, order[a], target.shape[order[a]], source.shape[a]) for a in range(3)]
     if any(len(inside) == 0 for inside, _ in coordinates):
         return
-    held: Tensor | None = None  # rows of the source that are still needed, the first of them is `base`
-    base = 0
     rows, wanted = coordinates[0]
-    pending = torch.arange(len(rows))  # in the order in which the source brings them
-    if matrix[0, order[0]] < 0:
-        pending = pending.flip(0)
-    done = 0
-    for first, logits in slabs:
-        held = logits if held is None else torch.cat([held, logits], dim=1)
-        last = first + logits.shape[1] - 1
-        while done < len(pending):
-            stop = min(done + ROWS, len(pending))
-            part = pending[done:stop]
-            if wanted[part[-1]].ceil() > last:
-                part = part[wanted[part].ceil() <= last]
-                if len(part) == 0:
-                    break
-            part = part.sort().values  # contiguous in the target
-            piece = _along(held, 1, wanted[part] - base)
-            piece = _along(_along(piece, 2, coordinates[1][1]), 3, coordinates[2][1])
-            where = [slice(0)] * 3
-            for a, index in enumerate((rows[part], coordinates[1][0], coordinates[2][0])):
-                where[order[a]] = slice(int(index[0]), int(index[-1]) + 1)
-            emit(tuple(where), piece.permute(0, *(1 + axes[t] for t in range(3))))
-            done += len(part)
-        if done < len(pending):
-            drop = min(int(wanted[pending[done]].floor()) - base, held.shape[1])
-            if drop > 0:
-                held, base = held[:, drop:].clone(), base + drop
+    blocks = _blocks(len(rows), falling=matrix[0, order[0]] < 0)
+    needed = [(int(wanted[block].min().floor()), int(wanted[block].max().ceil())) for block in blocks]
+    for block, (base, held) in zip(blocks, _held(slabs, needed)):
+        piece = _along(held, 1, wanted[block] - base)
+        piece = _along(_along(piece, 2, coordinates[1][1]), 3, coordinates[2][1])
+        where = [slice(0)] * 3
+        for a, index in enumerate((rows[block], coordinates[1][0], coordinates[2][0])):
+            where[order[a]] = slice(int(index[0]), int(index[-1]) + 1)
+        emit(tuple(where), piece.permute(0, *(1 + axes[t] for t in range(3))))
+
+
+def _blocks(length: int, falling: bool) -> list[slice]:
+    """Up to `ROWS` target rows each, in the order in which the source, whose rows rise, brings what they need."""
+    blocks = [slice(first, min(first + ROWS, length)) for first in range(0, length, ROWS)]
+    return blocks[::-1] if falling else blocks
+
+
+def _held(slabs: Iterator[tuple[int, Tensor]], needed: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Tensor]]:
+    """For each (first, last) source row of `needed`, which rise: (base, logits (K, rows, H, W) from row `base` <= first
+    to at least `last`). Rows that nothing needs any more are let go."""
+    base, held = next(slabs)
+    for first, last in needed:
+        while True:
+            drop = min(max(first - base, 0), held.shape[1])
+            base, held = base + drop, held[:, drop:]
+            if base + held.shape[1] > last:
+                break
+            held = torch.cat([held, next(slabs)[1]], dim=1)
+        yield base, held
 
 
 def one_to_one(matrix: np.ndarray) -> list[int] | None:
@@ -112,24 +113,34 @@ def _along(x: Tensor, axis: int, where: Tensor) -> Tensor:
     return torch.lerp(x.index_select(axis, lower), x.index_select(axis, upper), share)
 
 
-def _regrid_oblique(
+def _regrid_sheared(
     slabs: Iterator[tuple[int, Tensor]],
     source: Grid,
     target: Grid,
     matrix: np.ndarray,
     emit: Callable[[tuple[slice, slice, slice], Tensor], None],
 ) -> None:
-    logits = torch.cat([part for _, part in slabs], dim=1)[None]  # (1, K, D, H, W)
     extent = torch.tensor(source.shape, dtype=torch.float64)
     m = torch.from_numpy(matrix)
-    for first in range(0, target.shape[0], ROWS):
-        rows = range(first, min(first + ROWS, target.shape[0]))
-        axes = [torch.tensor(rows), torch.arange(target.shape[1]), torch.arange(target.shape[2])]
+    lead = int(np.abs(matrix[0, :3]).argmax())  # the target axis that runs along the source's rows, roughly
+    spread = [matrix[0, t] * (target.shape[t] - 1) for t in range(3) if t != lead]
+    blocks, needed = _blocks(target.shape[lead], falling=matrix[0, lead] < 0), []
+    for block in blocks:
+        ends = matrix[0, lead] * np.array([block.start, block.stop - 1]) + matrix[0, 3]
+        rows = ends.min() + np.minimum(spread, 0).sum(), ends.max() + np.maximum(spread, 0).sum()
+        rows = np.clip([np.floor(rows[0]), np.ceil(rows[1])], 0, source.shape[0] - 1)
+        needed.append((int(rows[0]), int(rows[1])))
+    for block, (base, held) in zip(blocks, _held(slabs, needed)):
+        where = [slice(0, n) for n in target.shape]
+        where[lead] = block
+        axes = [torch.arange(part.start, part.stop) for part in where]
         index = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).double()
-        where = index @ m[:3, :3].T + m[:3, 3]  # (rows, H, W, 3) source indices
-        inside = ((where >= -0.5) & (where <= extent - 0.5)).all(dim=-1)
-        scaled = (2 * where + 1) / extent - 1  # grid_sample's, align_corners False; it wants the last axis first
-        piece = F.grid_sample(logits, scaled.flip(-1)[None].float(), padding_mode="border", align_corners=False)[0]
+        place = index @ m[:3, :3].T + m[:3, 3]  # (d, h, w, 3) source indices
+        inside = ((place >= -0.5) & (place <= extent - 0.5)).all(dim=-1)
+        place[..., 0] -= base
+        size = torch.tensor(held.shape[1:], dtype=torch.float64)
+        scaled = (2 * place + 1) / size - 1  # grid_sample's, align_corners False; it wants the last axis first
+        piece = F.grid_sample(held[None], scaled.flip(-1)[None].float(), padding_mode="border", align_corners=False)[0]
         piece[:, ~inside] = float("-inf")  # outside the source no region, and of the classes the first, background
         piece[0, ~inside] = 0.0
-        emit((slice(rows.start, rows.stop), slice(0, target.shape[1]), slice(0, target.shape[2])), piece)
+        emit(tuple(where), piece)
