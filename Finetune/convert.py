@@ -64,7 +64,10 @@ def stack(scan: Path) -> np.ndarray:
     slices = []
     for path in paths:
         try:
-            slices.append(np.asarray(Image.open(path).convert("L")).T)
+            picture = Image.open(path)
+            if picture.mode.startswith(("I", "F")):  # convert("L") would cut it off at 255
+                raise InputError(f"{path}: found a picture of mode {picture.mode}, needs 8 bits per pixel")
+            slices.append(np.asarray(picture.convert("L")).T)
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error})") from None
         if slices[-1].shape != slices[0].shape:

@@ -11,7 +11,8 @@
 # OUT: folder of the run. NPROC: processes, one per GPU. The batch does not change with NPROC.
 # Hardware: one GPU of 24 GB (expected). Time and result: not measured by us.
 # From the authors' code: loss, lr rule, weight decay, crops, overlap, feature_size 48.
-# Ours: epochs (BTCV's are shipped by nobody), warm-up 50, gaussian blending.
+# Ours: epochs (BTCV's are shipped by nobody), warm-up 50, gaussian blending. 3000 epochs are 18k updates (24 cases, 4 per update);
+# the second recipe has 25k: --epochs 4167. Take the same one for all that is compared.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 

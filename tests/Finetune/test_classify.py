@@ -101,5 +101,8 @@ def test_published_pictures_become_volumes_once(tmp_path, capsys):
     np.testing.assert_array_equal(np.asarray(volume.dataobj), np.stack([pixels[n].T for n in (1, 2, 10)], axis=2))
     (case,) = find_cases(load_preset("CC_CCII"), tmp_path / "out")
     assert patient_of(case, load_preset("CC_CCII")) == "NCP_12"
+    Image.fromarray(np.full((6, 8), 3000, np.uint16)).save(tmp_path / "raw/CP/3/7/0.png")
+    with pytest.raises(InputError, match="0.png: found a picture of mode I.*8 bits"):
+        convert.main(flags)
     with pytest.raises(InputError, match="found no scan"):
         convert.main(["--data", str(tmp_path / "out"), "--out", str(tmp_path / "x")])
