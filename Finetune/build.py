@@ -88,6 +88,11 @@ class Architecture:
 def resolve(settings: ModelSettings, preset: Preset, init: Path | None) -> Architecture:
     """The architecture that the settings, the preset and the checkpoint `init` mean together. InputError where they
     disagree."""
+    for name in ("embed_dim", "depth", "num_heads", "feature_size"):
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            raise InputError(f"{name}: found {getattr(settings, name)}, needs at least 1")
+    if settings.drop_path is not None and not 0 <= settings.drop_path < 1:
+        raise InputError(f"drop_path: found {settings.drop_path}, needs at least 0 and less than 1")
     roi = tuple(settings.roi or preset.roi)
     if settings.model in ("unetr", "linear", "classifier"):
         encoder, patch = _vit(settings, preset, init)
@@ -99,6 +104,10 @@ def resolve(settings: ModelSettings, preset: Preset, init: Path | None) -> Archi
             raise InputError(f"{init}: --model {settings.model} starts from scratch only, it has none of our encoders")
         if settings.model == "swinunetr" and settings.feature_size % 12:
             raise InputError(f"feature_size: found {settings.feature_size}, --model swinunetr needs a multiple of 12")
+    if settings.model == "dynunet" and len(dynunet_strides(roi)) < 3:
+        raise InputError(
+            f"roi: found {roi}, --model dynunet halves an axis while it is even and keeps 4 voxels, and needs to twice"
+        )
     if settings.model in ("mim", "swinunetr") and (any(size % 32 for size in roi) or max(roi) < 64):
         raise InputError(
             f"roi: found {roi}, --model {settings.model} needs multiples of 32 voxels, one of them 64 or more"
@@ -278,17 +287,22 @@ def build_model(a: Architecture) -> nn.Module:
     return UNETR(backbone, a.in_chans, a.out_channels, a.feature_size)
 
 
-def dynunet(a: Architecture) -> DynUNet:
-    """nnU-Net's plain U-Net by its own rules of thumb: an axis is halved while it keeps 4 voxels, at most 5 times,
-    widths double from 2 x feature_size (32) up to 320. Without deep supervision, which is a matter of the loss (so it
-    is nnU-Net-like, not nnU-Net)."""
-    strides, size = [(1, 1, 1)], list(a.roi)
-    while len(strides) < 6 and max(size) >= 8:
-        strides.append(tuple(2 if s >= 8 and s % 2 == 0 else 1 for s in size))
-        size = [s // stride for s, stride in zip(size, strides[-1])]
-        if max(strides[-1]) == 1:
-            strides.pop()
+def dynunet_strides(roi: Triple) -> list[Triple]:
+    """Of each level: an axis is halved while it is even and keeps 4 voxels, at most 5 times."""
+    strides, size = [(1, 1, 1)], list(roi)
+    while len(strides) < 6:
+        stride = tuple(2 if s >= 8 and s % 2 == 0 else 1 for s in size)
+        if max(stride) == 1:
             break
+        strides.append(stride)
+        size = [s // n for s, n in zip(size, stride)]
+    return strides
+
+
+def dynunet(a: Architecture) -> DynUNet:
+    """nnU-Net's plain U-Net by its own rules of thumb: halved by `dynunet_strides`, widths double from 2 x feature_size
+    (32) up to 320. Without deep supervision, which is a matter of the loss (so it is nnU-Net-like, not nnU-Net)."""
+    strides = dynunet_strides(a.roi)
     return DynUNet(
         spatial_dims=3,
         in_channels=a.in_chans,

@@ -129,8 +129,9 @@ def plan(config: CompareSettings, preset: Preset) -> list[Cell]:
         if init != "scratch" and not Path(init).is_file():
             raise InputError(f"inits: found '{init}', needs scratch or an existing checkpoint")
     names = [short_name(init) for init in inits]
-    if len(set(names)) < len(names):
-        raise InputError(f"inits: found {config.inits}, each initialisation once")
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise InputError(f"inits: found two that would be called {double}, which is the name of folder and file")
     common = load_yaml(config.settings) or {} if config.settings else {}
     taken = sorted(set(common) & {*OURS, "out_dir", "cache_dir"})
     if taken:
@@ -140,10 +141,11 @@ def plan(config: CompareSettings, preset: Preset) -> list[Cell]:
     first = next((init for init in inits if init != "scratch"), None)
     cells = []
     for init in inits:
-        for text in _items(config.label_counts, "label_counts"):
-            count = len(training) if text == "all" else _number(text, "label_counts")
+        texts = _items(config.label_counts, "label_counts")
+        counts = [len(training) if text == "all" else _number(text, "label_counts") for text in texts]
+        for count in dict.fromkeys(counts):  # all may be a number that is named as well
             few_labels(training, preset, count)
-            for seed in (_number(text, "seeds") for text in _items(config.seeds, "seeds")):
+            for seed in dict.fromkeys(_number(text, "seeds") for text in _items(config.seeds, "seeds")):
                 start = ["--init", init] if init != "scratch" or not first else ["--init", first, "--scratch_twin"]
                 flags = [*start, "--label_count", str(count), "--label_seed", str(seed), "--seed", str(seed)]
                 what = [to_dict(preset), common, config.fold, cases, _hash_of(init, first), count, seed]
@@ -166,7 +168,7 @@ def _items(text: str, name: str) -> list[str]:
 
 
 def _number(text: str, name: str) -> int:
-    if not text.isdigit():
+    if not text.isdecimal():
         raise InputError(f"{name}: found '{text}', needs whole numbers separated by commas")
     return int(text)
 

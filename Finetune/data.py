@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.cache import Entry
+from common.config import InputError
 from common.sampling import generator
 from Finetune.presets import Augmentation
 
@@ -39,6 +40,8 @@ class CropDataset(Dataset):
         crops: int = 4,
         seed: int = 0,
     ):
+        if crops < 1:
+            raise InputError(f"crops: found {crops}, needs at least 1 per volume")
         self.entries, self.roi, self.crops, self.seed = list(entries), tuple(roi), crops, seed
         self.augment = augmentations(augmentation, self.roi)
 

@@ -70,8 +70,6 @@ class PredictSettings:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(PredictSettings, argv, description=__doc__)
-    if config.sw_batch_size is not None and config.sw_batch_size < 1:
-        raise InputError(f"sw_batch_size: found {config.sw_batch_size}, needs at least 1")
     run = setup(config.device)
     ensemble = load_ensemble([find_checkpoint(path) for path in config.checkpoint])
     window = choose_window(config, ensemble, run.device)
@@ -161,10 +159,8 @@ def load_ensemble(paths: Sequence[Path]) -> Ensemble:
 def choose_window(config: PredictSettings, ensemble: Ensemble, device: torch.device) -> Window:
     """What is not given is as in the first member's run."""
     overlap = ensemble.config.get("overlap", 0.5) if config.overlap is None else config.overlap
-    if not 0 <= overlap < 1:
-        raise InputError(f"overlap: found {overlap}, needs at least 0 and less than 1")
     blending = config.blending or ensemble.config.get("blending", "gaussian")
-    batch = config.sw_batch_size or (4 if device.type == "cuda" else 1)
+    batch = (4 if device.type == "cuda" else 1) if config.sw_batch_size is None else config.sw_batch_size
     return Window(ensemble.roi, overlap, blending, batch)
 
 

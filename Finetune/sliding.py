@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor
 
+from common.config import InputError
+
 ROWS = 8  # handed on at a time: 14 classes of 512 x 600 voxels are 138 MB
 
 
@@ -24,6 +26,12 @@ class Window:
     overlap: float = 0.5
     blending: Literal["gaussian", "constant"] = "gaussian"
     batch: int = 2
+
+    def __post_init__(self):
+        if not 0 <= self.overlap < 1:
+            raise InputError(f"overlap: found {self.overlap}, needs at least 0 and less than 1")
+        if self.batch < 1:
+            raise InputError(f"sw_batch_size: found {self.batch}, needs at least 1")
 
 
 def slabs(

@@ -183,6 +183,8 @@ def test_settings_change_the_cell_and_bad_ones_are_refused(grid):
     (grid.path / "settings.yaml").write_text(yaml.safe_dump(SETTINGS | {"epochs": 2}))
     after = compare.plan(parse(compare.CompareSettings, grid.flags), load_preset("MSD09_Spleen"))
     assert not {cell.folder for cell in before} & {cell.folder for cell in after}
+    again = [*grid.flags, "--label_counts", "2,all,2", "--seeds", "0,0"]  # 2 is all of them
+    assert len(compare.plan(parse(compare.CompareSettings, again), load_preset("MSD09_Spleen"))) == 2
     before, listing = after, grid.path / "data/dataset.json"
     content = json.loads(listing.read_text())
     listing.write_text(
@@ -197,6 +199,7 @@ def test_settings_change_the_cell_and_bad_ones_are_refused(grid):
         (["--label_counts", "few"], "label_counts: found 'few'"),
         (["--seeds", ""], "seeds: found ''"),
         (["--only", "4"], "only: found 4"),
+        (["--inits", f"{grid.path / 'mae.pth'},{grid.path / 'mae.pth'}"], "inits: found two that would be called"),
     ):
         with pytest.raises(InputError, match=words):
             compare.main([*grid.flags, *extra])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from monai.data import get_track_meta
 
+from common.config import InputError
 from Finetune.data import CropDataset, crop_start
 from Finetune.presets import Augmentation
 
@@ -58,6 +59,11 @@ def test_half_of_the_crops_are_centred_on_foreground_each_class_as_often(volume)
         large += volume.label[centre] == 1
     assert 0.21 < small / 2000 < 0.29  # a quarter; 8 of 120000 voxels by chance
     assert 0.33 < large / 2000 < 0.48  # a quarter, and what falls there anyway
+
+
+def test_a_volume_without_crops_is_refused(volume):
+    with pytest.raises(InputError, match="crops: found 0"):
+        CropDataset([volume], (9, 9, 9), ALL, crops=0)
 
 
 def test_a_volume_smaller_than_the_crop_sits_in_the_middle(volume):
