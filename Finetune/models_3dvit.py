@@ -17,6 +17,7 @@ import argparse
 import math
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -445,10 +446,14 @@ def read_checkpoint(path: str | os.PathLike, checkpoint_key: str | None = None) 
     """The weights of a checkpoint under clean names, and what else the file holds (epoch, args, ...).
 
     Raises:
-        ValueError: no such file, torn, holding code (a pickle of anything but tensors, plain types and
+        ValueError: no such file, torn, altered (every record of the file has a CRC32), holding code (a pickle of anything but tensors, plain types and
             `argparse.Namespace`), or without weights under a known key.
     """
     try:
+        if zipfile.is_zipfile(path):  # torch does not compare the checksums that it writes
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"damaged: the checksum of record {damaged} does not match")
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

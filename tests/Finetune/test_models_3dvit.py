@@ -386,6 +386,21 @@ def test_torn_and_missing_files_are_named(tmp_path):
         small().load_pretrained_checkpoint(tmp_path / "none.pth")
 
 
+def test_a_flipped_bit_is_found(tmp_path):
+    model, path = small(), tmp_path / "c.pth"
+    torch.save({"student": model.state_dict()}, path)
+    content = bytearray(path.read_bytes())
+    where = content.find(model.pos_embed.numpy().tobytes()) + 1000
+    content[where] ^= 1
+    path.write_bytes(content)
+    altered = torch.load(path, weights_only=True)["student"]["pos_embed"]
+    assert not torch.equal(altered, model.pos_embed)  # torch reads it without a word
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="c.pth.*damaged: the checksum of record c/data/"):
+        model.load_pretrained_checkpoint(path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_prefixes_are_stripped_at_the_start_only():
     assert list(clean_keys({"module.module.backbone.a": 0, "x.module.b": 0})) == ["a", "x.module.b"]
     with pytest.raises(ValueError, match="'a'"):
