@@ -1,5 +1,7 @@
 """Segmentation losses, MONAI's. Each returns named terms; their weights are the engine's business."""
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
@@ -35,5 +37,9 @@ class RegionDice(nn.Module):
 
 
 def one_hot_regions(label: Tensor, regions: dict[str, tuple[int, ...]]) -> Tensor:
-    """Ids (B, 1, D, H, W) -> overlapping regions (B, R, D, H, W) of booleans."""
-    return torch.cat([torch.isin(label, torch.tensor(ids, device=label.device)) for ids in regions.values()], dim=1)
+    """Ids (B, 1, D, H, W) -> overlapping regions (B, R, D, H, W) of booleans.
+
+    Ids are compared one by one as plain numbers: a tensor of them would be copied to the device, and waited for, in
+    every step.
+    """
+    return torch.cat([reduce(torch.logical_or, [label == number for number in ids]) for ids in regions.values()], dim=1)

@@ -24,6 +24,7 @@ def test_region_dice_is_the_formula_per_region():
     assert torch.equal(target[:, 1], (label[:, 0] > 0).float()) and torch.equal(
         target[:, 2], (label[:, 0] == 3).float()
     )
+    assert torch.equal(target[:, :1], torch.isin(label, torch.tensor(REGIONS["core"])).float())
     p = logits.sigmoid()
     overlap = (p * target).sum((2, 3, 4))
     dice = 2 * overlap / ((p**2).sum((2, 3, 4)) + (target**2).sum((2, 3, 4)) + 1e-6)
