@@ -19,6 +19,7 @@ from common import cache, checkpoint, distributed, leaks
 from common.config import InputError, parse, run_program, setting, to_dict
 from common.distributed import Run
 from common.engine import LoopSettings, fit, plan_updates
+from common.identity import digest
 from common.logging import RunLog, say
 from common.schedules import warmup_cosine
 from Finetune.build import ENCODERS, Architecture, ModelSettings, build_model, load_encoder, resolve
@@ -159,6 +160,11 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         learning_rate=lambda step: warmup_cosine(step, plan.total_steps, warmup, peak),
         weights=lambda step: {"dice": 1.0, "ce": 1.0},
         args=args,
+        facts={
+            "training data": digest([*(e.content_hash for e in training), preset.preprocessing]),
+            "validation data": digest([e.content_hash for e in validation]),
+            "crops": [config.crops, *architecture.roi],
+        },
         make_optimizer=partial(make_optimizer, weight_decay=config.weight_decay, layer_decay=config.layer_decay),
         after_epoch=after_epoch,
     )
@@ -237,7 +243,11 @@ def leak_of(
 def best_so_far(config: FinetuneSettings) -> float:
     """The score of checkpoint-best.pth when a run goes on, so that a worse one does not replace it."""
     path = config.out_dir / BEST
-    return checkpoint.load(path)["args"]["best"] if config.resume != "none" and path.exists() else -1.0
+    try:
+        return checkpoint.load(path)["args"]["best"] if config.resume != "none" and path.exists() else -1.0
+    except InputError as error:
+        say(f"warning: {error}; the next validation counts as the best so far")
+        return -1.0
 
 
 def count(module: torch.nn.Module) -> str:

@@ -6,17 +6,21 @@
 Recipes: scripts/pretrain_*.sh. The checkpoints' layout: common/checkpoint.py.
 """
 
+import io
 import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
 from common import cache, distributed
-from common.config import check_writable, parse, run_program, to_dict
+from common.config import InputError, check_writable, parse, run_program, to_dict
 from common.engine import Plan, build_optimizer, fit, plan_updates, to_device
+from common.files import save_bytes
+from common.identity import digest
 from common.loading import measure_loader
 from common.logging import RunLog, say
 from common.parallel import build_loader
@@ -67,6 +71,7 @@ def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path | None:
         learning_rate=partial(warmup_cosine, total=plan.total_steps, warmup=warmup, peak=peak),
         weights=task.weights,
         args=to_dict(settings) | {"grid_size": list(encoder.grid_size), "data": [v.content_hash for v in volumes]},
+        facts={"data": digest([v.content_hash for v in volumes]), "views": digest([task.specs])},
         make_optimizer=partial(build_optimizer, weight_decay=settings.weight_decay),
         after_epoch=partial(draw_reconstructions, settings, plan, dataset) if run.rank == 0 else None,
     )
@@ -92,9 +97,19 @@ def draw_reconstructions(
         rows = method.reconstructions(to_device(sample, method.encoder.pos_embed.device))
     if rows:
         pixels = picture(rows, method.encoder.patch_size, settings.norm_pix_loss)
-        Image.fromarray(pixels).save(settings.out_dir / f"reconstruction-{epoch}.png")
+        save_picture(settings.out_dir / f"reconstruction-{epoch}.png", pixels)
         log.image("reconstruction", pixels, (epoch + 1) * plan.steps_per_epoch - 1)
     return {}
+
+
+def save_picture(path: Path, pixels: np.ndarray) -> None:
+    """As PNG. A run can do without: on a full disk it says so and goes on."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="PNG")
+    try:
+        save_bytes(path, content.getvalue())
+    except InputError as error:
+        say(f"warning: {error}")
 
 
 if __name__ == "__main__":

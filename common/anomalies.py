@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, default_collate
 
 from common import checkpoint, distributed
 from common.config import InputError
+from common.files import writing
 from common.logging import RunLog, say
 from common.sampling import StreamSampler, index_at
 from common.settings import LoopSettings
@@ -91,7 +92,10 @@ class Guard:
             if self.dumps < MAX_DUMPS:
                 self.dumps += 1
                 path = self.settings.out_dir / "anomalies" / f"update-{number}-rank{sampler.rank}.pth"
-                dump_batches(path, number, dataset, sampler)
+                try:
+                    dump_batches(path, number, dataset, sampler)
+                except InputError as error:  # a full disk; the run can do without
+                    say(f"warning: {error}")
         if bad and self.settings.on_nan == "stop":
             raise InputError(f"update {bad[0]} was bad and --on_nan is stop; its files: {log.anomalies}")
         if self.settings.on_nan == "rollback" and in_a_row >= self.settings.nan_row:
@@ -113,6 +117,7 @@ def dump_batches(path: Path, step: int, dataset: Dataset, sampler: StreamSampler
     )
     own.start, own.stop = step, step + 1
     micro = list(own)
-    path.parent.mkdir(exist_ok=True)
+    with writing(path.parent):
+        path.parent.mkdir(exist_ok=True)
     batches = [default_collate([dataset[item] for item in items]) for items in micro]
     checkpoint.save(path, {"step": step, "items": micro, "batches": batches})

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from common.config import InputError
+from common.files import sync
 
 LAST = "checkpoint-last.pth"
 PREVIOUS = "checkpoint-previous.pth"
@@ -52,6 +53,7 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise InputError(f"{path}: the checkpoint cannot be written ({_first_line(error)})") from None
     finally:

@@ -73,6 +73,7 @@ def train_one_epoch(training: Training) -> dict[str, float]:
         torch.manual_seed(
             mix(t.data_seed, step, run.rank)
         )  # dropout: a function of the step, so a restart changes nothing
+        t.statistics.keep()
         loss_weights, total = t.weights(step), 0.0
         reported: dict[str, Tensor] = {}  # means over the update's micro-batches
         for micro in range(plan.accum):
@@ -97,6 +98,7 @@ def train_one_epoch(training: Training) -> dict[str, float]:
         t.scaler.unscale_(t.optimizer)
         norm = whole(nn.utils.clip_grad_norm_(parameters, t.settings.clip_grad or float("inf")))
         skip = t.guard.judge(norm, total)
+        t.statistics.settle(skip)
         t.optimizer.found_inf = skip  # fused AdamW leaves weights and moments alone where this is 1
         t.optimizer.step()
         t.scaler.update()
@@ -137,6 +139,7 @@ def fit(
     learning_rate: Callable[[int], float],
     weights: Weights,
     args: dict[str, Any],
+    facts: dict[str, Any],
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     after_epoch: AfterEpoch | None = None,
 ) -> Path:
@@ -150,6 +153,7 @@ def fit(
             position); `dataset.name(index)`, where there is one, says which file that was.
         learning_rate, weights: functions of the step.
         args: what the checkpoint keeps as `args`, plain types.
+        facts: plain values by which a run that is taken up knows that its data is the same; others are refused.
         make_optimizer: of the method, once its parameters are what they stay (on their device, sharded).
         after_epoch: called on every rank after each epoch with its number, the log and the method, or a copy of it
             where the weights are shared out (validation, pictures); what it returns goes into the epoch's log line. It
@@ -164,6 +168,7 @@ def fit(
         learning_rate=learning_rate,
         weights=weights,
         args=args,
+        facts=facts,
         make_optimizer=make_optimizer,
     )
     try:
@@ -199,9 +204,10 @@ def finish_epoch(t: Training, after_epoch: AfterEpoch | None) -> None:
 
 
 def check_progress(t: Training, means: dict[str, float]) -> None:
-    """Say how many updates were skipped; stop when none was made, before the checkpoint on disk is replaced."""
+    """Say how many updates were skipped; stop when none was made, before the checkpoint on disk is replaced. A run that
+    may go back to other data has its own count of them (`nan_row`)."""
     calibrating = t.scaler.is_enabled() and t.scaler.get_scale() >= 1.0  # fp16 finds its scale by overflowing
-    if means["skipped"] == 1.0 and not calibrating:
+    if means["skipped"] == 1.0 and not calibrating and t.settings.on_nan != "rollback":
         last = t.saver.last
         raise InputError(
             f"epoch {t.epoch + 1}: no update had a finite gradient, stopped; "

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,6 +68,11 @@ def content_hash(image: torch.Tensor) -> str:
     digest = hashlib.sha256(str(tuple(values.shape)).encode())
     digest.update(values.numpy().data)
     return digest.hexdigest()
+
+
+def digest(parts: Iterable[Any]) -> str:
+    """16 hex digits that are others when a part is, or their order."""
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 def peak_memory() -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config import InputError
+from common.files import save_bytes, sync, writing
 
 
 def is_main() -> bool:
@@ -53,24 +54,27 @@ class RunLog:
     """
 
     def __init__(self, out_dir: str | Path, first_step: int = 0, first_epoch: int = 0, rollbacks: int = 0):
-        self.path, self.anomalies = Path(out_dir) / "log.jsonl", Path(out_dir) / "anomalies.jsonl"
-        self.writer = None
+        self.folder, self.writer = Path(out_dir), None
+        self.path, self.anomalies = self.folder / "log.jsonl", self.folder / "anomalies.jsonl"
         if is_main():
             from torch.utils.tensorboard import SummaryWriter  # slow to import; only a run that logs pays
 
             _keep(self.path, lambda line: line["epoch"] < first_epoch)
             _keep(self.anomalies, lambda line: line["step"] < first_step or line["rollbacks"] < rollbacks)
-            self.writer = SummaryWriter(str(out_dir), purge_step=first_step)
+            with writing(self.folder):
+                self.writer = SummaryWriter(str(out_dir), purge_step=first_step)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+            with writing(self.folder):
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, step)
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
         """`pixels`: (H, W, 3) uint8."""
         if self.writer:
-            self.writer.add_image(tag, pixels, step, dataformats="HWC")
+            with writing(self.folder):
+                self.writer.add_image(tag, pixels, step, dataformats="HWC")
 
     def epoch(self, record: dict[str, Any]) -> None:
         """One line of `log.jsonl`; `record` holds `epoch`, and `step`, the updates done."""
@@ -85,17 +89,22 @@ class RunLog:
         return _lines(self.path)
 
     def flush(self) -> None:
-        """Everything logged until now is on disk."""
+        """Everything logged until now is on disk, and stays there when the power goes."""
         if self.writer:
-            self.writer.flush()
+            with writing(self.folder):
+                self.writer.flush()
+                for path in (self.path, self.anomalies, max(self.folder.glob("events.*"), key=os.path.getmtime)):
+                    if path.exists():
+                        sync(path)
 
     def close(self) -> None:
         if self.writer:
-            self.writer.close()
+            with writing(self.folder):
+                self.writer.close()
 
     def _line(self, path: Path, record: dict[str, Any]) -> None:
         if self.writer:
-            with open(path, "a") as file:
+            with writing(path), open(path, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
 
@@ -115,11 +124,4 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the other lines of the file, in one go."""
     if path.exists():
-        write_text(path, "".join(json.dumps(line) + "\n" for line in _lines(path) if wanted(line)))
-
-
-def write_text(path: Path, text: str) -> None:
-    """The whole file or the old one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+        save_bytes(path, "".join(json.dumps(line) + "\n" for line in _lines(path) if wanted(line)).encode())

@@ -10,7 +10,7 @@ there is nothing to shard, and the contract with every reader (the authors' load
 `torch.load(weights_only=True)` reads.
 """
 
-import contextlib
+import itertools
 import os
 import re
 import threading
@@ -19,12 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from common import checkpoint, distributed
-from common.config import InputError
+from common.config import InputError, load_yaml
 from common.distributed import Run
+from common.files import sync, writing
 from common.logging import say
+from common.settings import LoopSettings
 from common.sharding import whole
+from common.signals import MARKER
+
+SETTINGS = "settings.yaml"
+# of a run, beside its settings; what other programs made of it stays
+RESULTS = ("checkpoint-*.pth", "log.jsonl", "anomalies.jsonl", "anomalies", "events.*", "reconstruction-*.png")
 
 
 class Saver:
@@ -86,6 +94,7 @@ def second_name(path: Path, name: Path) -> None:
         except OSError:  # a file system without hard links
             checkpoint.save(temporary, checkpoint.load(path, check=False))
         os.replace(temporary, name)
+        sync(name.parent)
     except OSError as error:
         raise InputError(f"{name}: the checkpoint cannot be written ({error.strerror})") from None
     finally:
@@ -123,22 +132,73 @@ def candidates(out_dir: Path) -> list[Path]:
     return [path for path in found if path.exists()]
 
 
-def read_first(paths: list[Path], run: Run) -> tuple[Path, dict[str, Any]]:
-    """The first of `paths` that is whole, and its content. Rank 0 chooses and verifies. InputError if none is."""
-    chosen, refused = len(paths), []
-    if run.rank == 0:
-        for position, path in enumerate(paths):
-            try:
-                checkpoint.verify(path)
-                checkpoint.load(path, check=False)
-            except InputError as error:
-                refused.append(str(error))
-                with contextlib.suppress(IndexError):
-                    say(f"warning: {error}; taking {paths[position + 1]} instead")
-            else:
-                chosen = position
-                break
-    chosen = distributed.broadcast_int(chosen, run.device)
-    if chosen == len(paths):
-        raise InputError(f"no readable checkpoint ({'; '.join(refused) or 'see rank 0'}); --resume none starts anew")
-    return paths[chosen], checkpoint.load(paths[chosen], check=False)
+def to_resume(settings: LoopSettings) -> list[Path]:
+    """The checkpoints to go on from, the first whole one of them; for `--resume none` what is there is set aside.
+
+    The same command again goes on, whatever it says: a run that was asked to stop always, and one that was started from
+    a file once it has saved.
+    """
+    own, resume = candidates(settings.out_dir), settings.resume
+    if resume == "auto" or (settings.out_dir / MARKER).exists():
+        return own
+    if resume == "none":
+        set_aside(settings.out_dir)
+        return []
+    again = own and started_with(settings.out_dir).get("resume") == resume
+    return own if again else [Path(resume)]
+
+
+def started_with(out_dir: Path) -> dict[str, Any]:
+    """The settings of the run in a folder; empty where there is none."""
+    path = out_dir / SETTINGS
+    return load_yaml(path) if path.exists() else {}
+
+
+def set_aside(out_dir: Path) -> None:
+    """Move what a run has left in its folder into `earlier-1`, `earlier-2`, ...: another one starts there."""
+    kept = [path for pattern in RESULTS for path in sorted(out_dir.glob(pattern))]
+    if not any(path.suffix == ".pth" for path in kept):
+        return
+    number = next(n for n in itertools.count(1) if not (out_dir / f"earlier-{n}").exists())
+    folder = out_dir / f"earlier-{number}"
+    with writing(folder):
+        folder.mkdir()
+        for path in kept:
+            path.rename(folder / path.name)
+    say(f"what was in {out_dir} is now in {folder}")
+
+
+def read_first(paths: list[Path], run: Run) -> tuple[Path, dict[str, Any]] | None:
+    """The first of rank 0's `paths` that is whole, and its content; None where there are none. InputError if none is.
+
+    A `checkpoint-last.pth` that is refused is renamed to `checkpoint-last.damaged`, or the next writing would keep it
+    as the previous one, in the place of the one that was taken.
+    """
+    verdict = [None, ""]  # rank 0's: the path, or why there is none
+    if run.rank == 0 and paths:
+        path, refused = first_whole(paths)
+        verdict = [str(path) if path else None, refused]
+    if distributed.active():
+        dist.broadcast_object_list(verdict, src=0)
+    path, refused = verdict
+    if refused:
+        raise InputError(f"no readable checkpoint ({refused}); --resume none starts anew")
+    return None if path is None else (Path(path), checkpoint.load(path, check=False))
+
+
+def first_whole(paths: list[Path]) -> tuple[Path | None, str]:
+    """The first path that holds a whole checkpoint; or None, and what is wrong with each."""
+    refused = {}
+    for path in paths:
+        try:
+            checkpoint.verify(path)
+            checkpoint.load(path, check=False)
+        except InputError as error:
+            refused[path] = str(error)
+        else:
+            for before, reason in refused.items():
+                say(f"warning: {reason}; taking {path} instead")
+                if before.name == checkpoint.LAST:
+                    os.replace(before, before.with_suffix(".damaged"))
+            return path, ""
+    return None, "; ".join(refused.values())

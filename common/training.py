@@ -1,5 +1,6 @@
 """A run in memory: everything it consists of, where it stands, and how that goes into a checkpoint and comes back."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from torch.utils.data import Dataset
 
 from common import checkpoint, distributed
 from common.anomalies import Guard
+from common.batchnorm import RunningStatistics
 from common.config import InputError, to_dict
 from common.distributed import Run
-from common.logging import RunLog, say, write_text
+from common.files import claim, save_bytes
+from common.logging import RunLog, say
 from common.means import Means
 from common.parallel import autocast_dtype, build_loader, compile_blocks, transformer_blocks, wrap
 from common.sampling import StreamSampler, mix
-from common.saving import Saver, candidates, read_first
+from common.saving import SETTINGS, Saver, candidates, read_first, to_resume
 from common.settings import LoopSettings, Plan
 from common.sharding import blueprint, shard, watch_loading, whole, whole_copy
 from common.signals import Requests, Requeue, clear_requeue, mark_requeue
@@ -25,6 +28,7 @@ from common.watchdog import Watchdog
 
 Weights = Callable[[int], dict[str, float]]
 MAX_ROLLBACKS = 5
+PATIENCE = 20.0  # seconds for the data workers of a process that was killed to notice, and let its folder go
 
 
 class Training:
@@ -42,6 +46,7 @@ class Training:
         learning_rate: Callable[[int], float],
         weights: Weights,
         args: dict[str, Any],
+        facts: dict[str, Any],
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     ):
         self.method, self.sharded = method.to(run.device), settings.fsdp and run.world_size > 1
@@ -53,39 +58,45 @@ class Training:
         self.optimizer = make_optimizer(self.method)
         watch_loading(self.optimizer)
         self.dataset, self.settings, self.run, self.plan = dataset, settings, run, plan
-        self.learning_rate, self.weights, self.args = learning_rate, weights, args
+        self.learning_rate, self.weights, self.args, self.facts = learning_rate, weights, args, facts
         self.out_dir = Path(settings.out_dir)
         self.autocast = autocast_dtype(settings.amp, run.device)
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.autocast is torch.float16)
         self.guard = Guard(settings, run.device, scaled=self.scaler.is_enabled())
         self.saver, self.watchdog = Saver(self.out_dir, settings.save_minutes), Watchdog(settings.hang_minutes)
+        self.statistics = RunningStatistics(self.method)
         self.step, self.epoch, self.rollbacks = 0, 0, 0
         self.epoch_means, self.recent = Means(), Means()
         self.loader = self.batches = self.bar = None
+        self.lock = contextlib.ExitStack()
 
     # ------------------------------------------------------------ begin and end
 
     def begin(self) -> None:
         """Take up the run where it stands, if the settings say so, and get everything going."""
+        paths = []
         if self.run.rank == 0:
+            if self.lock.enter_context(claim(self.out_dir, PATIENCE)) is None:
+                raise InputError(f"{self.out_dir}: another process trains into this folder")
             checkpoint.remove_temporary(self.out_dir)
-            clear_requeue(self.out_dir)
-            write_text(self.out_dir / "settings.yaml", yaml.safe_dump(to_dict(self.settings), sort_keys=False))
-        distributed.barrier()
-        resume = self.settings.resume
-        paths = {"auto": candidates(self.out_dir), "none": []}.get(resume, [Path(resume)])
-        if paths:
-            path, content = read_first(paths, self.run)
-            self.load(path, content)
-            say(f"resuming from {path}: {self.step} updates done")
-        distributed.barrier()
+            paths = to_resume(self.settings)
+        found = read_first(paths, self.run)
+        if found:
+            self.load(*found)
+            say(f"resuming from {found[0]}: {self.step} updates done")
         if self.settings.compile:
             say(f"compiling {compile_blocks(self.method)} transformer blocks")
         self.model = wrap(self.method, self.run, self.plan.accum)
         self.log = RunLog(self.out_dir, self.step, self.epoch, self.rollbacks)
         self.requests = Requests(self.run)
-        if self.settings.on_nan == "rollback" and not paths:
-            self.save(within=True)  # something to go back to
+        newest = [self.out_dir / name for name in (checkpoint.LAST, checkpoint.PREVIOUS)]
+        elsewhere = found and found[0] not in newest
+        if elsewhere or (self.settings.on_nan == "rollback" and not found):
+            self.save(within=True)  # what to go on from when started again, or to go back to
+            self.saver.wait()
+        if self.run.rank == 0:
+            clear_requeue(self.out_dir)
+            save_bytes(self.out_dir / SETTINGS, yaml.safe_dump(to_dict(self.settings), sort_keys=False).encode())
 
     def close(self) -> None:
         """Whatever happened: nothing is left running or half written."""
@@ -97,6 +108,7 @@ class Training:
             self.requests.close()
             self.log.close()
         self.saver.wait()
+        self.lock.close()
 
     def start_epoch(self) -> None:
         """Batches from `step` to the end of `epoch`."""
@@ -184,7 +196,11 @@ class Training:
         """Become what `content` holds. InputError where it is not of this run."""
         try:
             self.method.load_checkpoint_state(content)
+            groups = self.optimizer.param_groups
+            options = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
             self.optimizer.load_state_dict(content["optimizer"])
+            for group, own in zip(self.optimizer.param_groups, options, strict=True):
+                group |= own  # weight decay and betas as this start says
             self.step, loop, progress = content["args"]["step"], content["args"]["loop"], content.get("progress")
             for name, here in self._facts().items():
                 if loop[name] != here:
@@ -211,6 +227,7 @@ class Training:
             "batch": self.plan.batch,
             "steps_per_epoch": self.plan.steps_per_epoch,
             "num_samples": len(self.dataset),
+            **self.facts,
         }
 
     def _moving(self) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Numbers(torch.utils.data.Dataset):
         return {"x": x, "y": x.sum()}
 
 
-def run_toy(out_dir, method=None, run=CPU, **settings):
+def run_toy(out_dir, method=None, run=CPU, data="twelve numbers", **settings):
     method = method or Toy()
     defaults = dict(
         amp="off", epochs=4, batch_size=4, workers=0, warmup_epochs=0.0, save_every=2, log_every=2, weight_decay=0.1
@@ -85,6 +85,7 @@ def run_toy(out_dir, method=None, run=CPU, **settings):
         learning_rate=lambda step: 0.01 / (1 + step),
         weights=lambda step: {"fit": 2.0},
         args={"note": "toy"},
+        facts={"data": data},
         make_optimizer=partial(build_optimizer, weight_decay=settings.weight_decay),
     )
     return method, checkpoint.load(path)

@@ -1,0 +1,72 @@
+"""Files that are whole or not there, errors that name the file, folders that one process has to itself."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.config import InputError
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of a file system that has none
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system says against writing `path`, as InputError with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def save_bytes(path: Path, content: bytes) -> None:
+    """Write so that `path` holds all of `content` or what it held before. InputError when it cannot be written."""
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def sync(path: Path) -> None:
+    """Let what was written to a file, or the names in a folder, outlast a power cut."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextlib.contextmanager
+def claim(folder: Path, patience: float = 0.0) -> Iterator[int | None]:
+    """A lock on a folder, as a file descriptor that programs may inherit: it is theirs even when this process is killed
+    and they go on. None where another process has it, after `patience` seconds. The system lets it go with its last
+    holder."""
+    with contextlib.ExitStack() as stack:
+        with writing(folder / ".lock"):
+            number = stack.enter_context(open(folder / ".lock", "w")).fileno()
+            locked = _lock(number)
+            until = time.monotonic() + patience
+            while not locked and time.monotonic() < until:
+                time.sleep(0.2)
+                locked = _lock(number)
+        yield number if locked else None
+
+
+def _lock(number: int) -> bool:
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
