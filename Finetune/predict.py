@@ -167,7 +167,8 @@ def choose_window(config: PredictSettings, ensemble: Ensemble, device: torch.dev
 def mean_logits(
     models: Sequence[nn.Module], device: torch.device, dtype: torch.dtype | None, flips: bool
 ) -> Callable[[Tensor], Tensor]:
-    """What the sliding window calls: the mean of the logits over models and, if asked for, the 8 mirror images."""
+    """What the sliding window calls: the mean of the logits over models and, if asked for, the 8 mirror images.
+    InputError when they are not finite."""
     predictors = [predictor(model, device, dtype) for model in models]
     mirrors = [[axis for axis, flip in zip((2, 3, 4), choice) if flip] for choice in product((0, 1), repeat=3 * flips)]
 
@@ -176,6 +177,8 @@ def mean_logits(
         total = 0.0
         for one, axes in product(predictors, mirrors):
             total = total + one(crops.flip(axes)).float().flip(axes)
+        if not torch.isfinite(total).all():  # argmax would call it background
+            raise InputError("the network's logits are not finite: diverged weights, or too narrow an --amp (try off)")
         return total / (len(predictors) * len(mirrors))
 
     return predict

@@ -172,6 +172,16 @@ def test_flips_and_ensembles_are_means_of_logits(tmp_path, preset, file):
         run([file, small], tmp_path, tmp_path / "out")
 
 
+def test_a_network_that_has_diverged_gives_no_label_map(tmp_path, preset, file, capsys):
+    write_ct(tmp_path / "in/scan.nii.gz", preset, AFFINES["flipped"])
+    content = checkpoint.load(file)
+    content["state_dict"]["out.conv.conv.bias"][3] = float("nan")
+    checkpoint.save(tmp_path / "nan.pth", content)
+    with pytest.raises(InputError, match="1 of 1 volumes gave no label map"):
+        run(tmp_path / "nan.pth", tmp_path / "in", tmp_path / "out")
+    assert "logits are not finite" in capsys.readouterr().out and not list((tmp_path / "out").glob("*.nii.gz"))
+
+
 def test_probabilities_and_protocol(tmp_path, preset, file):
     write_ct(tmp_path / "in/scan.nii.gz", preset, AFFINES["permuted"])
     run(file, tmp_path / "in", tmp_path / "out", "--probabilities", "--flips", "--overlap", 0.25)
@@ -248,7 +258,7 @@ def test_a_path_that_leaves_its_list_is_refused(tmp_path, preset, file, capsys):
     (tmp_path / "lists/list.txt").write_text("../secret.nii.gz")
     with pytest.raises(InputError, match="1 of 1 volumes"):
         run(file, tmp_path / "lists/list.txt", tmp_path / "out")
-    assert "which leaves" in capsys.readouterr().out and not (tmp_path / "out/secret.nii.gz").exists()
+    assert "leaves" in capsys.readouterr().out and not (tmp_path / "out/secret.nii.gz").exists()
 
 
 def test_an_ensemble_validates_on_what_no_member_has_trained_on(tmp_path, preset):
