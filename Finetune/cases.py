@@ -223,6 +223,9 @@ def with_mapped_labels(cases: Sequence[Case], preset: Preset, folder: Path) -> l
         return list(cases)
     mapped = []
     for case in progress(cases, desc="map label values", unit="case"):
+        if case.problem:  # its paths may lead anywhere; it is told when the cache is filled
+            mapped.append(case)
+            continue
         stat = case.label.stat()
         key = f"{case.label.resolve()} {stat.st_size} {stat.st_mtime_ns} {sorted(preset.label_values.items())}"
         target = folder / f"{case.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.nii.gz"
