@@ -116,6 +116,19 @@ def test_a_rolled_back_run_resumes_exactly_too(tmp_path):
     assert told(tmp_path / "whole") == told(tmp_path / "cut")
 
 
+def test_rollback_counts_over_the_end_of_an_epoch(tmp_path, capsys):
+    """Five in a row where an epoch has three."""
+    _, content = run_toy(tmp_path, Poisoned(*range(12, 36)), on_nan="rollback", nan_row=5, log_every=1)
+    assert "5 bad updates in a row until update 7: went back to" in capsys.readouterr().out
+    assert content["args"]["loop"]["rollbacks"] == 1 and content["args"]["step"] == 12
+
+
+def test_a_batch_that_cannot_be_dumped_does_not_end_the_run(tmp_path, capsys):
+    tmp_path.joinpath("anomalies").write_text("in the way")
+    _, content = run_toy(tmp_path, Poisoned(17))
+    assert content["args"]["step"] == 12 and "warning: " in capsys.readouterr().out
+
+
 def test_rollbacks_end(tmp_path):
     with pytest.raises(InputError, match="after 5 rollbacks: stopped"):
         rollback(tmp_path, Toy(poison_from=4))

@@ -84,6 +84,64 @@ def test_settings_under_which_a_step_means_other_data_are_refused(tmp_path, chan
         run_toy(tmp_path, **change)
 
 
+def test_other_data_of_the_same_size_is_refused(tmp_path):
+    run_toy(tmp_path, epochs=1)
+    with pytest.raises(InputError, match="its data is twelve numbers, this run's is twelve others"):
+        run_toy(tmp_path, data="twelve others")
+
+
+def test_the_same_command_goes_on_where_it_was_started_from_a_file(tmp_path, whole):
+    """From the file the first time; then from what it has saved, whether it was asked to stop or killed."""
+    run_toy(tmp_path / "other", epochs=2)
+    start = {"resume": str(tmp_path / "other/checkpoint-1.pth"), "log_every": 2}
+
+    class Killed(Toy):
+        def after_step(self, step):
+            super().after_step(step)
+            if step == 10:
+                raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        run_toy(tmp_path / "run", Asked(7), **start)
+    killed = Killed()
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(tmp_path / "run", killed, **start)
+    assert killed.calls[0][1] == 8
+    method, _ = run_toy(tmp_path / "run", **start)
+    assert method.calls[0][1] == 9 and same_weights(method, whole[1])  # 9: the end of the epoch before the kill
+
+
+def test_a_kill_before_the_first_epoch_ends_does_not_lose_the_file_it_was_started_from(tmp_path):
+    """An older run lies in the folder: it is not what the second start goes on from."""
+    run_toy(tmp_path, save_every=1)
+
+    class Killed(Toy):
+        def after_step(self, step):
+            raise KeyboardInterrupt
+
+    start = {"resume": str(tmp_path / "checkpoint-1.pth"), "save_every": 1}
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_toy(tmp_path, Killed(), **start)
+    assert checkpoint.load(tmp_path / checkpoint.LAST)["args"]["step"] == 6
+
+
+def test_a_run_that_starts_anew_sets_the_old_one_aside(tmp_path):
+    run_toy(tmp_path, epochs=1)
+    with pytest.raises(SystemExit):
+        run_toy(tmp_path, Asked(1), resume="none", save_minutes=0)
+    assert checkpoint.load(tmp_path / "earlier-1" / checkpoint.LAST)["args"]["step"] == 3
+    assert len(lines(tmp_path / "earlier-1")) == 1
+    method, _ = run_toy(tmp_path, resume="none")  # it was asked to stop: the same command goes on
+    assert method.calls[0][1] == 2 and [line["epoch"] for line in lines(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_weight_decay_is_that_of_this_start(tmp_path):
+    run_toy(tmp_path, epochs=1)
+    _, content = run_toy(tmp_path, weight_decay=0.7)
+    assert {group["weight_decay"] for group in content["optimizer"]["param_groups"]} == {0.0, 0.7}
+
+
 def test_logs_of_a_killed_process_do_not_survive_past_its_checkpoint(tmp_path, whole):
     """Killed between the epoch's log line and the end of writing its checkpoint: the line is there, the checkpoint
     is not."""

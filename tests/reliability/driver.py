@@ -63,7 +63,8 @@ def table(results: list[dict]) -> str:
         rows.setdefault((result["fault"], result["run"]), []).append(result)
     lines = ["| fault | run | trials | ended as undisturbed | observed |", "|---|---|---|---|---|"]
     for (fault, run), found in rows.items():
-        notes = "; ".join(dict.fromkeys(r["note"].splitlines()[0] for r in found if r["note"]))
+        said = [r["note"].splitlines()[0] for r in found if r["note"]]
+        notes = "; ".join(said if len(set(said)) > 1 else said[:1])
         lines.append(f"| {fault} | {run} | {len(found)} | {sum(r['ok'] for r in found)} | {notes} |")
     return "\n".join(lines)
 
