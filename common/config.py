@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from common import signals
+
 T = TypeVar("T")
 
 
@@ -31,7 +33,9 @@ def setting(default: Any = dataclasses.MISSING, help: str = "", **kwargs: Any) -
 
 
 def run_program(main: Callable[[], Any]) -> int:
-    """Run `main`; a bad input becomes one line on stderr and exit code 2, Ctrl-C becomes 130."""
+    """Run `main`; a bad input becomes one line on stderr and exit code 2, Ctrl-C becomes 130, SIGTERM and SIGUSR1
+    become 75 (common/signals.py)."""
+    signals.listen()
     try:
         main()
     except InputError as error:
@@ -40,6 +44,10 @@ def run_program(main: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except signals.Requeue as stop:
+        if not stop.agreed:
+            print("asked to stop; start the same command again to go on", file=sys.stderr)
+        raise
     return 0
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from common.config import InputError
 from common.peers import Peers
+from common.signals import EXIT_REQUEUE, Requeue
 
 PATIENCE = timedelta(
     hours=12
@@ -53,10 +54,13 @@ def setup(device: str = "auto") -> Run:
 
 def _watch_peers(rank: int, world_size: int) -> None:
     """Start the watch, on a connection of its own: a thread that waits on a store holds up all others of that
-    connection."""
+    connection. The store outlives a restart by torchrun (--max_restarts), the word that an earlier attempt left must
+    not."""
     global _peers
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    _peers = Peers(dist.TCPStore(address, port, world_size, is_master=False), rank, world_size)
+    store = dist.TCPStore(address, port, world_size, is_master=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    _peers = Peers(dist.PrefixStore(f"attempt {attempt}", store), rank, world_size)
     _peers.start()
 
 
@@ -109,12 +113,16 @@ def broadcast_int(number: int, device: torch.device) -> int:
 
 
 def shutdown() -> None:
-    """Leave the process group. With an exception in flight the peers are told why, and end too."""
+    """Leave the process group. With an exception in flight the peers are told why, and end too; so when this process
+    alone was asked to stop, and they may be waiting for it."""
     global _peers
     error = sys.exc_info()[1]
-    orderly = error is None or isinstance(error, SystemExit)
-    if _peers and not orderly:
-        _peers.report(f"{type(error).__name__}: {error}".splitlines()[0])
+    interrupted = isinstance(error, Requeue) and not error.agreed
+    orderly = error is None or (isinstance(error, SystemExit) and not interrupted)
+    if _peers and interrupted:
+        _peers.report("was asked to stop", EXIT_REQUEUE)
+    elif _peers and not orderly:
+        _peers.report(f"died: {type(error).__name__}: {error}".splitlines()[0])
     elif _peers:
         _peers.stop()
     if active() and orderly:  # with a peer stuck in a collective call, leaving in good order would wait for it

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from common import distributed
+from common.agreement import Stopped
 from common.anomalies import GoBack
 from common.config import InputError
 from common.distributed import Run
@@ -157,7 +158,8 @@ def fit(
         make_optimizer: of the method, once its parameters are what they stay (on their device, sharded).
         after_epoch: called on every rank after each epoch with its number, the log and the method, or a copy of it
             where the weights are shared out (validation, pictures); what it returns goes into the epoch's log line. It
-            may be called again for the same epoch by a resumed run.
+            may be called again for the same epoch by a resumed run. Long ones go through `until_stopped`
+            (common/agreement.py).
     """
     training = Training(
         method,
@@ -186,17 +188,22 @@ def fit(
 
 
 def finish_epoch(t: Training, after_epoch: AfterEpoch | None) -> None:
-    """What is left of `t.epoch`: updates, validation, log line, checkpoint."""
+    """What is left of `t.epoch`: updates, validation, log line, checkpoint. Asked to stop in the middle of a
+    validation, it is saved as it was before."""
     began, last_step = time.time(), (t.epoch + 1) * t.plan.steps_per_epoch
     t.start_epoch()
     means = train_one_epoch(t)
     check_progress(t, means)
-    t.watchdog.rest()
+    t.watchdog.feed()
     method = t.whole_method()  # on every rank, whether or not it has something to do
     if after_epoch:
-        means |= after_epoch(t.epoch, t.log, method)
+        try:
+            means |= after_epoch(t.epoch, t.log, method)
+        except Stopped:
+            t.stop()
     del method
     seconds = round(time.time() - began, 1)  # of this process: less for an epoch that was taken up in its middle
+    t.watchdog.feed()
     t.log.epoch({"epoch": t.epoch, "step": t.step, "lr": t.learning_rate(last_step - 1), "seconds": seconds} | means)
     t.save(within=False)
     t.epoch += 1

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from common import checkpoint, distributed
+from common.agreement import Requests
 from common.anomalies import Guard
 from common.batchnorm import RunningStatistics
 from common.config import InputError, to_dict
 from common.distributed import Run
-from common.files import claim, save_bytes
+from common.files import claim, save_bytes, writing
 from common.logging import RunLog, say
 from common.means import Means
 from common.parallel import autocast_dtype, build_loader, compile_blocks, transformer_blocks, wrap
@@ -23,7 +24,7 @@ from common.sampling import StreamSampler, mix
 from common.saving import SETTINGS, Saver, candidates, read_first, to_resume
 from common.settings import LoopSettings, Plan
 from common.sharding import blueprint, shard, watch_loading, whole, whole_copy
-from common.signals import Requests, Requeue, clear_requeue, mark_requeue
+from common.signals import MARKER, Requeue, clear_requeue, mark_requeue
 from common.watchdog import Watchdog
 
 Weights = Callable[[int], dict[str, float]]
@@ -75,6 +76,7 @@ class Training:
     def begin(self) -> None:
         """Take up the run where it stands, if the settings say so, and get everything going."""
         paths = []
+        self.watchdog.feed()
         if self.run.rank == 0:
             if self.lock.enter_context(claim(self.out_dir, PATIENCE)) is None:
                 raise InputError(f"{self.out_dir}: another process trains into this folder")
@@ -158,16 +160,20 @@ class Training:
         """After an update: save if it is time to, and if some rank was asked to stop, save and raise Requeue."""
         stop, save = self.requests.agree(save=self.run.rank == 0 and self.saver.due())
         if stop:
+            self.stop()
+        if save and not self.guard.in_a_row:
             self.save(within=True)
-            self.saver.wait()
-            if self.run.rank == 0:
+
+    def stop(self) -> NoReturn:
+        """Save, and raise Requeue; all ranks call it after the same update."""
+        self.save(within=True)
+        self.saver.wait()
+        if self.run.rank == 0:
+            with writing(self.out_dir / MARKER):
                 mark_requeue(self.out_dir, self.step)
-            say(f"asked to stop: saved after {self.step} updates; start the same command again to go on")
-            distributed.barrier()  # a launcher may end the others as soon as one has ended
-            raise Requeue
-        at_end = self.step == (self.epoch + 1) * self.plan.steps_per_epoch
-        if save and not at_end and not self.guard.in_a_row:
-            self.save(within=True)
+        say(f"asked to stop: saved after {self.step} updates; start the same command again to go on")
+        distributed.barrier()  # a launcher may end the others as soon as one has ended
+        raise Requeue(agreed=True)
 
     # ------------------------------------------------------------ checkpoints
 
