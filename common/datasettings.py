@@ -17,7 +17,11 @@ class DataSettings:
 
     datasets: tuple[str, ...] = setting((), "pretraining data sets or lists of Pretrain/datasets/, e.g. 1k, 10k, BTCV")
     datalist: tuple[Path, ...] = setting((), "Decathlon JSONs, folders of NIfTI or DICOM series, text files of paths")
-    data_root: Path | None = setting(None, "folder of the data sets; what a list's paths are relative to")
+    data_root: Path | None = setting(
+        None,
+        "folder of the data sets; what a list's paths are relative to and may not leave, none: the list's folder; "
+        "/ lets them lead anywhere, relative ones from the list's folder",
+    )
     section: str = setting("training", "the section of a JSON list to read")
     cache_dir: Path = setting(Path("cache"), "the cache; a program adds what is missing at its start")
     allow_failures: bool = setting(False, "go on without the volumes that cannot be used, with a table of the reasons")
@@ -41,12 +45,12 @@ class DataSettings:
 
     def cases(self, labels: bool = False) -> "list[Case]":
         """The volumes of all data sets and lists, without labels unless asked for. InputError where none is named."""
-        from common.datalist import read_cases
+        from common.datalist import own_root, read_cases
         from common.sources import read_datasets, unlabelled
 
         cases = read_datasets(self.datasets, self.data_root) if self.datasets else []
         for datalist in self.datalist:
-            found = read_cases(datalist, self.data_root, self.section)
+            found = read_cases(datalist, self.data_root or own_root(datalist), self.section)
             cases += found if labels else unlabelled(found)
         if not cases:
             raise InputError("no data: give --datasets or --datalist")

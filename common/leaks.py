@@ -9,6 +9,7 @@ not recognised. Volumes that a cache knows are not read again. Exit code 0 also 
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 
 from common import checkpoint
 from common.config import InputError, parse, run_program, setting
-from common.datalist import Case, read_cases
+from common.datalist import Case, own_root, read_cases
 from common.logging import progress, say
 from common.sources import read_datasets
 
@@ -27,10 +28,10 @@ class LeakSettings:
     """Settings of the leak guard."""
 
     pretrain: str = setting(help="what was pretrained on: a name of Pretrain/datasets/, a data list, or a checkpoint")
-    data_root: Path | None = setting(None, "folder of the pretraining data")
+    data_root: Path | None = setting(None, "folder of the pretraining data; root of a data list's paths, / is any")
     section: str = setting("training", "the section of a JSON list of pretraining volumes")
     finetune: str = setting(help="what is fine-tuned on: a preset, or a Decathlon JSON with folds")
-    data: Path | None = setting(None, "folder of the preset's data")
+    data: Path | None = setting(None, "folder of the preset's data; root of a JSON's paths, / is any")
     cache_dir: Path = setting(Path("cache"), "a cache that knows volumes already, and learns the others")
     exclude_leaks: Path | None = setting(None, "write the pretraining list without the overlap to this text file")
 
@@ -97,6 +98,9 @@ def content_hashes(cases: Sequence[Case], cache_dir: Path, channels: int = 1) ->
     index = identity.Index(cache_dir / "index.jsonl")
     hashes = {}
     for case in progress(cases, desc="compare", unit="volume"):
+        if case.problem:
+            say(f"  not compared: {case.problem}")
+            continue
         known = index.file(case.image)
         if known is None or known.content is None:
             try:
@@ -127,21 +131,22 @@ def main() -> None:
     say(str(overlap(pretrained.values(), by_fold)))
     if settings.exclude_leaks:
         leaking = {content for cases_ in by_fold.values() for _, content in cases_}
-        clean = [case for case in listed if pretrained.get(case.name) not in leaking]
+        clean = [case for case in listed if not case.problem and pretrained.get(case.name) not in leaking]
         write_list(settings.exclude_leaks, clean)
         say(f"{settings.exclude_leaks}: {len(clean)} of {len(listed)} volumes, without any case of {settings.finetune}")
+        say(f"give it as --datalist {settings.exclude_leaks} --data_root {common_folder(clean)}")
 
 
 def pretraining_cases(settings: LeakSettings) -> list[Case]:
     if Path(settings.pretrain).exists() and not settings.pretrain.endswith((".yaml", ".yml")):
-        return read_cases(settings.pretrain, settings.data_root, settings.section)
+        return read_cases(settings.pretrain, settings.data_root or own_root(settings.pretrain), settings.section)
     return read_datasets([settings.pretrain], settings.data_root)
 
 
 def finetuning_folds(settings: LeakSettings) -> tuple[list[Case], dict[int, list[str]], int]:
     """(cases, fold -> names, channels) of a Decathlon JSON, or of a preset."""
     if settings.finetune.endswith(".json"):
-        cases = read_cases(settings.finetune)
+        cases = read_cases(settings.finetune, settings.data or own_root(settings.finetune), flag="data")
         folds: dict[int, list[str]] = {}
         for case in cases:
             folds.setdefault(-1 if case.fold is None else case.fold, []).append(case.name)
@@ -159,6 +164,11 @@ def finetuning_folds(settings: LeakSettings) -> tuple[list[Case], dict[int, list
         except InputError:
             continue  # fewer cases than folds
     return cases, folds, preset.channels
+
+
+def common_folder(cases: Sequence[Case]) -> str:
+    """The deepest folder, links followed, that holds all images: the tightest root for a list of them."""
+    return os.path.commonpath([os.path.dirname(os.path.realpath(case.image)) for case in cases]) if cases else "/"
 
 
 def write_list(path: Path, cases: Sequence[Case]) -> None:

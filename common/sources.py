@@ -56,7 +56,11 @@ def load(name: str) -> list[Source]:
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(f"datasets: found '{name}', {hint}allowed: {', '.join(available())}, or the path of a YAML")
     if "datasets" not in (load_yaml(path) or {}):
-        return [read_yaml(path, Source)]
+        source = read_yaml(path, Source)
+        outside = next((f for f in source.folders if Path(f).is_absolute() or ".." in Path(f).parts), None)
+        if outside:
+            raise InputError(f"{path}: folders: found '{outside}', needs folders below the data root")
+        return [source]
     return [source for part in read_yaml(path, SourceList).datasets for source in load(part)]
 
 

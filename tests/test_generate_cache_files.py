@@ -93,6 +93,17 @@ def test_a_preset_brings_its_cases_labels_and_settings(listing, tmp_path, monkey
     assert cache.ensure(read_cases(tmp_path / "dataset.json"), settings, tmp_path / "cache")[0].has_label
 
 
+def test_no_label_is_read_from_outside_the_root_of_a_list(listing, tmp_path, monkeypatch):
+    listing.rename(tmp_path / "inner.json")
+    (tmp_path / "inner").mkdir()
+    entry = {"image": "../a.nii.gz", "label": "../a_label.nii.gz"}
+    (tmp_path / "inner/list.json").write_text(json.dumps({"training": [entry]}))
+    flags = ["--preset", "MMWHS_CT", "--data_root", tmp_path / "inner/list.json", "--cache_dir", tmp_path / "cache"]
+    with pytest.raises(InputError, match="leaves|cannot be used"):
+        run(monkeypatch, *flags)
+    assert not (tmp_path / "cache/labels").exists()
+
+
 def test_datasets_by_name(tmp_path, monkeypatch, capsys):
     nifti(tmp_path / "data/BTCV/imagesTr/img0001.nii.gz")
     nifti(tmp_path / "data/BTCV/imagesTr/img0035.nii.gz", seed=1)

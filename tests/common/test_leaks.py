@@ -1,6 +1,7 @@
 """The leak guard finds a scan whatever its name and format, per fold, and makes a clean list."""
 
 import json
+import re
 
 import pytest
 
@@ -37,7 +38,8 @@ def test_overlap_is_found_by_content_per_fold(data, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "fold 0: 1 of 2 cases seen in pretraining: patient" in said
     assert "fold 1: 0 of 1 cases seen in pretraining\n" in said
-    assert [case.name for case in read_cases(data / "clean.txt")] == ["volume1", "volume2"]
+    clean = read_cases(data / "clean.txt", re.search(r"--data_root (\S+)", said)[1])  # the root that it says
+    assert [(case.name, case.problem) for case in clean] == [("volume1", None), ("volume2", None)]
     monkeypatch.setattr("common.volumes.read_image", None)  # all are known now
     run(monkeypatch, *flags)
 

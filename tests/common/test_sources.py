@@ -69,3 +69,11 @@ def test_a_wrong_name_names_the_nearest_and_ones_own_yaml_works(tmp_path):
     (tmp_path / "own.yaml").write_text(json.dumps({"name": "own", "folders": ["here"], "count": 1} | own))
     touch(tmp_path, "here/a.nii")
     assert len(read_datasets([str(tmp_path / "own.yaml")], tmp_path)) == 1
+
+
+@pytest.mark.parametrize("folder", ["../elsewhere", "/elsewhere", "a/../../b"])
+def test_a_data_set_of_ones_own_stays_below_the_data_root(tmp_path, folder):
+    words = dict.fromkeys(("name", "description", "where", "licence", "citation", "layout"), "x")
+    (tmp_path / "own.yaml").write_text(json.dumps(words | {"count": 1, "folders": [folder]}))
+    with pytest.raises(InputError, match=f"own.yaml: folders: found '{folder}'"):
+        load(str(tmp_path / "own.yaml"))
