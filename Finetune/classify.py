@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from common import distributed
+from common.agreement import until_stopped
 from common.cache import Entry
 from common.distributed import Run
 from common.engine import autocast_dtype
@@ -94,7 +95,8 @@ def validate_classes(
     model.eval()
     dtype = autocast_dtype(amp, run.device)
     shares = torch.zeros(len(entries), len(preset.labels), device=run.device)
-    for index in progress(range(run.rank, len(entries), run.world_size), desc="validate", unit="case"):
+    share = range(run.rank, len(entries), run.world_size)
+    for index in until_stopped(progress(share, desc="validate", unit="case"), run):
         with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(resized(entries[index], roi)[None].to(run.device))
         shares[index] = logits[0].float().softmax(dim=0)

@@ -6,7 +6,8 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from common import distributed
+from common import distributed, watchdog
+from common.agreement import until_stopped
 from common.cache import Entry
 from common.config import InputError
 from common.distributed import Run
@@ -93,7 +94,7 @@ def validate(
         torch.zeros(len(names) + 1),
         torch.zeros(len(names) + 1),
     )  # one per class, the last for the mean of a case
-    for entry in progress(entries[run.rank :: run.world_size], desc="validate", unit="case"):
+    for entry in until_stopped(progress(entries[run.rank :: run.world_size], desc="validate", unit="case"), run):
         values = case_dice(model, entry, preset, window, run.device, dtype)
         present = [value for value in values if value is not None]
         for position, value in enumerate([*values, sum(present) / len(present) if present else None]):
@@ -135,6 +136,7 @@ def predictor(model: nn.Module, device: torch.device, dtype: torch.dtype | None)
     """The model as the sliding window calls it, under autocast where `dtype` says so."""
 
     def predict(crops: Tensor) -> Tensor:
+        watchdog.feed()
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             return model(crops)
 

@@ -15,13 +15,14 @@ from typing import Any, Literal
 
 import torch
 
-from common import cache, checkpoint, distributed, leaks
+from common import cache, checkpoint, distributed, leaks, signals
 from common.config import InputError, parse, run_program, setting, to_dict
 from common.distributed import Run
 from common.engine import LoopSettings, fit, plan_updates
 from common.identity import digest
 from common.logging import RunLog, say
 from common.schedules import warmup_cosine
+from common.watchdog import Watchdog
 from Finetune.build import ENCODERS, Architecture, ModelSettings, build_model, load_encoder, resolve
 from Finetune.cases import check_classes, few_labels, find_cases, split, with_mapped_labels
 from Finetune.classify import VolumeDataset, classification_losses, validate_classes
@@ -76,6 +77,7 @@ class FinetuneSettings(ModelSettings, LoopSettings):
 def main(argv: list[str] | None = None) -> Path:
     """Run the program; returns the path of the last checkpoint."""
     config = parse(FinetuneSettings, argv, description=__doc__)
+    signals.marks(config.out_dir)
     preset = load_preset(config.preset)
     classifies = preset.task == "classification"
     if classifies and config.model == "unetr":
@@ -188,8 +190,9 @@ def prepare_entries(config: FinetuneSettings, preset: Preset, run: Run) -> tuple
     training = few_labels(training, preset, config.label_count, config.label_fraction, config.label_seed)
 
     def entries() -> list[cache.Entry]:
-        cases = with_mapped_labels([*training, *validation], preset, config.cache_dir / "labels")
-        return cache.ensure(cases, preset.preprocessing, config.cache_dir, workers=config.workers)
+        with Watchdog(config.hang_minutes):
+            cases = with_mapped_labels([*training, *validation], preset, config.cache_dir / "labels")
+            return cache.ensure(cases, preset.preprocessing, config.cache_dir, workers=config.workers)
 
     if run.rank == 0:
         entries()

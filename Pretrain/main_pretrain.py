@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common import cache, distributed
+from common import cache, distributed, signals
 from common.config import InputError, check_writable, parse, run_program, to_dict
 from common.engine import Plan, build_optimizer, fit, plan_updates, to_device
 from common.files import save_bytes
@@ -26,6 +26,7 @@ from common.logging import RunLog, say
 from common.parallel import build_loader
 from common.sampling import StreamSampler
 from common.schedules import warmup_cosine
+from common.watchdog import Watchdog
 from Pretrain.build import PretrainSettings, build_task
 from Pretrain.data import ViewDataset
 from Pretrain.visualize import picture
@@ -33,6 +34,7 @@ from Pretrain.visualize import picture
 
 def main() -> None:
     settings = parse(PretrainSettings, description=__doc__)
+    signals.marks(settings.out_dir)
     run = distributed.setup(settings.device)
     try:
         pretrain(settings, run)
@@ -44,7 +46,7 @@ def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path | None:
     """The whole run; returns its last checkpoint, None where only the loader was measured."""
     check_writable(settings.out_dir)
     prepare = cache.usable if settings.allow_failures else cache.ensure
-    with distributed.main_first():
+    with distributed.main_first(), Watchdog(settings.hang_minutes):
         volumes = prepare(settings.cases(), settings.preprocessing(), settings.cache_dir, settings.workers)
     plan = plan_updates(settings, len(volumes), run.world_size)
     torch.manual_seed(settings.seed)

@@ -33,7 +33,7 @@ import blosc2
 import numpy as np
 import torch
 
-from common import arrays, identity
+from common import arrays, identity, watchdog
 from common.config import InputError
 from common.datalist import Case
 from common.entry import FORMAT, Entry, entry_key, open_entry
@@ -136,6 +136,7 @@ def _fill(
     built = peak = 0
     bar = progress(desc="cache", total=len(jobs), unit="volume") if jobs else None
     for number, result in _run(jobs, workers):
+        watchdog.feed()
         if isinstance(result, Failure):
             failures[number] = result
             if result.lasting:
@@ -199,6 +200,7 @@ def _run(jobs: dict[int, tuple], workers: int) -> Iterator[tuple[int, Any]]:
     waiting = dict(jobs)
     pause = 0.0
     while waiting:
+        watchdog.feed()  # another process may take long
         busy = {}
         step = _in_workers if workers > 0 and len(waiting) >= WORTH_WORKERS else _here
         for number, result in step(waiting, workers):
