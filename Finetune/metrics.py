@@ -59,7 +59,7 @@ def score_class(
         return Score(case, name, "missed" if in_label else "false positive", 0.0, 0.0, diagonal, **volumes)
     box = _bounding_box(prediction | label)
     pair = [torch.from_numpy(np.ascontiguousarray(mask[box]))[None, None] for mask in (prediction, label)]
-    dice = 2 * float((pair[0] & pair[1]).sum()) / float(pair[0].sum() + pair[1].sum())
+    dice = dice_of(prediction[box], label[box])
     spacing = [float(s) for s in spacing]
     nsd = compute_surface_dice(*pair, class_thresholds=[tolerance], include_background=True, spacing=spacing)
     hd95 = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=spacing)
