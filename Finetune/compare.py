@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.checkpoint import file_sha256
-from common.config import InputError, check_writable, load_yaml, parse, run_program, setting, to_dict
+from common.config import InputError, check_writable, from_dict, load_yaml, parse, run_program, setting, to_dict
 from common.datalist import Case
 from common.logging import say
 from Finetune.cases import few_labels, find_cases, split
 from Finetune.compare_table import as_table, draw, short_name, summary, versus
 from Finetune.evaluate import labels_by
 from Finetune.files import save_bytes
+from Finetune.main_finetune import FinetuneSettings
 from Finetune.metrics import case_means
 from Finetune.presets import Preset, load_preset
 from Finetune.scorecard import CSV, JSON, read_scores
@@ -124,6 +125,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def plan(config: CompareSettings, preset: Preset) -> list[Cell]:
     """The cells in order. InputError for what can be seen to be wrong before the first run."""
+    if preset.task != "segmentation":
+        raise InputError(f"preset {preset.name}: is for {preset.task}, a grid compares segmentations")
     inits = _items(config.inits, "inits")
     for init in inits:
         if init != "scratch" and not Path(init).is_file():
@@ -133,6 +136,8 @@ def plan(config: CompareSettings, preset: Preset) -> list[Cell]:
     if double is not None:
         raise InputError(f"inits: found two that would be called {double}, which is the name of folder and file")
     common = load_yaml(config.settings) or {} if config.settings else {}
+    needed = {"preset": preset.name, "data": str(config.data), "out_dir": str(config.out)}
+    from_dict(needed | common if isinstance(common, dict) else common, FinetuneSettings, str(config.settings))
     taken = sorted(set(common) & {*OURS, "out_dir", "cache_dir"})
     if taken:
         raise InputError(f"{config.settings}: found '{taken[0]}', which the grid sets itself")

@@ -203,6 +203,16 @@ def test_settings_change_the_cell_and_bad_ones_are_refused(grid):
     ):
         with pytest.raises(InputError, match=words):
             compare.main([*grid.flags, *extra])
+    with pytest.raises(InputError, match="preset CC_CCII: is for classification"):
+        compare.main([*grid.flags, "--preset", "CC_CCII"])
+    for text, words in (
+        ("epoch: 3", "settings.yaml: unknown setting 'epoch'; did you mean 'epochs'"),
+        ("epochs: many", "settings.yaml: epochs: found 'many'"),
+        ("- epochs", "settings.yaml: found list, needs a mapping"),
+    ):
+        (grid.path / "settings.yaml").write_text(text)
+        with pytest.raises(InputError, match=words):
+            compare.main(grid.flags)
     (grid.path / "settings.yaml").write_text("seed: 3")
     with pytest.raises(InputError, match="found 'seed', which the grid sets itself"):
         compare.main(grid.flags)
