@@ -57,7 +57,7 @@ launch() { # NPROC processes of a module: one as plain Python, more through torc
   if [ -n "${LAUNCHER:-}" ]; then
     local launcher
     read -ra launcher <<<"$LAUNCHER"
-    "${launcher[@]}" -m "$@"
+    exec "${launcher[@]}" -m "$@" # a signal to every process of the job would end this shell while the program still saves
   elif [ "${NPROC:-1}" -gt 1 ]; then
     "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" -m "$@"
   else

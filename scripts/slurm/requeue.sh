@@ -1,26 +1,55 @@
-# Sourced by the templates: run a command, and put the job back into the queue if it was stopped by a signal and has saved.
+# Sourced by the templates, and by what Finetune.compare --slurm writes: run a command, and put the job back into the queue where that
+# helps.
 #
-# The program says so by its exit code, 75, and by a file `requeue` in its folder (torchrun and srun do not pass the code on). Any other
-# failure ends the job: started again it would only fail again.
+# It helps when the command was asked to stop: it says so by its exit code, 75, or, as torchrun ends with 1 whatever happens, by a file
+# `requeue` in the folder of its run; and one that had not come as far as to listen died of the signal (128 + its number). And it helps
+# when it failed (a dead rank, a hang, a node without memory) but has written a checkpoint since this start. What fails without having
+# got any further would only fail again, and ends the job.
 
-run_or_requeue() { # FOLDER COMMAND...: FOLDER is where the command's runs are
-  local folder="$1" status=0 started
+# srun takes --cpus-per-task from sbatch no longer (Slurm 22.05), and would bind all processes of a task to one core.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+
+run_or_requeue() { # FOLDER COMMAND...: FOLDER is that of the command's run
+  local folder="$1" status=0 started reason=""
   shift
   mkdir -p "$folder"
   started="$folder/.started-${SLURM_JOB_ID}"
   touch "$started"
   trap : TERM USR1 # this shell outlives the signal that its command acts on
   "$@" || status=$?
-  if [ "$status" -ne 0 ] && { [ "$status" -eq 75 ] || [ -n "$(find "$folder" -name requeue -newer "$started" -print -quit)" ]; }; then
-    rm -f "$started"
+  case "$status" in
+    0) ;;
+    75 | 138 | 143) reason="asked to stop" ;;
+    *)
+      if [ "$folder/requeue" -nt "$started" ]; then
+        reason="asked to stop"
+      elif [ "$folder/checkpoint-last.pth" -nt "$started" ]; then
+        reason="failed with code $status, but got further"
+      fi
+      ;;
+  esac
+  rm -f "$started"
+  if [ -n "$reason" ]; then
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-100}" ]; then
       echo "error: started ${SLURM_RESTART_COUNT} times, not again (MAX_RESTARTS)" >&2
       exit "$status"
     fi
-    echo "stopped by a signal after saving: job ${SLURM_JOB_ID} goes back into the queue"
+    echo "$reason: job ${SLURM_JOB_ID} goes back into the queue"
     scontrol requeue "${SLURM_JOB_ID}"
     exit 0
   fi
-  rm -f "$started"
   exit "$status"
+}
+
+refuse() { # FLAG SETTING ARGUMENT...: a flag that the template sets from one of its own settings, which it needs itself
+  local flag="$1" setting="$2" word
+  shift 2
+  for word in "$@"; do
+    case "$word" in
+      "$flag" | "$flag"=*)
+        echo "error: $word: set $setting instead, the job looks there for what the run has left" >&2
+        exit 2
+        ;;
+    esac
+  done
 }
