@@ -1,6 +1,7 @@
 """How a method gets onto the hardware: optimiser, processes, precision, compilation, batches."""
 
 import contextlib
+import inspect
 import signal
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.distributed import Run
 from common.sampling import StreamSampler
+
+# newer torch has another name for it, and warns of the former one
+NAMES = inspect.signature(DistributedDataParallel).parameters
+SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in NAMES else "broadcast_buffers"
 
 
 def build_optimizer(
@@ -40,7 +45,7 @@ def wrap(method: nn.Module, run: Run, accum: int = 1) -> nn.Module:
     return DistributedDataParallel(
         method,
         device_ids=[run.local_rank] if run.device.type == "cuda" else None,
-        broadcast_buffers=False,
+        **{SYNC_BUFFERS: False},
         gradient_as_bucket_view=True,
         static_graph=accum == 1 and getattr(method, "num_parts", 1) == 1 and not hasattr(method, "probe"),
     )

@@ -1,17 +1,19 @@
 """What is on disk survives: full disks, kills, altered bytes; and the writer's errors reach whoever trains."""
 
 import os
+import signal
 import threading
 import time
 
 import pytest
 import torch
 
-from common import checkpoint, saving
+from common import checkpoint, saving, training
 from common.config import InputError
 from common.distributed import Run
+from common.files import claim
 from common.saving import Saver, candidates, read_first
-from tests.common.toy import run_toy, same_weights
+from tests.common.toy import Toy, lines, run_toy, same_weights
 
 CPU = Run(torch.device("cpu"))
 
@@ -118,6 +120,30 @@ def test_a_harmed_last_checkpoint_is_refused_and_the_one_before_taken(tmp_path, 
     assert same_weights(whole, resumed)
 
 
+def test_a_refused_checkpoint_never_takes_the_place_of_the_good_one(tmp_path, monkeypatch):
+    """Torn last, good previous; then the next writing fails as well, in its middle."""
+    write(tmp_path, 2, 4)
+    (tmp_path / checkpoint.LAST).write_bytes(b"torn")
+    path, found = read_first(candidates(tmp_path), CPU)
+    assert path.name == checkpoint.PREVIOUS and found["args"]["step"] == 2
+    assert (tmp_path / "checkpoint-last.damaged").read_bytes() == b"torn"
+
+    def full(content, file):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        saver = Saver(tmp_path, None)
+        saver.save(content(6))
+        with pytest.raises(InputError):
+            saver.wait()
+    assert read_first(candidates(tmp_path), CPU)[1]["args"]["step"] == 2
+
+
+def test_nothing_to_go_on_from(tmp_path):
+    assert read_first(candidates(tmp_path), CPU) is None
+
+
 def test_a_run_whose_checkpoints_are_all_harmed_does_not_start_anew_by_itself(tmp_path):
     run_toy(tmp_path, epochs=2)
     for path in candidates(tmp_path):
@@ -184,3 +210,31 @@ def test_copies_share_nothing():
         and not copy["b"][1]["c"][0].any()
         and copy["b"][1]["c"][1] == "x"
     )
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "settings.yaml", "requeue"])
+def test_any_file_that_cannot_be_written_is_named(tmp_path, name):
+    """A folder is in its way, as a full disk would be."""
+
+    class Asked(Toy):
+        def after_step(self, step):
+            (tmp_path / name).mkdir(exist_ok=True)
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    if name == "settings.yaml":
+        (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"{name}: cannot be written"):
+        run_toy(tmp_path, Asked())
+
+
+def test_one_process_trains_into_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "PATIENCE", 0.5)
+    run_toy(tmp_path, epochs=1)
+    with claim(tmp_path) as lock:
+        assert lock is not None
+        with pytest.raises(InputError, match="another process trains into this folder"):
+            run_toy(tmp_path)
+    assert lines(tmp_path)[-1]["epoch"] == 0
+    run_toy(tmp_path)
+    assert lines(tmp_path)[-1]["epoch"] == 3
