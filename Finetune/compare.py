@@ -5,8 +5,8 @@
 
 Every cell is trained, predicted and scored in a folder of its own by the ordinary programs, one after another. Start
 the command again at any point: what is done is skipped, what was interrupted goes on from its last checkpoint. A cell
-that fails is reported and the rest goes on. On a SLURM cluster, --slurm writes an array script with one task per cell;
-the same command without it collects the results.
+that fails is reported and the rest goes on. Asked to stop (SIGTERM, SIGUSR1) it waits until its cell has saved. On a
+SLURM cluster, --slurm writes an array script with one task per cell; the same command without it collects the results.
 
 A scratch cell is the twin of the first checkpoint: its architecture, its schedule, its seed, its labels, random
 weights.
@@ -17,7 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
-import subprocess
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +28,7 @@ from common.checkpoint import file_sha256
 from common.config import InputError, check_writable, from_dict, load_yaml, parse, run_program, setting, to_dict
 from common.datalist import Case
 from common.logging import say
+from common.signals import run_child
 from Finetune.cases import few_labels, find_cases, split
 from Finetune.compare_table import as_table, draw, short_name, summary, versus
 from Finetune.evaluate import labels_by
@@ -225,16 +226,16 @@ def _run_programs(config: CompareSettings, preset: Preset, cell: Cell, lock: int
     score += ["--preset", _preset(config), "--out", str((cell.folder / "scores").resolve()), "--worst", "1"]
     for command in (train, predict, score):
         with open(cell.folder / "log.txt", "a") as log:
-            done = subprocess.run(
+            code = run_child(
                 [sys.executable, "-m", *command],
                 cwd=ROOT,
                 stdout=log,
-                stderr=subprocess.STDOUT,
+                stderr=log,
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
                 pass_fds=(lock,),
             )
-        if done.returncode:
-            return f"{command[0]} ended with code {done.returncode}: {_last_line(cell.folder / 'log.txt')}"
+        if code:
+            return f"{command[0]} ended with code {code}: {_last_line(cell.folder / 'log.txt')}"
     return None
 
 
@@ -257,21 +258,27 @@ def _last_line(path: Path) -> str:
 
 
 def write_array(config: CompareSettings, count: int, argv: Sequence[str]) -> None:
-    """OUT/array.sbatch: one task per cell."""
-    arguments = [word for word in argv if word not in ("--slurm", "--no-slurm")]
-    quoted = " ".join("'" + word.replace("'", "'\\''") + "'" for word in arguments)
+    """OUT/array.sbatch: one task per cell, which goes on by itself after a time limit, as scripts/slurm/compare.sbatch
+    does."""
+    arguments = shlex.join(word for word in argv if word not in ("--slurm", "--no-slurm"))
     options = "\n".join(f"#SBATCH {option}" for option in config.slurm_options.split())
     out = config.out.resolve()
     script = f"""#!/usr/bin/env bash
 #SBATCH --job-name=compare
 #SBATCH --array=0-{count - 1}
 #SBATCH --output={out}/array-%a.txt
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
 {options}
-# One cell of the grid per task. Submit again to go on after an interruption; the same command without --slurm collects.
+# One cell of the grid per task. Interrupted, it goes back into the queue, and goes on where it was.
+# When all are done, the same command without --slurm collects.
 set -euo pipefail
-cd '{Path.cwd()}'
-export PYTHONPATH='{ROOT}'
-'{sys.executable}' -m Finetune.compare {quoted} --no-slurm --only "$SLURM_ARRAY_TASK_ID"
+cd {shlex.quote(str(Path.cwd()))}
+export PYTHONPATH={shlex.quote(str(ROOT))}
+source {shlex.quote(str(ROOT / "scripts/slurm/requeue.sh"))}
+run_or_requeue {shlex.quote(str(out))} \\
+  srun {shlex.quote(sys.executable)} -m Finetune.compare {arguments} --no-slurm --only "$SLURM_ARRAY_TASK_ID"
 """
     save_bytes(config.out / "array.sbatch", script.encode())
     say(f"{count} cells: sbatch {config.out / 'array.sbatch'}")

@@ -54,10 +54,10 @@ def grid(tmp_path, monkeypatch):
             importlib.import_module(module).main(argv)
         except InputError as error:
             print(f"error: {error}", file=kwargs["stdout"])
-            return types.SimpleNamespace(returncode=2)
-        return types.SimpleNamespace(returncode=0)
+            return 2
+        return 0
 
-    monkeypatch.setattr(compare, "subprocess", types.SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(compare, "run_child", run)
     flags = [
         "--preset",
         "MSD09_Spleen",
