@@ -12,27 +12,24 @@ A scratch cell is the twin of the first checkpoint: its architecture, its schedu
 weights.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.checkpoint import file_sha256
 from common.config import InputError, check_writable, from_dict, load_yaml, parse, run_program, setting, to_dict
 from common.datalist import Case
+from common.files import claim, save_bytes
 from common.logging import say
 from common.signals import run_child
 from Finetune.cases import few_labels, find_cases, split
 from Finetune.compare_table import as_table, draw, short_name, summary, versus
 from Finetune.evaluate import labels_by
-from Finetune.files import save_bytes
 from Finetune.main_finetune import FinetuneSettings
 from Finetune.metrics import case_means
 from Finetune.presets import Preset, load_preset
@@ -143,6 +140,9 @@ def plan(config: CompareSettings, preset: Preset) -> list[Cell]:
     if taken:
         raise InputError(f"{config.settings}: found '{taken[0]}', which the grid sets itself")
     training, validation = split(find_cases(preset, config.data), preset, config.fold)
+    problem = next((case.problem for case in [*training, *validation] if case.problem), None)
+    if problem:
+        raise InputError(problem)
     cases = [[case.name for case in part] for part in (training, validation)]
     first = next((init for init in inits if init != "scratch"), None)
     cells = []
@@ -186,26 +186,10 @@ def run_cell(config: CompareSettings, preset: Preset, cell: Cell) -> str | None:
     """Train, predict, score in `cell.folder`; None when done, else the reason in one line. The output goes to log.txt
     there."""
     check_writable(cell.folder)
-    with claim(cell.folder) as lock:
+    with claim(cell.folder) as lock:  # the programs inherit it, so it holds as long as one of them goes on
         if lock is None:
             return "another process is at it (its start was interrupted, its training goes on?)"
         return _run_programs(config, preset, cell, lock)
-
-
-@contextmanager
-def claim(folder: Path) -> Iterator[int | None]:
-    """A lock on a cell, as a file descriptor that the cell's programs inherit: it is theirs even when this process is
-    killed and they go on. None where another process has it. The system lets it go with its last holder."""
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks: go on
-                raise
-        yield file.fileno()
 
 
 def _run_programs(config: CompareSettings, preset: Preset, cell: Cell, lock: int) -> str | None:

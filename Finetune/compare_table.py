@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from Finetune.files import save_bytes
+from common.files import save_bytes
 from Finetune.metrics import bootstrap_interval, mean
 
 

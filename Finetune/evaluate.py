@@ -20,9 +20,9 @@ import numpy as np
 from common import grid, volumes
 from common.config import InputError, check_writable, parse, run_program, setting
 from common.datalist import ENDINGS, read_cases, stem
+from common.files import save_bytes
 from common.logging import progress, say
 from Finetune.cases import label_for, map_values
-from Finetune.files import save_bytes
 from Finetune.metrics import Score, case_means, score_case
 from Finetune.pictures import overlay, save_png
 from Finetune.predict import PROTOCOL, to_grey
@@ -109,7 +109,7 @@ def find_pairs(predictions: Sequence[Path], labels: Path, preset: Preset) -> dic
             raise InputError(f"{folder}: no such folder")
     if not labels.exists():
         raise InputError(f"{labels}: no such folder or list")
-    listed = {case.name: case.label for case in read_cases(labels)} if labels.is_file() else None
+    listed = {case.name: case for case in read_cases(labels)} if labels.is_file() else None
     for folder in predictions:
         for path in sorted(folder.iterdir()):
             name = stem(path)
@@ -117,7 +117,12 @@ def find_pairs(predictions: Sequence[Path], labels: Path, preset: Preset) -> dic
                 continue
             if name in pairs:
                 raise InputError(f"{path}: {name} is in {pairs[name][0].parent} as well, a case is scored once")
-            label = label_for(preset, name, labels) if listed is None else listed.get(name)
+            if listed is None:
+                label = label_for(preset, name, labels)
+            else:
+                label = listed[name].label if name in listed else None
+                if label and listed[name].problem:
+                    raise InputError(listed[name].problem)
             if label is None:
                 raise InputError(f"{path}: found no label for it in {labels}")
             if label.resolve() == path.resolve():

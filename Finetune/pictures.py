@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from Finetune.files import save_bytes
+from common.files import save_bytes
 
 PANEL = 320  # pixels, the longer side of a plane
 Pixels = np.ndarray  # (H, W, 3) uint8

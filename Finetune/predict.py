@@ -30,10 +30,11 @@ from common.config import InputError, check_writable, parse, run_program, settin
 from common.datalist import Case, read_cases
 from common.distributed import setup
 from common.engine import autocast_dtype
+from common.files import save_bytes
 from common.logging import progress, say
 from Finetune.build import load_finetuned
 from Finetune.engine_finetune import predictor
-from Finetune.files import save_bytes, write_nifti
+from Finetune.files import write_nifti
 from Finetune.pictures import overlay, save_png
 from Finetune.presets import Preset
 from Finetune.regrid import Grid, regrid

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.config import InputError
-from Finetune.files import save_bytes
+from common.files import save_bytes
 from Finetune.metrics import METRICS, RULES, Score, bootstrap_interval, case_means, mean, summarise
 
 CSV, JSON, TABLE = "scores.csv", "scores.json", "scores.txt"

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from common.config import InputError
+from common.files import claim
 from Finetune import compare
 from Finetune.compare_table import summary, versus
 from Finetune.models_3dvit import VisionTransformer3D
@@ -153,14 +154,14 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(grid):
         assert not grid.calls
     finally:
         process.communicate(b"\n")
-    with compare.claim(first.folder) as lock:  # let go by the system, not by a file that stays
+    with claim(first.folder) as lock:  # let go by the system, not by a file that stays
         assert lock is not None
         # a program of the cell holds it on: the one that started it may be killed
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
-    with compare.claim(first.folder) as lock:
+    with claim(first.folder) as lock:
         assert lock is None
     child.communicate(b"\n")
-    with compare.claim(first.folder) as lock:
+    with claim(first.folder) as lock:
         assert lock is not None
 
 
@@ -187,11 +188,15 @@ def test_settings_change_the_cell_and_bad_ones_are_refused(grid):
     assert len(compare.plan(parse(compare.CompareSettings, again), load_preset("MSD09_Spleen"))) == 2
     before, listing = after, grid.path / "data/dataset.json"
     content = json.loads(listing.read_text())
-    listing.write_text(
-        json.dumps(content | {"training": content["training"] + [content["training"][0] | {"name": "x"}]})
-    )
+    another = {"image": "imagesTr/x.nii.gz", "label": content["training"][0]["label"]}
+    listing.write_text(json.dumps(content | {"training": [*content["training"], another]}))
     after = compare.plan(parse(compare.CompareSettings, grid.flags), load_preset("MSD09_Spleen"))
     assert not {cell.folder for cell in before} & {cell.folder for cell in after}  # other cases, another cell
+    listing.write_text(json.dumps(content))
+    outside = content["training"][0] | {"image": "../../outside.nii.gz"}
+    listing.write_text(json.dumps(content | {"training": [outside, *content["training"][1:]]}))
+    with pytest.raises(InputError, match="outside.nii.gz.* leaves"):
+        compare.main(grid.flags)
     listing.write_text(json.dumps(content))
     for extra, words in (
         (["--inits", "nowhere.pth"], "inits: found 'nowhere.pth'"),

@@ -126,6 +126,10 @@ def test_labels_may_be_a_list_and_then_what_is_missing_is_said(two_cases):
     card = run(two_cases, "--labels", two_cases / "list.json")
     assert card["mean"] == before and card["protocol"]["labels_by"] == "students"
     assert any("1 case(s) of" in note and "are in no mean: img0037" in note for note in card["notes"])
+    outside = entries[0] | {"label": "../label0035.nii.gz"}
+    (two_cases / "list.json").write_text(json.dumps({"training": [outside, *entries[1:]]}))
+    with pytest.raises(InputError, match="label0035.nii.gz.* leaves"):
+        run(two_cases, "--labels", two_cases / "list.json")
     (two_cases / "list.json").write_text(json.dumps({"training": entries[:1]}))
     with pytest.raises(InputError, match="img0036.nii.gz: found no label for it"):
         run(two_cases, "--labels", two_cases / "list.json")
