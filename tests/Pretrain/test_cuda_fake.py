@@ -1,42 +1,121 @@
-"""The forward passes on CUDA fake tensors: a tensor made on the wrong device fails here, on a machine without a GPU."""
+"""Training steps of every pretraining method on CUDA fake tensors: a tensor made on the wrong device fails here, on a
+machine without a GPU, and so does a step for which the host would wait for the device."""
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
+from torch import nn
 
 from Finetune.models_3dvit import VisionTransformer3D
-from Pretrain.models_glmae import GLMAE
+from Pretrain.models_glmae import GLMAE, TERMS
 from Pretrain.models_mae import MAE
+from tests.common.fake_cuda import check, fake_cuda, train
+from tests.Pretrain.toy_mim import toy
+
+LEVELS = {"rec_up", "rec_mid", "rec_down"}
+ALIGN = {"align_up_mid", "align_mid_down"}
+METHODS = {  # -> the losses that must be there
+    "mae": {"rec_local"},
+    "glmae-ce": {*TERMS, "monitor/center_norm"},
+    "glmae-byol": set(TERMS),
+    "mim-none": LEVELS,
+    "mim-cosine": LEVELS | ALIGN,
+    "mim-infonce": LEVELS | ALIGN,
+    "mim-published": LEVELS | ALIGN,
+}
 
 
 def build(method):
+    if method.startswith("mim"):
+        return toy(align=method.removeprefix("mim-"))
     sizes = dict(img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=2)
     decoder = dict(encoder_only=False, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=2)
     vit = VisionTransformer3D(**sizes, **decoder)
     if method == "mae":
         return MAE(vit)
-    return GLMAE(vit, hidden_dim=16, bottleneck_dim=8, out_dim=12, consistency=method.removeprefix("glmae-"))
+    consistency = method.removeprefix("glmae-")
+    return GLMAE(vit, hidden_dim=16, bottleneck_dim=8, out_dim=12, consistency=consistency, freeze_last_layer=1)
 
 
-@pytest.mark.parametrize("method", ["mae", "glmae-ce", "glmae-byol"])
-def test_losses_are_computed_on_the_device(method):
-    model = build(method)
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    with FakeTensorMode():
-        on_cuda = {name: torch.empty(t.shape, dtype=t.dtype, device="cuda") for name, t in tensors}
-        batch = {
-            "global": torch.rand(2, 2, 1, 32, 32, 32, device="cuda"),
-            "local": torch.rand(2, 3, 1, 16, 16, 16, device="cuda"),
-            "key": torch.zeros(2, dtype=torch.long, device="cuda"),
-        }
+def views():
+    return {
+        "global": torch.rand(2, 2, 1, 32, 32, 32),
+        "local": torch.rand(2, 3, 1, 16, 16, 16),
+        "key": torch.zeros(2, dtype=torch.long),
+    }
+
+
+def volumes():
+    return {"image": torch.rand(2, 1, 64, 64, 64), "key": torch.zeros(2, dtype=torch.long)}
+
+
+SLOW = {"mim-infonce", "mim-published"}
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=[pytest.mark.slow] if method in SLOW else []) for method in METHODS]
+)
+def test_no_step_leaves_the_device_or_waits_for_it(method):
+    """The whole step but the backward pass: views, masks, losses, `before_step`, clipping, the watch over bad updates,
+    AdamW, `after_step` (teacher, centre), running means."""
+    names = METHODS[method]
+    weights = {name: 1.0 for name in names if not name.startswith("monitor")}
+    count = 2 if method == "glmae-ce" else 1  # what comes again in a second update or micro-batch is the same for all
+    batch = volumes if method.startswith("mim") else views
+    check(*train(build(method), batch, weights, updates=count, accum=count), names)
+
+
+def test_nor_does_a_step_in_fp16_with_its_scaler():
+    check(*train(build("glmae-ce"), views, {"rec_global": 1.0, "global_global": 1.0}, amp="fp16"), {"rec_global"})
+
+
+def wrong_device(x, mask):
+    return x * torch.arange(3)
+
+
+def made_of_a_list(x, mask):
+    return x * torch.tensor([1.0, 2.0, 3.0], device=x.device)
+
+
+def value_read(x, mask):
+    return x / x.sum().item()
+
+
+def number_read(x, mask):
+    return x[mask]
+
+
+def brought_home(x, mask):
+    return x.cpu().to(x.device)
+
+
+@pytest.mark.parametrize(
+    "trap, said",
+    [
+        (wrong_device, "two different devices|two devices|device"),
+        (made_of_a_list, "_to_copy.default cpu -> cuda at .*test_cuda_fake.py:[0-9]+, made_of_a_list"),
+        (value_read, "_local_scalar_dense.default at .*test_cuda_fake.py:[0-9]+, value_read"),
+        (number_read, "index.Tensor at .*number_read"),
+        (brought_home, "cuda -> cpu at .*brought_home"),
+    ],
+)
+def test_the_traps_are_caught(trap, said):
+    class Method(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3))
+
+        def forward(self, batch, step):
+            return {"loss": trap(batch["x"] * self.weight, batch["mask"]).sum()}
+
+    def batch():
+        return {"x": torch.rand(3), "mask": torch.ones(3, dtype=torch.bool)}
+
+    with pytest.raises(Exception, match=said):
+        check(*train(Method(), batch, {"loss": 1.0}), {"loss"})
+
+
+def test_autocast_is_on():
+    with fake_cuda():
+        x = torch.rand(2, 2, device="cuda")
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            values = functional_call(model, on_cuda, (batch, 0))
-        assert values and all(
-            v.device.type == "cuda" and v.dtype == torch.float32 and v.ndim == 0 for v in values.values()
-        )
-
-
-def test_the_check_catches_a_tensor_on_the_wrong_device():
-    with FakeTensorMode(), pytest.raises(Exception, match="device"):
-        torch.rand(2, device="cuda") + torch.rand(2)
+            assert (x @ x).dtype == torch.bfloat16

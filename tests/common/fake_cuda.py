@@ -1,0 +1,182 @@
+"""A training step on CUDA fake tensors: the real loop, on a machine without a GPU, with a watch over what would make
+the host wait for the device.
+
+Left out are the backward pass, for which autograd asks the CUDA driver (gradients are made up instead), and what needs
+several processes. Of that torch's SyncBatchNorm is known to wait, once per layer and forward pass (`count_all[mask]`):
+in fine-tuning MiM on several GPUs, nowhere else.
+"""
+
+import traceback
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import monai.losses.dice
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common.distributed import Run
+from common.engine import train_one_epoch
+from common.parallel import build_optimizer
+from common.settings import LoopSettings, Plan
+from common.training import Training
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA = torch.device("cuda", 0)
+
+# Values of a device tensor that the host must know, be it only their number: it waits until they are there.
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero", "equal", "item")
+
+# (file, function) -> why a copy between host and device is right there.
+ALLOWED = {
+    ("common/parallel.py", "to_device"): "the batch: from pinned memory and non_blocking, so the host goes on at once",
+}
+
+
+class Waits(TorchDispatchMode):
+    """Notes in `found` every operation for which the host would wait for the device, and where our code, MONAI's or
+    timm's calls it; in `allowed` the places of ALLOWED that it met."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+        self.allowed: set[tuple[str, str]] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        if any(t.device.type == "cuda" for t in _tensors(args)) and self._reads(name, function, args, kwargs):
+            raise AssertionError(f"{function} at {self._place()[1]}")  # fake tensors could not go on either
+        result = function(*args, **kwargs)
+        if name in ("_to_copy", "copy_"):
+            source, target = (args[0], result) if name == "_to_copy" else (args[1], args[0])
+            if source.device.type != target.device.type:
+                self._note(f"{function} {source.device.type} -> {target.device.type}")
+        return result
+
+    @staticmethod
+    def _reads(name, function, args, kwargs) -> bool:
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            indices = [index for index in args[1] if index is not None]
+            return any(i.dtype in (torch.bool, torch.uint8) or i.device.type != "cuda" for i in indices)
+        if name == "repeat_interleave":
+            return function._overloadname != "self_int" and kwargs.get("output_size") is None
+        return name.startswith("_unique") or name.removeprefix("_") in [read.removeprefix("_") for read in READS]
+
+    def _note(self, what: str) -> None:
+        place, line = self._place()
+        if place in ALLOWED:
+            self.allowed.add(place)
+        else:
+            self.found.append(f"{what} at {line}")
+
+    @staticmethod
+    def _place() -> tuple[tuple[str, str], str]:
+        """((file, function), both with the line) of the innermost call in our code, MONAI's or timm's."""
+        frames = [f for f in traceback.extract_stack() if f.filename != __file__ and not f.name.startswith("<")]
+        own = [f for f in frames if any(part in f.filename for part in (str(ROOT), "/monai/", "/timm/"))]
+        frame = (own or frames)[-1]
+        path = Path(frame.filename)
+        name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+        return (name, frame.name), f"{name}:{frame.lineno}, {frame.name}"
+
+
+def _tensors(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+@contextmanager
+def fake_cuda():
+    """Fake tensors, for which CUDA counts as there where it decides what runs: autocast and the gradient scaler."""
+    with ExitStack() as stack:
+        for name, value in (
+            ("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+            ("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True),
+        ):
+            stack.enter_context(mock.patch(name, value))
+        stack.enter_context(mock.patch.object(monai.losses.dice, "torch", _Torch()))
+        stack.enter_context(FakeTensorMode())
+        yield
+
+
+class _Torch:
+    """torch as MONAI's Dice sees it: it reads its axes from a tensor in host memory, which has no value here."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def arange(self, *args, **kwargs):
+        return torch.arange(*args, **kwargs) if kwargs else SimpleNamespace(tolist=lambda: list(range(*args)))
+
+
+def moved(method: nn.Module) -> nn.Module:
+    """The method with fake CUDA tensors in place of its parameters and buffers. Under `fake_cuda`."""
+    for module in method.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                fake = torch.empty(p.shape, dtype=p.dtype, device=CUDA)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device=CUDA)
+    return method
+
+
+def train(method: nn.Module, batch, weights: dict[str, float], make_optimizer=None, amp="bf16", updates=1, accum=1):
+    """(losses of every forward pass, Waits) of `updates` of `accum` micro-batches by the real loop.
+
+    `batch()` gives a batch in host memory, as the loader does.
+    """
+    reported = []
+    with fake_cuda():
+        method.to = lambda device: moved(method)  # Module.to cannot make fake tensors of real ones
+        method.register_forward_hook(lambda module, args, values: reported.append(values))
+        training = Training(
+            method,
+            dataset=None,
+            settings=LoopSettings(out_dir=Path("none"), amp=amp, epochs=1, spike_factor=3.0),
+            run=Run(CUDA),
+            plan=Plan(2, accum, batch=2 * accum, steps_per_epoch=updates, total_steps=updates),
+            learning_rate=lambda step: 1e-3,
+            weights=lambda step: weights,
+            args={},
+            facts={},
+            make_optimizer=make_optimizer or (lambda method: build_optimizer(method, 0.05)),
+        )
+        training.model, training.watchdog = method, SimpleNamespace(feed=lambda: None)
+        training.batches = iter([batch() for _ in range(updates * accum)])
+        # Between the steps, where reading is right:
+        training.log_interval, training.save_or_stop = lambda step, lr: {}, lambda: None
+        training.epoch_means.read = dict
+
+        def backward(loss):
+            assert loss.device == CUDA and loss.ndim == 0
+            for p in method.parameters():
+                if p.requires_grad:
+                    p.grad = torch.empty_like(p)
+
+        def gradient(loss, at, **kwargs):
+            return (torch.empty_like(at),)
+
+        with mock.patch("torch.Tensor.backward", backward), mock.patch("torch.autograd.grad", gradient):
+            with Waits() as waits:
+                train_one_epoch(training)
+        assert training.step == updates
+    return reported, waits
+
+
+def check(reported, waits: Waits, names: set[str]) -> None:
+    """Every forward pass gave scalars on the device in full precision, all `names` among them; nothing waited but the
+    batch was copied."""
+    assert names <= {name for values in reported for name in values}
+    for values in reported:
+        for name, value in values.items():
+            assert (value.device, value.dtype, value.ndim) == (CUDA, torch.float32, 0), name
+    assert not waits.found, "\n".join(dict.fromkeys(waits.found))
+    assert waits.allowed == set(ALLOWED)  # no stale exception
