@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 import Finetune.main_finetune
@@ -46,6 +47,7 @@ class Job:
         code = 1
         try:
             os.setsid()
+            torch.set_num_threads(1)  # makes the thread pool that a fork loses, before two threads both try to
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             output = os.open(self.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1), os.dup2(output, 2)
