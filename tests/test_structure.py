@@ -49,7 +49,7 @@ def test_pretrain_knows_of_finetune_the_encoders_alone(path):
 
 
 def test_the_vit_stands_alone():
-    allowed = {"torch", "timm", "argparse", "math", "os", "re", "collections", "dataclasses", "functools"}
+    allowed = {"torch", "timm", "argparse", "math", "os", "re", "collections", "dataclasses", "functools", "zipfile"}
     assert {n.split(".")[0] for n in imports(ROOT / "Finetune/models_3dvit.py")} <= allowed
 
 
