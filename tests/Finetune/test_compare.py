@@ -103,17 +103,17 @@ def test_a_grid_is_run_once_and_tabled(grid, capsys):
 
 @pytest.mark.slow
 def test_an_interrupted_grid_goes_on(grid, monkeypatch):
-    run = compare.subprocess.run
+    run = compare.run_child
 
     def interrupted(command, **kwargs):
         if len(grid.calls) == 4:
             raise KeyboardInterrupt
         return run(command, **kwargs)
 
-    monkeypatch.setattr(compare.subprocess, "run", interrupted)
+    monkeypatch.setattr(compare, "run_child", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare.main(grid.flags)
-    monkeypatch.setattr(compare.subprocess, "run", run)
+    monkeypatch.setattr(compare, "run_child", run)
     compare.main(grid.flags)
     assert len(grid.calls) == 4 + 3 * 3  # one cell was done, the second began again and resumed its finished training
     rows = read(grid)["rows"]
