@@ -446,8 +446,8 @@ def read_checkpoint(path: str | os.PathLike, checkpoint_key: str | None = None) 
     """The weights of a checkpoint under clean names, and what else the file holds (epoch, args, ...).
 
     Raises:
-        ValueError: no such file, torn, altered (every record of the file has a CRC32), holding code (a pickle of
-            anything but tensors, plain types and `argparse.Namespace`), or without weights under a known key.
+        ValueError: no such file, torn, altered (each of its records has a CRC32), holding code (a pickle of anything
+            but tensors, plain types and `argparse.Namespace`), or without weights under a known key.
     """
     try:
         if zipfile.is_zipfile(path):  # torch does not compare the checksums that it writes
