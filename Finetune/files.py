@@ -5,10 +5,7 @@ from pathlib import Path
 
 import nibabel as nib
 
-from common.config import check_writable
 from common.files import save_bytes
-
-writable = check_writable
 
 
 def write_nifti(path: Path, image: nib.Nifti1Image) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from common import cache, checkpoint, distributed, leaks, signals
-from common.config import InputError, parse, run_program, setting, to_dict
+from common.config import InputError, check_writable, parse, run_program, setting, to_dict
 from common.distributed import Run
 from common.engine import LoopSettings, fit, plan_updates
 from common.identity import digest
@@ -28,7 +28,6 @@ from Finetune.cases import check_classes, few_labels, find_cases, split, with_ma
 from Finetune.classify import VolumeDataset, classification_losses, validate_classes
 from Finetune.data import CropDataset
 from Finetune.engine_finetune import Finetuning, make_optimizer, segmentation_losses, validate
-from Finetune.files import writable
 from Finetune.presets import Preset, load_preset
 from Finetune.sliding import Window
 
@@ -43,7 +42,7 @@ class FinetuneSettings(ModelSettings, LoopSettings):
     preset: str = setting(help="data set: a name of Finetune/datasets/, or the path of a YAML of one's own")
     data: Path = setting(help="its folder in the published layout, or a Decathlon JSON")
     cache_dir: Path = setting(Path("cache"), "where preprocessed volumes are kept; missing ones are added at the start")
-    fold: int = setting(0, "this fold validates, the rest trains")
+    fold: int = setting(0, "this fold validates, the rest trains", least=0)
     label_count: int | None = setting(None, "train on this many cases; smaller sets are nested in larger ones")
     label_fraction: float | None = setting(None, "train on this share of the cases, nested likewise")
     label_seed: int = setting(0, "seed of the order in which cases are taken")
@@ -54,18 +53,18 @@ class FinetuneSettings(ModelSettings, LoopSettings):
     freeze: bool = setting(False, "train the head alone; always so for --model linear")
     layer_decay: float | None = setting(None, "learning rate falls by this factor per block towards the input")
 
-    epochs: int = setting(3000, "passes over the data")
-    batch_size: int = setting(4, "volumes per update, over all processes together")
-    micro_batch_size: int | None = setting(1, "volumes per process and forward pass; the rest is accumulated")
-    crops: int = setting(4, "crops per volume")
-    blr: float = setting(1e-4, "learning rate at 16 crops per update, scaled linearly")
-    lr: float | None = setting(None, "learning rate as it is, instead of blr")
-    weight_decay: float = setting(1e-5, "AdamW's, not on biases, norms and tokens")
-    warmup_epochs: float = setting(50.0, "linear warm-up")
-    clip_grad: float | None = setting(1.0, "largest norm of the gradient; none: not clipped")
-    save_every: int = setting(500, "epochs between the checkpoints that are kept")
+    epochs: int = setting(3000, "passes over the data", least=1)
+    batch_size: int = setting(4, "volumes per update, over all processes together", least=1)
+    micro_batch_size: int | None = setting(1, "volumes per process and forward pass; the rest is accumulated", least=1)
+    crops: int = setting(4, "crops per volume", least=1)
+    blr: float = setting(1e-4, "learning rate at 16 crops per update, scaled linearly", least=0)
+    lr: float | None = setting(None, "learning rate as it is, instead of blr", least=0)
+    weight_decay: float = setting(1e-5, "AdamW's, not on biases, norms and tokens", least=0)
+    warmup_epochs: float = setting(50.0, "linear warm-up", least=0)
+    clip_grad: float | None = setting(1.0, "largest norm of the gradient; none: not clipped", above=0)
+    save_every: int = setting(500, "epochs between the checkpoints that are kept", least=1)
 
-    validate_every: int = setting(50, "epochs between two validations; 0: never")
+    validate_every: int = setting(50, "epochs between two validations; 0: never", least=0)
     overlap: float = setting(0.5, "overlap of the sliding window")
     blending: Literal["gaussian", "constant"] = setting("gaussian", "of overlapping windows; the authors': constant")
     sw_batch_size: int = setting(2, "windows per forward pass")
@@ -84,6 +83,8 @@ def main(argv: list[str] | None = None) -> Path:
         config.model = "classifier"
     if classifies != (config.model == "classifier"):
         raise InputError(f"--model {config.model}: the task of preset {preset.name} is {preset.task}")
+    if config.select == "best" and not config.validate_every:
+        raise InputError("--select best: picked by validation, which --validate_every 0 leaves out")
     init = initial_checkpoint(config)
     if config.model not in ENCODERS:
         for name in ("freeze", "layer_decay", "grad_checkpointing"):
@@ -100,7 +101,8 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 def finetune(config: FinetuneSettings, preset: Preset, architecture: Architecture, init: Path | None, run: Run) -> Path:
-    writable(config.out_dir)
+    check_writable(config.out_dir)
+    window = Window(architecture.roi, config.overlap, config.blending, config.sw_batch_size)
     training, validation = prepare_entries(config, preset, run)
     torch.manual_seed(config.seed)
     model = build_model(architecture)  # head and encoder from the seed, so that a scratch twin has the same head
@@ -122,18 +124,18 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         f"{architecture.model}, roi {architecture.roi}, patch {architecture.patch_size}, {count(method)} parameters; "
         f"{plan.batch} volumes x {config.crops} crops per update, {plan.total_steps} updates, lr {peak:.3g}"
     )
-    window = Window(architecture.roi, config.overlap, config.blending, config.sw_batch_size)
     args = describe(config, preset, architecture, init, [e.name for e in training], [e.name for e in validation])
     args["leak"] = leak_of(config, preset, init, training, validation)
     if args["leak"]:
         say(f"warning: fold {config.fold}: {args['leak']}")
-    best = best_so_far(config)
+    best = None
 
     def after_epoch(epoch: int, log: RunLog, method: Finetuning) -> dict[str, float]:
         nonlocal best
         last = epoch + 1 == config.epochs
         if not validation or not config.validate_every or ((epoch + 1) % config.validate_every and not last):
             return {}
+        best = best_so_far(config.out_dir) if best is None else best
         if preset.task == "classification":
             name, out = "accuracy", config.out_dir if last else None
             scores = validate_classes(method.model, validation, preset, architecture.roi, run, config.amp, out)
@@ -231,7 +233,7 @@ def leak_of(
     training: list[cache.Entry],
     validation: list[cache.Entry],
 ) -> str:
-    """What is to be said of validation cases that pretraining has seen; empty when there are none.
+    """What is to be said of validation cases that pretraining has seen, or may have; empty when there are none.
 
     Told by the content of the volumes, where the checkpoint carries what it was trained on; else by the preset.
     """
@@ -240,14 +242,16 @@ def leak_of(
     card = leaks.card(checkpoint.load(init), training, validation)
     if card["known"]:
         return card["text"] if card["validation_seen"] else ""
-    return "" if config.fold in preset.clean_folds else preset.leak
+    if config.fold in preset.clean_folds and {e.name for e in validation} <= set(preset.validation):
+        return ""  # a list with folds of its own may mean others by that number
+    return preset.leak or card["text"]
 
 
-def best_so_far(config: FinetuneSettings) -> float:
+def best_so_far(out_dir: Path) -> float:
     """The score of checkpoint-best.pth when a run goes on, so that a worse one does not replace it."""
-    path = config.out_dir / BEST
+    path = out_dir / BEST
     try:
-        return checkpoint.load(path)["args"]["best"] if config.resume != "none" and path.exists() else -1.0
+        return checkpoint.load(path)["args"]["best"] if path.exists() else -1.0
     except InputError as error:
         say(f"warning: {error}; the next validation counts as the best so far")
         return -1.0

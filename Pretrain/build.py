@@ -28,8 +28,8 @@ class PretrainSettings(DataSettings, LoopSettings):
 
     method: Literal["mae", "glmae", "mim"] = setting("glmae", "the pretraining method")
 
-    global_views: int = setting(2, "p: global views per volume (GL-MAE)")
-    local_views: int = setting(8, "q: local views per volume")
+    global_views: int = setting(2, "p: global views per volume (GL-MAE)", least=0)
+    local_views: int = setting(8, "q: local views per volume", least=0)
     global_size: Triple = setting((160, 160, 160), "voxels of a global view")
     local_size: Triple = setting(
         (96, 96, 96), "voxels of a local view; MiM: of every encoder input, its volume is group times that"
@@ -41,7 +41,7 @@ class PretrainSettings(DataSettings, LoopSettings):
         (0.5, 1.0), "share of each axis that a global view, or MiM's volume, covers (resize)"
     )
     local_scale: tuple[float, float] = setting((0.2, 0.5), "share of each axis that a local view covers (resize)")
-    flip_prob: float = setting(0.2, "probability of a flip, per axis")
+    flip_prob: float = setting(0.2, "probability of a flip, per axis", least=0)
 
     model: Literal["tiny", "small", "base", "large", "huge"] = setting(
         "base", "size of the encoder (MiM has tiny and base)"
@@ -54,9 +54,9 @@ class PretrainSettings(DataSettings, LoopSettings):
     )
     depths: Quadruple | None = setting(None, "blocks of the hybrid encoder's stages instead of the model's own (MiM)")
     num_heads: int | None = setting(None, "heads instead of the model's own")
-    decoder_embed_dim: int = setting(576, "width of the decoder")
-    decoder_depth: int = setting(8, "blocks of the decoder")
-    decoder_num_heads: int = setting(16, "heads of the decoder")
+    decoder_embed_dim: int = setting(576, "width of the decoder", least=1)
+    decoder_depth: int = setting(8, "blocks of the decoder", least=0)
+    decoder_num_heads: int = setting(16, "heads of the decoder", least=1)
 
     mask_ratio_global: float = setting(0.6, "share of patches removed from global views")
     mask_ratio_local: float = setting(0.6, "share of patches removed from local views")
@@ -73,36 +73,40 @@ class PretrainSettings(DataSettings, LoopSettings):
         "cosine",
         "alignment of a child with the place it was cut from; published: what the authors' code computes (MiM)",
     )
-    align_temp: float = setting(0.2, "temperature of infonce (MiM)")
-    weight_rec_up: float = setting(1.0, "weight of the up level's reconstruction (MiM)")
-    weight_rec_mid: float = setting(1.0, "weight of the mid level's reconstruction (MiM)")
-    weight_rec_down: float = setting(1.0, "weight of the down level's reconstruction (MiM)")
-    weight_align_up_mid: float = setting(0.1, "weight of the alignment of mid volumes with the whole (MiM)")
-    weight_align_mid_down: float = setting(0.1, "weight of the alignment of down volumes with mid volumes (MiM)")
+    align_temp: float = setting(0.2, "temperature of infonce (MiM)", above=0)
+    weight_rec_up: float = setting(1.0, "weight of the up level's reconstruction (MiM)", least=0)
+    weight_rec_mid: float = setting(1.0, "weight of the mid level's reconstruction (MiM)", least=0)
+    weight_rec_down: float = setting(1.0, "weight of the down level's reconstruction (MiM)", least=0)
+    weight_align_up_mid: float = setting(0.1, "weight of the alignment of mid volumes with the whole (MiM)", least=0)
+    weight_align_mid_down: float = setting(
+        0.1, "weight of the alignment of down volumes with mid volumes (MiM)", least=0
+    )
     level_mode: Literal["concurrent", "coarse_to_fine", "fine_to_coarse"] = setting(
         "concurrent", "constant weights; or up falls from twice its weight and down rises from 0; or the reverse (MiM)"
     )
 
-    weight_rec_global: float = setting(1.0, "weight of the global reconstruction; 0 leaves a term out")
-    weight_rec_local: float = setting(1.0, "weight of the local reconstruction")
-    weight_global_global: float = setting(1.0, "weight of the global-to-global consistency")
-    weight_global_local: float = setting(1.0, "weight of the global-to-local consistency")
+    weight_rec_global: float = setting(1.0, "weight of the global reconstruction; 0 leaves a term out", least=0)
+    weight_rec_local: float = setting(1.0, "weight of the local reconstruction", least=0)
+    weight_global_global: float = setting(1.0, "weight of the global-to-global consistency", least=0)
+    weight_global_local: float = setting(1.0, "weight of the global-to-local consistency", least=0)
     consistency: Literal["ce", "byol"] = setting("ce", "cross-entropy over prototypes, or 2 - 2 cos with a predictor")
     gg_pairs: Literal["all", "same"] = setting(
         "all", "global-to-global: all pairs, or each view with its own masked copy"
     )
-    out_dim: int = setting(4096, "prototypes of the projection head")
-    hidden_dim: int = setting(2048, "hidden width of the projection head")
-    bottleneck_dim: int = setting(256, "width of the embedding before the prototypes")
-    student_temp: float = setting(0.1, "student temperature")
-    teacher_temp: tuple[float, float] = setting((0.04, 0.07), "teacher temperature at the start and after its warm-up")
-    teacher_temp_epochs: float = setting(30.0, "epochs of that warm-up")
+    out_dim: int = setting(4096, "prototypes of the projection head", least=1)
+    hidden_dim: int = setting(2048, "hidden width of the projection head", least=1)
+    bottleneck_dim: int = setting(256, "width of the embedding before the prototypes", least=1)
+    student_temp: float = setting(0.1, "student temperature", above=0)
+    teacher_temp: tuple[float, float] = setting(
+        (0.04, 0.07), "teacher temperature at the start and after its warm-up", above=0
+    )
+    teacher_temp_epochs: float = setting(30.0, "epochs of that warm-up", least=0)
     momentum: tuple[float, float] = setting((0.996, 1.0), "EMA momentum of the teacher at the start and at the end")
     center_momentum: float = setting(0.9, "momentum of the centre")
-    freeze_last_layer: float = setting(1.0, "epochs during which the prototypes are not trained")
+    freeze_last_layer: float = setting(1.0, "epochs during which the prototypes are not trained", least=0)
 
-    blr: float = setting(1.5e-4, "learning rate at 256 views (MiM: volumes) per update, scaled linearly")
-    lr: float | None = setting(None, "learning rate as it is, instead of blr")
+    blr: float = setting(1.5e-4, "learning rate at 256 views (MiM: volumes) per update, scaled linearly", least=0)
+    lr: float | None = setting(None, "learning rate as it is, instead of blr", least=0)
 
     loader_only: bool = setting(
         False, "measure the loader alone over one epoch and stop: volumes and views per second, bytes read"

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,7 +26,10 @@ class InputError(ValueError):
 
 
 def setting(default: Any = dataclasses.MISSING, help: str = "", **kwargs: Any) -> Any:
-    """A dataclass field with its help line. Without `default` it is required; mutable defaults go through a factory."""
+    """A dataclass field with its help line. Without `default` it is required; mutable defaults go through a factory.
+
+    `least` and `above` bound a number, or each of several: at least, more than.
+    """
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help, **kwargs})
     return dataclasses.field(default=default, metadata={"help": help, **kwargs})
@@ -143,7 +146,21 @@ def from_dict(values: Any, cls: type[T], where: str = "") -> T:
     if required:
         raise InputError(f"{where}: missing setting(s) {', '.join(required)}")
     prefix = f"{where}: " if where else ""
-    return cls(**{key: convert(value, hints[key], f"{prefix}{key}") for key, value in values.items()})
+    converted = {key: convert(value, hints[key], f"{prefix}{key}") for key, value in values.items()}
+    for key, value in converted.items():
+        check_bounds(value, fields[key].metadata, f"{prefix}{key}")
+    return cls(**converted)
+
+
+def check_bounds(value: Any, bounds: Mapping[str, Any], where: str) -> None:
+    """InputError unless a number, or each of several, keeps the `least` and `above` of its setting."""
+    for number in value if isinstance(value, (tuple, list)) else (value,):
+        if not isinstance(number, (int, float)):
+            continue
+        if "least" in bounds and not number >= bounds["least"]:
+            raise InputError(f"{where}: found {value}, needs at least {bounds['least']}")
+        if "above" in bounds and not number > bounds["above"]:
+            raise InputError(f"{where}: found {value}, needs more than {bounds['above']}")
 
 
 def load_yaml(path: str | Path) -> Any:

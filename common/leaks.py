@@ -78,7 +78,7 @@ def card(state: Mapping[str, Any], training: Iterable[Any], validation: Iterable
     """
     hashes = pretrained_hashes(state)
     if hashes is None:
-        return {"known": False, "text": "the checkpoint does not tell what it was pretrained on: leaks are unknown"}
+        return {"known": False, "text": "unknown: the checkpoint does not tell what it was pretrained on"}
     parts = [(e.name, e.content_hash) for e in training], [(e.name, e.content_hash) for e in validation]
     found = overlap(hashes, dict(enumerate(parts)))
     seen, count = found.seen[1], len(found.folds[1])

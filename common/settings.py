@@ -14,26 +14,26 @@ class LoopSettings:
     out_dir: Path = setting(
         help="folder of the run: checkpoints, settings.yaml, log.jsonl, TensorBoard events, pictures"
     )
-    epochs: int = setting(100, "passes over the data")
-    batch_size: int = setting(32, "volumes per update, over all processes together")
+    epochs: int = setting(100, "passes over the data", least=1)
+    batch_size: int = setting(32, "volumes per update, over all processes together", least=1)
     micro_batch_size: int | None = setting(
-        None, "volumes per process and forward pass; none: batch_size / processes, no accumulation"
+        None, "volumes per process and forward pass; none: batch_size / processes, no accumulation", least=1
     )
-    samples_per_epoch: int | None = setting(None, "volumes that make an epoch; none: as many as there are")
-    weight_decay: float = setting(0.05, "AdamW's, not on biases, norms and tokens")
-    warmup_epochs: float = setting(40.0, "linear warm-up")
-    clip_grad: float | None = setting(3.0, "largest norm of the gradient; none: not clipped")
+    samples_per_epoch: int | None = setting(None, "volumes that make an epoch; none: as many as there are", least=1)
+    weight_decay: float = setting(0.05, "AdamW's, not on biases, norms and tokens", least=0)
+    warmup_epochs: float = setting(40.0, "linear warm-up", least=0)
+    clip_grad: float | None = setting(3.0, "largest norm of the gradient; none: not clipped", above=0)
     amp: Literal["auto", "bf16", "fp16", "off"] = setting(
         "auto", "autocast; auto: bf16 on CUDA, off on a CPU (where it is slower)"
     )
     seed: int = setting(0, "seeds weights, order, crops and masks")
-    workers: int = setting(4, "processes that load data, per training process; 0: none")
+    workers: int = setting(4, "processes that load data, per training process; 0: none", least=0)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where there is one")
-    save_every: int = setting(50, "epochs between the checkpoints that are kept")
+    save_every: int = setting(50, "epochs between the checkpoints that are kept", least=1)
     save_minutes: float | None = setting(
-        15.0, "minutes between two writings of checkpoint-last.pth within an epoch; none: at its end only"
+        15.0, "minutes between two writings of checkpoint-last.pth within an epoch; none: at its end only", least=0
     )
-    log_every: int = setting(10, "updates between two log entries")
+    log_every: int = setting(10, "updates between two log entries", least=1)
     resume: str = setting(
         "auto", "auto: go on from checkpoint-last.pth if it is there; none: start anew; or a checkpoint"
     )
@@ -47,13 +47,15 @@ class LoopSettings:
         "updates that are not finite (or spikes) are never made; then: go on; go back after nan_row of them; stop",
     )
     nan_row: int = setting(
-        10, "rollback: bad updates in a row that make the run go back, with other data, to its last good checkpoint"
+        10,
+        "rollback: bad updates in a row that make the run go back, with other data, to its last good checkpoint",
+        least=1,
     )
     spike_factor: float | None = setting(
-        None, "an update is bad too if loss or gradient norm exceed this multiple of their mean; none: no"
+        None, "an update is bad too if loss or gradient norm exceed this multiple of their mean; none: no", above=1
     )
     hang_minutes: float | None = setting(
-        30.0, "an update that takes longer ends the process, with the stack of every thread; none: wait"
+        30.0, "an update that takes longer ends the process, with the stack of every thread; none: wait", above=0
     )
 
 

@@ -151,6 +151,27 @@ def test_a_fold_that_pretraining_has_seen_is_said(tmp_path, capsys):
         path = run(tmp_path, "BTCV", data, "--fold", fold, *init, "--resume", "none", "--lr", 0)
         assert ("warning: fold 1: the papers' pretraining list" in capsys.readouterr().out) == warned
         assert bool(load_finetuned(path)[3]["leak"]) == warned
+    cases = sorted(data.glob("img/*.nii.gz"))  # a list with another fold 0 is not the clean one
+    entries = [
+        {"image": f"img/{p.name}", "label": f"label/{p.name.replace('img', 'label')}", "fold": int(p != cases[0])}
+        for p in cases
+    ]
+    (data / "own.json").write_text(json.dumps({"training": entries}))
+    path = run(tmp_path, "BTCV", data / "own.json", "--init", tmp_path / "pretrained.pth", "--resume", "none")
+    assert "the papers' pretraining list" in load_finetuned(path)[3]["leak"]
+
+
+def test_unknown_pretraining_data_is_said(tmp_path, spleen):
+    vit_file(tmp_path / "pretrained.pth")
+    path = run(tmp_path, "MSD09_Spleen", spleen, "--init", tmp_path / "pretrained.pth")
+    assert "unknown: the checkpoint does not tell" in load_finetuned(path)[3]["leak"]
+
+
+def test_another_fold_does_not_go_on_from_this_one(tmp_path, spleen):
+    """The cases that one trained on are those that the other scores."""
+    run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 1)
+    with pytest.raises(InputError, match="not a checkpoint of this run .its training data is"):
+        run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 1, "--fold", 1)
 
 
 @pytest.mark.slow
@@ -247,6 +268,10 @@ def test_bad_settings_are_refused_in_words(tmp_path, spleen):
         (["--init", "nowhere.pth"], "nowhere.pth: no such checkpoint"),
         (["--scratch_twin"], "scratch_twin: needs --init FILE"),
         (["--modle", "unetr"], "did you mean --model"),
+        (["--workers", "-1"], "workers: found -1, needs at least 0"),
+        (["--clip_grad", "0"], "clip_grad: found 0.0, needs more than 0"),
+        (["--overlap", "1"], "overlap: found 1.0"),
+        (["--select", "best", "--validate_every", "0"], "--select best: .* --validate_every 0 leaves out"),
     ):
         with pytest.raises(InputError, match=words):
             run(tmp_path, "MSD09_Spleen", spleen, *extra)

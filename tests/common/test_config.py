@@ -93,6 +93,26 @@ def test_yaml_makes_nested_settings(tmp_path):
     assert read_yaml(tmp_path / "p.yaml", Preset) == Preset("x", Inner(-175.0), {0: "air", 1: "liver"})
 
 
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--share", "-0.1"], "share: found -0.1, needs at least 0"),
+        (["--sizes", "4", "0"], r"sizes: found \(4, 0\), needs more than 0"),
+        (["--rate", "nan"], "rate: found nan, needs more than 0"),
+    ],
+)
+def test_numbers_out_of_bounds_are_named(argv, message):
+    @dataclasses.dataclass
+    class Bounded:
+        share: float = setting(0.5, least=0)
+        sizes: tuple[int, int] = setting((1, 1), above=0)
+        rate: float | None = setting(None, above=0)
+
+    assert parse(Bounded, ["--share", "0"]).share == 0.0 and parse(Bounded, []).rate is None
+    with pytest.raises(InputError, match=message):
+        parse(Bounded, argv)
+
+
 def test_help_shows_every_setting_with_the_value_in_force(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Settings, ["--size", "48", "--help"])
