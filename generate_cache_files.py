@@ -84,9 +84,10 @@ def collect_preset(settings: CacheSettings):
     from Finetune.presets import load_preset
 
     preset = load_preset(settings.preset)
-    if settings.data_root is None:
-        raise InputError(f"preset {settings.preset}: needs --data_root, its folder")
-    cases = with_mapped_labels(find_cases(preset, settings.data_root), preset, settings.cache_dir / "labels")
+    if len(settings.datalist) > 1 or not (settings.datalist or settings.data_root):
+        raise InputError(f"preset {settings.preset}: needs --data_root, its folder, or one JSON as --datalist")
+    data, root = (*settings.datalist, settings.data_root) if settings.datalist else (settings.data_root, None)
+    cases = with_mapped_labels(find_cases(preset, data, root), preset, settings.cache_dir / "labels")
     return cases, preset.preprocessing
 
 

@@ -18,8 +18,9 @@ from Finetune.files import write_nifti
 from Finetune.presets import Layout, Preset
 
 
-def find_cases(preset: Preset, data: str | Path) -> list[Case]:
-    """The labelled cases of a data set: `data` is its folder in the published layout, or a Decathlon JSON of one's own.
+def find_cases(preset: Preset, data: str | Path, root: str | Path | None = None) -> list[Case]:
+    """The labelled cases of a data set: `data` is its folder in the published layout, or a Decathlon JSON of one's own,
+    whose paths start from `root` and may not leave it (`read_cases`).
 
     Raises InputError when nothing is there, or a label is missing.
     """
@@ -27,12 +28,12 @@ def find_cases(preset: Preset, data: str | Path) -> list[Case]:
     if not data.exists():
         raise InputError(f"{data}: no such folder or list; needs the data of preset {preset.name}")
     if data.is_file():
-        return _labelled(read_cases(data), data)
+        return _labelled(read_cases(data, root), data)
     if preset.layout.datalist:
         datalist = data / preset.layout.datalist
         if not datalist.is_file():
             raise InputError(f"{data}: found no {preset.layout.datalist}, which preset {preset.name} needs there")
-        return _labelled(read_cases(datalist), datalist)
+        return _labelled(read_cases(datalist, root), datalist)
     return _from_patterns(preset, data)
 
 

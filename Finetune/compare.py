@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = (
     "preset",
     "data",
+    "data_root",
     "init",
     "checkpoint",
     "scratch_twin",
@@ -56,6 +57,10 @@ class CompareSettings:
 
     preset: str = setting(help="data set: a name of Finetune/datasets/, or the path of a YAML of one's own")
     data: Path = setting(help="its folder in the published layout, or a Decathlon JSON")
+    data_root: Path | None = setting(
+        None,
+        "what the paths of the JSON are relative to and may not leave; none: its folder; /: they may lead anywhere",
+    )
     out: Path = setting(help="folder for cells/, compare.json, compare.txt, compare.png")
     inits: str = setting("scratch", "initialisations, separated by commas: scratch, or checkpoints")
     label_counts: str = setting("all", "numbers of training cases, separated by commas; all is every one")
@@ -139,7 +144,7 @@ def plan(config: CompareSettings, preset: Preset) -> list[Cell]:
     taken = sorted(set(common) & {*OURS, "out_dir", "cache_dir"})
     if taken:
         raise InputError(f"{config.settings}: found '{taken[0]}', which the grid sets itself")
-    training, validation = split(find_cases(preset, config.data), preset, config.fold)
+    training, validation = split(find_cases(preset, config.data, config.data_root), preset, config.fold)
     problem = next((case.problem for case in [*training, *validation] if case.problem), None)
     if problem:
         raise InputError(problem)
@@ -203,10 +208,12 @@ def _run_programs(config: CompareSettings, preset: Preset, cell: Cell, lock: int
     run, predictions = (cell.folder / "run").resolve(), (cell.folder / "predictions").resolve()
     train = ["Finetune.main_finetune", *(["--config", str(config.settings.resolve())] if config.settings else [])]
     train += ["--preset", _preset(config), "--data", str(config.data.resolve()), "--fold", str(config.fold)]
+    if config.data_root:
+        train += ["--data_root", str(config.data_root.resolve())]
     train += ["--cache_dir", str(config.cache_dir.resolve()), "--out_dir", str(run), *_absolute(cell.flags)]
-    predict = ["Finetune.predict", "--checkpoint", str(run), "--images", str(cases)]
+    predict = ["Finetune.predict", "--checkpoint", str(run), "--images", str(cases), "--data_root", "/"]
     predict += ["--out", str(predictions), "--no-overlays"]
-    score = ["Finetune.evaluate", "--predictions", str(predictions), "--labels", str(cases)]
+    score = ["Finetune.evaluate", "--predictions", str(predictions), "--labels", str(cases), "--data_root", "/"]
     score += ["--preset", _preset(config), "--out", str((cell.folder / "scores").resolve()), "--worst", "1"]
     for command in (train, predict, score):
         with open(cell.folder / "log.txt", "a") as log:

@@ -43,6 +43,10 @@ class EvaluateSettings:
         "folder of reference label maps, named as the predictions or as the preset pairs them; "
         "or a Decathlon JSON that names the label of every case",
     )
+    data_root: Path | None = setting(
+        None,
+        "what the paths of the JSON are relative to and may not leave; none: its folder; /: they may lead anywhere",
+    )
     preset: str | None = setting(None, "data set: a name of Finetune/datasets/, or the path of a YAML of one's own")
     images: tuple[Path, ...] = setting(
         (), "folders of the images, to draw the worst cases on; without the image a case is drawn on black"
@@ -81,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate(config: EvaluateSettings, preset: Preset) -> None:
-    pairs = find_pairs(config.predictions, config.labels, preset)
+    pairs = find_pairs(config.predictions, config.labels, preset, config.data_root)
     made = {folder: read_protocol(folder) for folder in config.predictions}
     check_writable(config.out)
     scores: list[Score] = []
@@ -100,7 +104,9 @@ def evaluate(config: EvaluateSettings, preset: Preset) -> None:
 # ---------------------------------------------------------------- files
 
 
-def find_pairs(predictions: Sequence[Path], labels: Path, preset: Preset) -> dict[str, tuple[Path, Path]]:
+def find_pairs(
+    predictions: Sequence[Path], labels: Path, preset: Preset, root: Path | None = None
+) -> dict[str, tuple[Path, Path]]:
     """case -> (prediction, label). InputError for a prediction without a label, a case found twice, or nothing at
     all."""
     pairs: dict[str, tuple[Path, Path]] = {}
@@ -109,7 +115,7 @@ def find_pairs(predictions: Sequence[Path], labels: Path, preset: Preset) -> dic
             raise InputError(f"{folder}: no such folder")
     if not labels.exists():
         raise InputError(f"{labels}: no such folder or list")
-    listed = {case.name: case for case in read_cases(labels)} if labels.is_file() else None
+    listed = {case.name: case for case in read_cases(labels, root)} if labels.is_file() else None
     for folder in predictions:
         for path in sorted(folder.iterdir()):
             name = stem(path)
@@ -211,7 +217,7 @@ def notes(
     if author != "experts":
         lines.append(f"REFERENCE LABELS: {author}. These scores are agreement with them, not with the truth")
     if config.labels.is_file():
-        missing = [case.name for case in read_cases(config.labels) if case.name not in pairs]
+        missing = [case.name for case in read_cases(config.labels, config.data_root) if case.name not in pairs]
         lines += _about(missing, f"of {config.labels} have no label map, and are in no mean")
     for folder, content in made.items():
         if not content:

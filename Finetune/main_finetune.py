@@ -41,6 +41,10 @@ class FinetuneSettings(ModelSettings, LoopSettings):
 
     preset: str = setting(help="data set: a name of Finetune/datasets/, or the path of a YAML of one's own")
     data: Path = setting(help="its folder in the published layout, or a Decathlon JSON")
+    data_root: Path | None = setting(
+        None,
+        "what the paths of the JSON are relative to and may not leave; none: its folder; /: they may lead anywhere",
+    )
     cache_dir: Path = setting(Path("cache"), "where preprocessed volumes are kept; missing ones are added at the start")
     fold: int = setting(0, "this fold validates, the rest trains", least=0)
     label_count: int | None = setting(None, "train on this many cases; smaller sets are nested in larger ones")
@@ -188,7 +192,7 @@ def initial_checkpoint(config: FinetuneSettings) -> Path | None:
 
 def prepare_entries(config: FinetuneSettings, preset: Preset, run: Run) -> tuple[list[cache.Entry], list[cache.Entry]]:
     """Cached (training, validation) cases. The first process fills the cache, the others wait."""
-    training, validation = split(find_cases(preset, config.data), preset, config.fold)
+    training, validation = split(find_cases(preset, config.data, config.data_root), preset, config.fold)
     training = few_labels(training, preset, config.label_count, config.label_fraction, config.label_seed)
 
     def entries() -> list[cache.Entry]:

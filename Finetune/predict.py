@@ -53,6 +53,11 @@ class PredictSettings:
         "several are an ensemble (folds, seeds)"
     )
     images: Path = setting(help="folder of NIfTI files or DICOM series, a text file of paths, or a Decathlon JSON")
+    data_root: Path | None = setting(
+        None,
+        "what the paths of a list are relative to and, like the links of a folder, may not leave; none: its folder; "
+        "/: they may lead anywhere",
+    )
     out: Path = setting(help="folder for the label maps, one NAME.nii.gz per volume")
     cases: Literal["all", "validation"] = setting(
         "all", "validation: only the validation cases of the checkpoint (of an ensemble: those of every member)"
@@ -194,7 +199,7 @@ def choose_cases(config: PredictSettings, validation: Sequence[str]) -> list[Cas
     images, out = config.images.resolve(), config.out.resolve()
     if config.images.is_dir() and out.is_relative_to(images):
         raise InputError(f"out: found {config.out}, which is in --images {config.images}; needs a folder outside it")
-    cases = read_cases(config.images)
+    cases = read_cases(config.images, config.data_root)
     if config.cases == "validation" and not validation:
         raise InputError("cases: no case validates for every checkpoint; predict each fold with its own checkpoint")
     if config.cases == "validation":

@@ -38,8 +38,7 @@ def read_cases(
 
     `root`: where relative paths start, and what no path may leave once its links are followed. "/" lets every path
     pass; relative ones then start from the list's folder. A folder is a root itself, its links may also lead to `root`.
-    Without `root` relative paths start from the list's folder and must stay there, absolute ones and links are taken
-    as they are: for lists that the caller answers for. `flag`: the setting that names the root, for messages.
+    None: the list's folder. `flag`: the setting that names the root, for messages.
 
     InputError for a list that is missing, empty or malformed, of which all paths leave the root, or with a name that
     cannot be a file's. Single paths that leave the root and files listed twice are problems of their case.
@@ -63,21 +62,15 @@ def read_cases(
     if not cases:
         where = f", section '{section}'" if source.suffix.lower() == ".json" else ""
         raise InputError(f"{source}{where}: the data list is empty, needs at least one volume")
-    if rules.fences and all(case.problem for case in cases):
+    if all(case.problem for case in cases):
         raise InputError(f"{source}: none of its {len(cases)} paths can be used; {cases[0].problem}")
     return _unique_names(cases, source)
-
-
-def own_root(source: str | Path) -> Path:
-    """The root of a list where no other is named: its folder; of a folder itself."""
-    source = Path(source)
-    return source if source.is_dir() else source.parent
 
 
 @dataclass(frozen=True)
 class _Root:
     """Where the relative paths of `source` start (`base`), and the folders, links followed, that its paths must stay in
-    (`fences`; none: all is allowed that does not climb)."""
+    (`fences`)."""
 
     source: Path
     base: Path
@@ -86,18 +79,14 @@ class _Root:
 
     @classmethod
     def of(cls, source: Path, root: str | Path | None, flag: str) -> "_Root":
-        own = own_root(source)
-        if root is None:
-            return cls(source, own, (), flag)
+        own = source if source.is_dir() else source.parent
+        root = own if root is None else root
         fences = {os.path.realpath(root)} | ({os.path.realpath(own)} if own == source else set())
         anywhere = os.path.abspath(root) == os.sep
         return cls(source, own if anywhere else Path(root), tuple(sorted(fences)), flag)
 
     def problem(self, path: str | Path) -> str | None:
         """Why a path of the list must not be followed; None where it may."""
-        if not self.fences:
-            climbs = not Path(path).is_absolute() and ".." in Path(os.path.normpath(path)).parts
-            return f"{path}: leaves {self.base}; relative paths of {self.source} must stay inside" if climbs else None
         for place in _with_links(self.base / path):
             target = Path(os.path.realpath(place))
             if not any(target.is_relative_to(fence) for fence in self.fences):

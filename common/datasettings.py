@@ -45,12 +45,12 @@ class DataSettings:
 
     def cases(self, labels: bool = False) -> "list[Case]":
         """The volumes of all data sets and lists, without labels unless asked for. InputError where none is named."""
-        from common.datalist import own_root, read_cases
+        from common.datalist import read_cases
         from common.sources import read_datasets, unlabelled
 
         cases = read_datasets(self.datasets, self.data_root) if self.datasets else []
         for datalist in self.datalist:
-            found = read_cases(datalist, self.data_root or own_root(datalist), self.section)
+            found = read_cases(datalist, self.data_root, self.section)
             cases += found if labels else unlabelled(found)
         if not cases:
             raise InputError("no data: give --datasets or --datalist")

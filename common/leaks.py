@@ -18,7 +18,7 @@ from typing import Any
 
 from common import checkpoint
 from common.config import InputError, parse, run_program, setting
-from common.datalist import Case, own_root, read_cases
+from common.datalist import Case, read_cases
 from common.logging import progress, say
 from common.sources import read_datasets
 
@@ -139,14 +139,14 @@ def main() -> None:
 
 def pretraining_cases(settings: LeakSettings) -> list[Case]:
     if Path(settings.pretrain).exists() and not settings.pretrain.endswith((".yaml", ".yml")):
-        return read_cases(settings.pretrain, settings.data_root or own_root(settings.pretrain), settings.section)
+        return read_cases(settings.pretrain, settings.data_root, settings.section)
     return read_datasets([settings.pretrain], settings.data_root)
 
 
 def finetuning_folds(settings: LeakSettings) -> tuple[list[Case], dict[int, list[str]], int]:
     """(cases, fold -> names, channels) of a Decathlon JSON, or of a preset."""
     if settings.finetune.endswith(".json"):
-        cases = read_cases(settings.finetune, settings.data or own_root(settings.finetune), flag="data")
+        cases = read_cases(settings.finetune, settings.data, flag="data")
         folds: dict[int, list[str]] = {}
         for case in cases:
             folds.setdefault(-1 if case.fold is None else case.fold, []).append(case.name)

@@ -104,6 +104,22 @@ def test_no_label_is_read_from_outside_the_root_of_a_list(listing, tmp_path, mon
     assert not (tmp_path / "cache/labels").exists()
 
 
+def test_a_preset_takes_a_list_with_its_root(listing, tmp_path, monkeypatch):
+    (tmp_path / "lists").mkdir()
+    listing.rename(tmp_path / "lists/list.json")
+    flags = [
+        "--preset",
+        "sample_abdomen",
+        "--datalist",
+        tmp_path / "lists/list.json",
+        "--cache_dir",
+        tmp_path / "cache",
+    ]
+    with pytest.raises(InputError, match="1 of 1 volumes cannot be used"):  # no such file below lists/
+        run(monkeypatch, *flags)
+    run(monkeypatch, *flags, "--data_root", tmp_path)
+
+
 def test_datasets_by_name(tmp_path, monkeypatch, capsys):
     nifti(tmp_path / "data/BTCV/imagesTr/img0001.nii.gz")
     nifti(tmp_path / "data/BTCV/imagesTr/img0035.nii.gz", seed=1)

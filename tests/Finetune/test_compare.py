@@ -231,3 +231,18 @@ def test_differences_are_paired_by_case_and_seed():
     assert delta["difference"] == pytest.approx(0.02) and delta["ci95"] == pytest.approx([0.02, 0.02])
     assert better["missing"] == 1 and scratch["missing"] == 0
     assert scratch["ci95"][1] - scratch["ci95"][0] > 0.1
+
+
+def test_a_list_of_absolute_paths_needs_its_root(grid):
+    data = grid.path / "data"
+    content = json.loads((data / "dataset.json").read_text())
+    entries = [entry | {name: str(data / entry[name]) for name in ("image", "label")} for entry in content["training"]]
+    (grid.path / "lists").mkdir()
+    (grid.path / "lists/list.json").write_text(json.dumps(content | {"training": entries}))
+    flags = [*grid.flags, "--data", str(grid.path / "lists/list.json"), "--inits", "scratch", "--label_counts", "1"]
+    with pytest.raises(InputError, match="none of its .* leaves the root .*--data_root / allows every path"):
+        compare.main(flags)
+    assert not grid.calls
+    compare.main([*flags, "--data_root", str(data)])
+    assert [module for module, _ in grid.calls] == ["Finetune.main_finetune", "Finetune.predict", "Finetune.evaluate"]
+    assert (next((grid.path / "out/cells").iterdir()) / "scores/scores.json").is_file()

@@ -26,7 +26,7 @@ def test_decathlon_json(tmp_path):
         Case("b", tmp_path / "imagesTs/b.nii"),
     ]
     assert read_cases(listing, root="elsewhere")[1].image == Path("elsewhere/imagesTs/b.nii")
-    assert read_cases(listing, section="other") == [Case("c", Path("/abs/c.nii.gz"))]
+    assert read_cases(listing, "/", section="other") == [Case("c", Path("/abs/c.nii.gz"))]
 
 
 def test_a_folder_gives_its_images_and_series_but_no_label(tmp_path):
@@ -42,7 +42,7 @@ def test_a_folder_gives_its_images_and_series_but_no_label(tmp_path):
 
 def test_a_text_file_of_paths(tmp_path):
     (tmp_path / "list.txt").write_text("a/x.nii.gz  # comment\n\n# nothing\nb/x.nii.gz\n/abs/y.nii\n")
-    cases = read_cases(tmp_path / "list.txt")
+    cases = read_cases(tmp_path / "list.txt", "/")
     assert [case.image for case in cases] == [tmp_path / "a/x.nii.gz", tmp_path / "b/x.nii.gz", Path("/abs/y.nii")]
     assert [case.name for case in cases] == ["a_x", "b_x", "y"]
 

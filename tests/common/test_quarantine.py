@@ -223,7 +223,7 @@ def _bad_paths(folder):
     (folder / "loop.nii.gz").symlink_to(folder / "loop.nii.gz")
     yield "cannot be read", Case("loop", folder / "loop.nii.gz")
     yield "no such file", Case("missing", folder / "missing.nii.gz")
-    (folder / "list.txt").write_text("../outside.nii.gz\n")
+    (folder / "list.txt").write_text("../outside.nii.gz\ninside.nii.gz\n")
     yield "leaves", read_cases(folder / "list.txt")[0]
     if os.geteuid() != 0:  # root may read everything
         nifti(folder / "secret.nii.gz", HU).chmod(0)
