@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from Finetune import compare
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset
 from tests.helpers import ROOT, ct, write_nifti
@@ -65,6 +66,94 @@ def test_directives_ask_for_what_the_requeue_needs(script):
     )
 
 
+# ---------------------------------------------------------------- what is put back into the queue
+
+
+def requeued(tmp_path, command: str, before: str = "", **env) -> tuple[int, str, str]:
+    """(exit code, what was said, what scontrol was told) of run_or_requeue on `command`, in the folder $OUT_DIR."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/scontrol").write_text(SCONTROL)
+    (tmp_path / "bin/scontrol").chmod(0o755)
+    script = "set -euo pipefail\nsource scripts/slurm/requeue.sh\n"
+    script += f'{before}\nrun_or_requeue "$OUT_DIR" bash -c "$COMMAND"'
+    env = {
+        "OUT_DIR": tmp_path / "out",
+        "COMMAND": command,
+        "REQUEUED": tmp_path / "requeued",
+        "SLURM_JOB_ID": 4711,
+    } | env
+    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"} | {k: str(v) for k, v in env.items()}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, start_new_session=True
+    )
+    told = (tmp_path / "requeued").read_text() if (tmp_path / "requeued").exists() else ""
+    assert not list((tmp_path / "out").glob(".started*"))
+    return done.returncode, done.stdout + done.stderr, told
+
+
+OLD = 'mkdir -p "$OUT_DIR"; touch -d yesterday "$OUT_DIR"/{requeue,checkpoint-last.pth}'
+
+
+@pytest.mark.parametrize(
+    "command, again",
+    [
+        ("exit 0", False),
+        ("exit 75", True),
+        ("exit 1", False),
+        ("kill -USR1 $$", True),  # before it listened
+        ("sleep 0.1; touch $OUT_DIR/requeue; exit 1", True),  # torchrun has swallowed the 75
+        (
+            "sleep 0.1; mkdir -p $OUT_DIR/cells/b/run; touch $OUT_DIR/cells/b/run/requeue; exit 2",
+            False,
+        ),  # a neighbour's
+        ("sleep 0.1; touch $OUT_DIR/checkpoint-last.pth; exit 1", True),  # a dead rank, a hang
+        ("sleep 0.1; touch $OUT_DIR/checkpoint-last.pth; exit 0", False),
+        ("kill -USR1 $PPID; sleep 0.1; exit 75", True),  # the signal goes to the script as well
+    ],
+    ids=str,
+)
+def test_what_was_asked_to_stop_or_got_further_is_started_again(tmp_path, command, again):
+    code, said, told = requeued(tmp_path, command, before=OLD)
+    assert told == ("requeue 4711\n" if again else ""), said
+    assert (code == 0) == (again or command.endswith("exit 0")), said
+
+
+def test_not_more_often_than_was_allowed_and_with_the_cores_of_the_task(tmp_path):
+    env = {"SLURM_RESTART_COUNT": 3, "MAX_RESTARTS": 3, "SLURM_CPUS_PER_TASK": 64}
+    code, said, told = requeued(tmp_path, "echo cores: $SRUN_CPUS_PER_TASK; exit 75", **env)
+    assert code == 75 and told == "" and "started 3 times, not again" in said and "cores: 64" in said
+
+
+@pytest.mark.parametrize(
+    "script, flag",
+    [("pretrain.sbatch", "--out_dir"), ("pretrain_multinode.sbatch", "--out_dir"), ("compare.sbatch", "--out")],
+)
+def test_a_folder_that_the_script_would_not_look_into_is_refused(tmp_path, script, flag):
+    cluster = Cluster(tmp_path, tmp_path / "never")
+    for words in ((flag, "elsewhere"), (f"{flag}=elsewhere",)):
+        done = cluster.start(script, *words, OUT_DIR=tmp_path / "out")
+        assert done.returncode == 2 and f"error: {words[0]}: set OUT_DIR instead" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_to_every_process_of_the_job_waits_for_the_program(tmp_path):
+    """`launch` becomes the program, so there is no shell that dies before it has saved."""
+    program = tmp_path / "program"
+    program.write_text(
+        '#!/usr/bin/env bash\ntrap asked=1 USR1\ntouch $OUT_DIR/ready\nuntil [ -n "${asked:-}" ]; do sleep 0.05; done\n'
+        "sleep 0.5; echo saved; touch $OUT_DIR/requeue; exit 1\n"
+    )
+    program.chmod(0o755)
+    (tmp_path / "recipe.sh").write_text(f"source {ROOT}/scripts/env.sh\nlaunch some.module --flag\n")
+    watch = "(until [ -e $OUT_DIR/ready ]; do sleep 0.05; done; kill -USR1 -- -$$) & "
+    env = {"LAUNCHER": program, "PYTHON": sys.executable}
+    _, said, _ = requeued(tmp_path, f"exec bash {tmp_path}/recipe.sh", before=watch, **env)
+    assert 0 <= said.index("saved\n") < said.index("asked to stop: job 4711 goes back into the queue"), said
+
+
+# ---------------------------------------------------------------- whole jobs
+
+
 class Cluster:
     """Starts a template as Slurm would, as often as it asks to be started."""
 
@@ -91,7 +180,7 @@ class Cluster:
             "GRACE": "60",
         }
 
-    def start(self, template: str, *arguments: str, restarts: int = 0, **env) -> subprocess.CompletedProcess:
+    def start(self, template: str | Path, *arguments: str, restarts: int = 0, **env) -> subprocess.CompletedProcess:
         env = self.env | {"SLURM_RESTART_COUNT": str(restarts)} | {k: str(v) for k, v in env.items()}
         return subprocess.run(
             ["bash", ROOT / "scripts/slurm" / template, *arguments],
@@ -176,16 +265,28 @@ def test_a_signalled_cell_of_a_comparison_goes_on_too(tmp_path):
     }
     (tmp_path / "bin").mkdir()
     cluster = Cluster(tmp_path, out / "under_way")
-    watch = 'until [ -n "$(find "$OUT_DIR" -name log.jsonl -size +0 2>/dev/null)" ]; do sleep 0.1; done; '
-    watch += 'echo 1 >"$UNDER_WAY"'
-    watcher = subprocess.Popen(["bash", "-c", watch], env=cluster.env | {"OUT_DIR": str(out)})
-    try:
-        first = cluster.start("compare.sbatch", "--settings", str(tmp_path / "cells.yaml"), **settings)
-    finally:
-        watcher.kill()
-    assert first.returncode == 0 and cluster.requeued.exists(), first.stdout[-2000:] + first.stderr[-4000:]
-    second = cluster.start("compare.sbatch", "--settings", str(tmp_path / "cells.yaml"), restarts=1, **settings)
-    assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-4000:]
+
+    def signalled(script, *arguments, when: str):
+        """Started, signalled as soon as `find` finds something, and put back into the queue."""
+        watch = f'until [ -n "$(find "$OUT_DIR" {when} 2>/dev/null)" ]; do sleep 0.1; done; echo 1 >"$UNDER_WAY"'
+        (out / "under_way").unlink(missing_ok=True)
+        watcher = subprocess.Popen(["bash", "-c", watch], env=cluster.env | {"OUT_DIR": str(out)})
+        try:
+            done = cluster.start(script, *map(str, arguments), **settings)
+        finally:
+            watcher.kill()
+        assert done.returncode == 0 and "asked to stop" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+        assert cluster.requeued.read_text() == "requeue 4711\n" and not list(out.rglob("scores.json"))
+        cluster.requeued.unlink()
+
+    signalled("compare.sbatch", "--settings", tmp_path / "cells.yaml", when="-name log.jsonl -size +0")
+    # the same grid as an array that --slurm writes
+    grid = ["--preset", "MSD09_Spleen", "--data", data, "--inits", "scratch", "--seeds", "0", "--out", out]
+    grid += ["--cache_dir", tmp_path / "cache", "--settings", tmp_path / "cells.yaml"]
+    compare.main([*map(str, grid), "--slurm"])
+    signalled(out / "array.sbatch", when="-name predictions")
+    last = cluster.start(out / "array.sbatch", restarts=1)
+    assert last.returncode == 0 and not cluster.requeued.exists(), last.stdout[-2000:] + last.stderr[-4000:]
     (logs,) = [p for p in out.rglob("log.jsonl")]
     told = [json.loads(line)["epoch"] for line in logs.read_text().splitlines()]
     assert told == list(range(8)) and list(out.rglob("scores.json"))
