@@ -19,9 +19,9 @@ from common import distributed
 from common.agreement import until_stopped
 from common.cache import Entry
 from common.distributed import Run
-from common.engine import autocast_dtype
 from common.files import save_bytes
 from common.logging import progress
+from common.parallel import autocast_dtype
 from common.sampling import generator
 from Finetune.cases import class_of
 from Finetune.metrics import bootstrap_interval

@@ -11,8 +11,8 @@ from common.agreement import until_stopped
 from common.cache import Entry
 from common.config import InputError
 from common.distributed import Run
-from common.engine import autocast_dtype, build_optimizer
 from common.logging import progress
+from common.parallel import autocast_dtype, build_optimizer
 from Finetune.build import freeze_encoder, load_state
 from Finetune.losses import DiceCE, RegionDice
 from Finetune.metrics import dice_of

@@ -18,10 +18,12 @@ import torch
 from common import cache, checkpoint, distributed, leaks, signals
 from common.config import InputError, check_writable, parse, run_program, setting, to_dict
 from common.distributed import Run
-from common.engine import LoopSettings, fit, plan_updates
+from common.engine import fit
 from common.identity import digest
 from common.logging import RunLog, say
 from common.schedules import warmup_cosine
+from common.settings import LoopSettings, plan_updates
+from common.training import Training
 from common.watchdog import Watchdog
 from Finetune.build import ENCODERS, Architecture, ModelSettings, build_model, load_encoder, resolve
 from Finetune.cases import check_classes, few_labels, find_cases, split, with_mapped_labels
@@ -159,7 +161,7 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         dataset = VolumeDataset(training, preset, architecture.roi, config.seed)
     else:
         dataset = CropDataset(training, architecture.roi, preset.augmentation, config.crops, config.seed)
-    path = fit(
+    training_run = Training(
         method,
         dataset,
         config,
@@ -174,8 +176,8 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
             "crops": [config.crops, *architecture.roi],
         },
         make_optimizer=partial(make_optimizer, weight_decay=config.weight_decay, layer_decay=config.layer_decay),
-        after_epoch=after_epoch,
     )
+    path = fit(training_run, after_epoch)
     say(f"done: {path}")
     return path
 

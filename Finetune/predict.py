@@ -29,9 +29,9 @@ from common import checkpoint, volumes
 from common.config import InputError, check_writable, parse, run_program, setting, to_dict
 from common.datalist import Case, read_cases
 from common.distributed import setup
-from common.engine import autocast_dtype
 from common.files import save_bytes
 from common.logging import progress, say
+from common.parallel import autocast_dtype
 from Finetune.build import load_finetuned
 from Finetune.engine_finetune import predictor
 from Finetune.files import write_nifti

@@ -9,8 +9,9 @@ from torch import nn
 
 from common.config import InputError, setting
 from common.datasettings import DataSettings
-from common.engine import LoopSettings, Plan, Weights
 from common.schedules import cosine, linear
+from common.settings import LoopSettings, Plan
+from common.training import Weights
 from Finetune import models_3dvit
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain import models_mim

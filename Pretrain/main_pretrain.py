@@ -18,14 +18,16 @@ from torch import nn
 
 from common import cache, distributed, signals
 from common.config import InputError, check_writable, parse, run_program, to_dict
-from common.engine import Plan, build_optimizer, fit, plan_updates, to_device
+from common.engine import fit
 from common.files import save_bytes
 from common.identity import digest
 from common.loading import measure_loader
 from common.logging import RunLog, say
-from common.parallel import build_loader
+from common.parallel import build_loader, build_optimizer, to_device
 from common.sampling import StreamSampler
 from common.schedules import warmup_cosine
+from common.settings import Plan, plan_updates
+from common.training import Training
 from common.watchdog import Watchdog
 from Pretrain.build import PretrainSettings, build_task
 from Pretrain.data import ViewDataset
@@ -64,7 +66,7 @@ def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path | None:
     if settings.loader_only:
         return measure(settings, run, plan, dataset, task.views)
     warmup = round(settings.warmup_epochs * plan.steps_per_epoch)
-    return fit(
+    training = Training(
         task.method,
         dataset,
         settings,
@@ -75,8 +77,8 @@ def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path | None:
         args=to_dict(settings) | {"grid_size": list(encoder.grid_size), "data": [v.content_hash for v in volumes]},
         facts={"data": digest([v.content_hash for v in volumes]), "views": digest([task.specs])},
         make_optimizer=partial(build_optimizer, weight_decay=settings.weight_decay),
-        after_epoch=partial(draw_reconstructions, settings, plan, dataset) if run.rank == 0 else None,
     )
+    return fit(training, partial(draw_reconstructions, settings, plan, dataset) if run.rank == 0 else None)
 
 
 def measure(settings: PretrainSettings, run: distributed.Run, plan: Plan, dataset: ViewDataset, views: int) -> None:

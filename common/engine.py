@@ -2,54 +2,40 @@
 
 A method is an `nn.Module` with
 
-    forward(batch, step) -> {name: scalar tensor}     the losses, and whatever else is to be logged; only names with a
-    weight are summed
+    forward(batch, step) -> {name: scalar tensor}   the losses, and whatever else is to be logged; only names with a
+                                                    weight are summed
 
 and, where it needs them,
 
-    before_step(step), after_step(step)     around the optimiser step: gradients ready, weights updated (EMA teacher,
-    centre) num_parts; forward(batch, step, part)   the backward pass in parts, to save memory; each part's graph is
-    freed before the next runs;
-                                            what the parts report under one name are shares of it and add up
-    probe                                   a parameter at which each loss's gradient norm is logged, once an epoch
-    schedule_values(step) -> {name: float}  to be logged beside the learning rate
+    before_step(step), after_step(step)             around the optimiser step: gradients ready; weights updated (EMA
+                                                    teacher, centre)
+    num_parts; forward(batch, step, part)           the backward pass in parts, to save memory; each part's graph is
+                                                    freed before the next runs, and what the parts report under one
+                                                    name are shares of it and add up
+    probe                                           a parameter at which each loss's gradient norm is logged, once an
+                                                    epoch
+    schedule_values(step) -> {name: float}          to be logged beside the learning rate
     checkpoint_state(), load_checkpoint_state(content)
 """
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from common import distributed
 from common.agreement import Stopped
 from common.anomalies import GoBack
 from common.config import InputError
-from common.distributed import Run
 from common.logging import RunLog, progress, say
-from common.parallel import autocast_dtype, build_optimizer, reducing, to_device, uncompiled
+from common.parallel import reducing, to_device, uncompiled
 from common.sampling import mix
-from common.settings import LoopSettings, Plan, plan_updates
 from common.sharding import whole
-from common.training import Training, Weights
+from common.training import Training
 
 AfterEpoch = Callable[[int, RunLog, nn.Module], dict[str, float]]
-
-__all__ = [
-    "LoopSettings",
-    "Plan",
-    "Weights",
-    "autocast_dtype",
-    "build_optimizer",
-    "fit",
-    "plan_updates",
-    "to_device",
-    "train_one_epoch",
-]
 
 
 def train_one_epoch(training: Training) -> dict[str, float]:
@@ -130,52 +116,20 @@ def gradient_norms(losses: dict[str, Tensor], probe: nn.Parameter) -> dict[str, 
     return norms
 
 
-def fit(
-    method: nn.Module,
-    dataset: Dataset,
-    settings: LoopSettings,
-    run: Run,
-    plan: Plan,
-    *,
-    learning_rate: Callable[[int], float],
-    weights: Weights,
-    args: dict[str, Any],
-    facts: dict[str, Any],
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-    after_epoch: AfterEpoch | None = None,
-) -> Path:
-    """Train `method` on `dataset` to the end of `settings.epochs`, resuming if asked; returns the path of the last
-    checkpoint.
+def fit(training: Training, after_epoch: AfterEpoch | None = None) -> Path:
+    """Train to the end of `settings.epochs`, resuming if asked; returns the path of the last checkpoint.
 
     Raises SystemExit(75) when it was asked to stop by SIGTERM or SIGUSR1 and has saved (common/signals.py).
 
     Args:
-        dataset: `dataset[(position, index)]` gives one sample, all its randomness drawn from (`dataset.seed`,
-            position); `dataset.name(index)`, where there is one, says which file that was.
-        learning_rate, weights: functions of the step.
-        args: what the checkpoint keeps as `args`, plain types.
-        facts: plain values by which a run that is taken up knows that its data is the same; others are refused.
-        make_optimizer: of the method, once its parameters are what they stay (on their device, sharded).
         after_epoch: called on every rank after each epoch with its number, the log and the method, or a copy of it
             where the weights are shared out (validation, pictures); what it returns goes into the epoch's log line. It
             may be called again for the same epoch by a resumed run. Long ones go through `until_stopped`
             (common/agreement.py).
     """
-    training = Training(
-        method,
-        dataset,
-        settings,
-        run,
-        plan,
-        learning_rate=learning_rate,
-        weights=weights,
-        args=args,
-        facts=facts,
-        make_optimizer=make_optimizer,
-    )
     try:
         training.begin()
-        while training.epoch < settings.epochs:
+        while training.epoch < training.settings.epochs:
             try:
                 finish_epoch(training, after_epoch)
             except GoBack as reason:

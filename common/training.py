@@ -34,7 +34,16 @@ PATIENCE = 20.0  # seconds for the data workers of a process that was killed to 
 
 class Training:
     """`step` updates are done, `epoch` is the one to work on. The data order needs no state: it follows from the
-    seed and the step."""
+    seed and the step.
+
+    Args:
+        dataset: `dataset[(position, index)]` gives one sample, all its randomness drawn from (`dataset.seed`,
+            position); `dataset.name(index)`, where there is one, says which file that was.
+        learning_rate, weights: functions of the step.
+        args: what the checkpoint keeps as `args`, plain types.
+        facts: plain values by which a run that is taken up knows that its data is the same; others are refused.
+        make_optimizer: of the method, once its parameters are what they stay (on their device, sharded).
+    """
 
     def __init__(
         self,

@@ -96,13 +96,13 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path, spleen):
     class Stopped(Exception):
         pass
 
-    def stop_after_one(*args, after_epoch, **kwargs):
+    def stop_after_one(training, after_epoch):
         def after(epoch, log, method):
             if epoch == 1:
                 raise Stopped
             return after_epoch(epoch, log, method)
 
-        return fit(*args, after_epoch=after, **kwargs)
+        return fit(training, after)
 
     program.fit = stop_after_one
     try:

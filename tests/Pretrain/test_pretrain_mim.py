@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.config import InputError, parse
-from common.engine import plan_updates
+from common.settings import plan_updates
 from Finetune.models_convvit3d import ConvViT3D
 from Pretrain import main_pretrain
 from Pretrain.build import PretrainSettings, build_task

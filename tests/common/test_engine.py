@@ -8,8 +8,8 @@ from torch import nn
 
 from common import checkpoint
 from common.config import InputError
-from common.engine import LoopSettings, plan_updates
 from common.sampling import StreamSampler, mix
+from common.settings import LoopSettings, plan_updates
 from tests.common.toy import Numbers, Toy, lines, run_toy
 
 

@@ -9,7 +9,7 @@ import torch
 
 from common import checkpoint
 from common.config import InputError, load_yaml, parse, to_dict
-from common.engine import LoopSettings
+from common.settings import LoopSettings
 from common.signals import EXIT_REQUEUE
 from tests.common.toy import Toy, lines, points, run_toy, same_logs, same_weights
 

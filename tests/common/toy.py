@@ -12,8 +12,11 @@ from torch import nn
 
 from common import checkpoint
 from common.distributed import Run
-from common.engine import LoopSettings, build_optimizer, fit, plan_updates
+from common.engine import fit
+from common.parallel import build_optimizer
 from common.sampling import generator
+from common.settings import LoopSettings, plan_updates
+from common.training import Training
 
 CPU = Run(torch.device("cpu"))
 
@@ -76,7 +79,7 @@ def run_toy(out_dir, method=None, run=CPU, data="twelve numbers", **settings):
     settings = LoopSettings(out_dir=Path(out_dir), **(defaults | settings))
     settings.out_dir.mkdir(exist_ok=True)
     plan = plan_updates(settings, 12, run.world_size)
-    path = fit(
+    training = Training(
         method,
         Numbers(),
         settings,
@@ -88,7 +91,7 @@ def run_toy(out_dir, method=None, run=CPU, data="twelve numbers", **settings):
         facts={"data": data},
         make_optimizer=partial(build_optimizer, weight_decay=settings.weight_decay),
     )
-    return method, checkpoint.load(path)
+    return method, checkpoint.load(fit(training))
 
 
 def lines(out_dir):
