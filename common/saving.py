@@ -28,7 +28,7 @@ from common.files import sync, writing
 from common.logging import say
 from common.settings import LoopSettings
 from common.sharding import whole
-from common.signals import MARKER
+from common.signals import saved_when_stopped
 
 SETTINGS = "settings.yaml"
 # of a run, beside its settings; what other programs made of it stays
@@ -139,7 +139,7 @@ def to_resume(settings: LoopSettings) -> list[Path]:
     a file once it has saved.
     """
     own, resume = candidates(settings.out_dir), settings.resume
-    if resume == "auto" or (settings.out_dir / MARKER).exists():
+    if resume == "auto" or saved_when_stopped(settings.out_dir):
         return own
     if resume == "none":
         set_aside(settings.out_dir)

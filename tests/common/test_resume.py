@@ -10,7 +10,7 @@ import torch
 from common import checkpoint
 from common.config import InputError, load_yaml, parse, to_dict
 from common.settings import LoopSettings
-from common.signals import EXIT_REQUEUE
+from common.signals import EXIT_REQUEUE, mark_requeue
 from tests.common.toy import Toy, lines, points, run_toy, same_logs, same_weights
 
 
@@ -181,3 +181,11 @@ def test_saved_every_so_often_within_an_epoch(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_toy(tmp_path, Dies(), save_minutes=0.0)
     assert checkpoint.load(tmp_path / checkpoint.LAST)["args"]["step"] == 7
+
+
+def test_a_stop_before_training_does_not_make_an_older_run_this_one(tmp_path):
+    """Started anew in the folder of a finished run, and asked to stop while the cache was filled."""
+    run_toy(tmp_path, epochs=1)
+    mark_requeue(tmp_path)
+    method, _ = run_toy(tmp_path, resume="none", epochs=1)
+    assert method.calls[0][1] == 0
