@@ -6,7 +6,7 @@
 # when it failed (a dead rank, a hang, a node without memory) but has written a checkpoint since this start. What fails without having
 # got any further would only fail again, and ends the job.
 
-# srun takes --cpus-per-task from sbatch no longer (Slurm 22.05), and would bind all processes of a task to one core.
+# srun does not take --cpus-per-task over from sbatch (Slurm 22.05 and later): a task might be left with a single core.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
 run_or_requeue() { # FOLDER COMMAND...: FOLDER is that of the command's run
