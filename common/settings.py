@@ -55,7 +55,10 @@ class LoopSettings:
         None, "an update is bad too if loss or gradient norm exceed this multiple of their mean; none: no", above=1
     )
     hang_minutes: float | None = setting(
-        30.0, "an update that takes longer ends the process, with the stack of every thread; none: wait", above=0
+        30.0,
+        "an update, a window of a validation, a volume of the cache or a checkpoint that takes longer ends the process, "
+        "with the stack of every thread; none: wait",
+        above=0,
     )
 
 
