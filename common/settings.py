@@ -56,8 +56,8 @@ class LoopSettings:
     )
     hang_minutes: float | None = setting(
         30.0,
-        "an update, a window of a validation, a volume of the cache or a checkpoint that takes longer ends the process, "
-        "with the stack of every thread; none: wait",
+        "an update, a window of a validation, a volume of the cache or a checkpoint that takes longer ends the "
+        "process, with the stack of every thread; none: wait",
         above=0,
     )
 
