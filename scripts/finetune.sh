@@ -32,7 +32,7 @@ finetune() {
         ;;
     esac
   fi
-  launch Finetune.main_finetune --preset "$preset" --data "$data" --out_dir "$out" --fold 0 "$@"
+  (launch Finetune.main_finetune --preset "$preset" --data "$data" --out_dir "$out" --fold 0 "$@") # with LAUNCHER it replaces the shell it is in
   "$PYTHON" -m Finetune.predict --checkpoint "$out" --images "$volumes" --cases validation --out "$out/predictions"
   "$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$labels" --preset "$preset" --images "${images[@]}" --out "$out/scores"
 }
