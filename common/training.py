@@ -170,7 +170,8 @@ class Training:
         stop, save = self.requests.agree(save=self.run.rank == 0 and self.saver.due())
         if stop:
             self.stop()
-        if save and not self.guard.in_a_row:
+        at_end = self.step == (self.epoch + 1) * self.plan.steps_per_epoch
+        if save and not at_end and not self.guard.in_a_row:  # after a validation, or its points would come twice
             self.save(within=True)
 
     def stop(self) -> NoReturn:

@@ -14,7 +14,7 @@ from common.agreement import Stopped, until_stopped
 from common.engine import fit
 from common.signals import EXIT_REQUEUE, MARKER, Requeue, clear_requeue, mark_requeue, saved_when_stopped
 from tests.common import toy
-from tests.common.toy import CPU, lines, run_toy, same_logs, same_weights
+from tests.common.toy import CPU, lines, points, run_toy, same_logs, same_weights
 from tests.helpers import ROOT
 
 PROGRAM = """
@@ -169,13 +169,22 @@ def test_what_one_rank_was_asked_all_hear(monkeypatch):
     assert given[-1] == 1.0
 
 
-def test_training_saves_what_is_due_before_a_validation(tmp_path, monkeypatch):
-    """A validation may take longer than `save_minutes`; a kill in it costs nothing then."""
+def test_a_kill_after_a_validation_leaves_no_point_of_it_twice(tmp_path, monkeypatch):
+    """Its points are in TensorBoard, the epoch's checkpoint is not on disk: both are made again."""
+    killed = []
 
     def validate(epoch, log, method):
-        raise KeyboardInterrupt
+        log.scalars({"val/dice": 0.5}, (epoch + 1) * 3 - 1)
+        log.flush()
+        if epoch == 1 and killed:
+            raise killed.pop()
+        return {}
 
     validated(monkeypatch, validate)
+    run_toy(tmp_path / "whole", save_minutes=0.0, log_every=1)
+    killed.append(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        run_toy(tmp_path, save_minutes=0.0)
-    assert toy.checkpoint.load(tmp_path / "checkpoint-last.pth")["args"]["step"] == 3
+        run_toy(tmp_path / "cut", save_minutes=0.0, log_every=1)
+    run_toy(tmp_path / "cut", save_minutes=0.0, log_every=1)
+    same_logs(tmp_path / "whole", tmp_path / "cut")
+    assert [step for step, _ in points(tmp_path / "cut")["val/dice"]] == [2, 5, 8, 11]
