@@ -42,6 +42,12 @@ def pair(monkeypatch):
         one.guard.join(timeout=5)
 
 
+def wait_for(ended):
+    until = time.monotonic() + 20
+    while not ended and time.monotonic() < until:
+        time.sleep(0.05)
+
+
 def test_nothing_happens_while_both_live_and_when_one_ends_in_order(pair):
     (first, second), ended = pair
     time.sleep(0.8)
@@ -53,14 +59,14 @@ def test_nothing_happens_while_both_live_and_when_one_ends_in_order(pair):
 def test_silence(pair, capsys):
     (first, second), ended = pair
     second.stopping.set(), second.stopped.set()  # as if killed: no word, no more beats
-    time.sleep(1.2)
+    wait_for(ended)
     assert set(ended) == {EXIT_PEER_DIED} and "rank 1 died without a word" in capsys.readouterr().err
 
 
 def test_a_last_word_is_repeated(pair, capsys):
     (first, second), ended = pair
     second.report("died: MemoryError: no more")
-    time.sleep(0.3)
+    wait_for(ended)
     assert set(ended) == {EXIT_PEER_DIED}
     assert "rank 1 died: MemoryError: no more; rank 0 ends" in capsys.readouterr().err
 
@@ -68,7 +74,7 @@ def test_a_last_word_is_repeated(pair, capsys):
 def test_who_was_asked_to_stop_is_followed_with_the_code_for_it(pair, capsys):
     (first, second), ended = pair
     second.report("was asked to stop", EXIT_REQUEUE)
-    time.sleep(0.3)
+    wait_for(ended)
     assert set(ended) == {EXIT_REQUEUE} and "rank 1 was asked to stop; rank 0 ends" in capsys.readouterr().err
 
 
