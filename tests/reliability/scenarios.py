@@ -153,10 +153,12 @@ def updates_done(out: Path) -> int:
 
 
 def killed(bench: Bench, out: Path, number: int, name: str, *more: str) -> str:
-    """SIGKILL to everything at a random moment between the start and the end."""
-    job = bench.job(name, out, *more)
-    moment = random.Random(number).uniform(0.1, 1.2) * bench.seconds[name]  # trials run two at a time, so slower
-    time.sleep(moment)
+    """SIGKILL to everything at a random moment: some time after a random number of updates, or during the start."""
+    rng, job = random.Random(number), bench.job(name, out, *more)
+    updates = rng.randrange(STEPS)
+    while updates_done(out) < updates and not job.poll():
+        time.sleep(0.02)
+    time.sleep(rng.uniform(0.0, 0.1 if updates else 1.0) * bench.seconds[name])
     job.signal(signal.SIGKILL)
     job.wait()
     saved = updates_done(out)
