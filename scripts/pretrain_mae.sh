@@ -7,12 +7,16 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-case " $* " in *" --datalist "* | *" --datasets "*) data=() ;; *) data=(--datasets 1k) ;; esac
+case " $* " in # a list of your own has its own folder as its root
+  *" --datasets "*) data=(--data_root data) ;;
+  *" --datalist "*) data=() ;;
+  *) data=(--datasets 1k --data_root data) ;;
+esac
 
 launch Pretrain.main_pretrain \
   --method mae \
   --model base --patch_size 16 --decoder_embed_dim 576 --decoder_depth 8 --decoder_num_heads 16 \
-  ${data[@]+"${data[@]}"} --data_root data --cache_dir cache \
+  ${data[@]+"${data[@]}"} --cache_dir cache \
   --intensity window --low -1000 --high 1000 --spacing none \
   --local_views 8 --local_size 96 --local_scale 0.2 0.5 --crop_mode resize --flip_prob 0.2 \
   --mask_ratio_local 0.6 --norm_pix_loss \

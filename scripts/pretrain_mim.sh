@@ -21,12 +21,16 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-case " $* " in *" --datalist "* | *" --datasets "*) data=() ;; *) data=(--datasets 1k) ;; esac
+case " $* " in # a list of your own has its own folder as its root
+  *" --datasets "*) data=(--data_root data) ;;
+  *" --datalist "*) data=() ;;
+  *) data=(--datasets 1k --data_root data) ;;
+esac
 
 launch Pretrain.main_pretrain \
   --method mim \
   --model base --decoder_embed_dim 576 --decoder_depth 8 --decoder_num_heads 16 \
-  ${data[@]+"${data[@]}"} --data_root data --cache_dir cache \
+  ${data[@]+"${data[@]}"} --cache_dir cache \
   --intensity window --low -1000 --high 1000 --spacing none \
   --local_size 96 --group 2 --crop_mode fixed --flip_prob 0 \
   --mask_ratio_up 0.5 --mask_ratio_mid 0.6 --mask_ratio_down 0.5 --num_mid 4 --num_down 4 --down_parts 4 --norm_pix_loss \
