@@ -184,13 +184,15 @@ def convert(source: Path, out: Path) -> None:
 
 # ---------------------------------------------------------------- drawn ones
 
+KIDNEYS = (2, 3)
+
 
 def draw(out: Path) -> None:
     """Synthetic volumes in the same layout."""
     from common.synthetic import affine_of, phantom, write_dicom, write_nifti
 
     for number, (shape, spacing) in enumerate((((112, 96, 80), (3, 3, 3)), ((160, 128, 48), (2, 2, 3)))):
-        hu, label = phantom(shape, seed=number)
+        hu, label = phantom(shape, seed=number, without=KIDNEYS if number == 1 else ())  # as in the real second scan
         affine = affine_of(shape, spacing)
         if number == 0:
             write_nifti(out / IMAGES[0], hu, affine)

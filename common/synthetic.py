@@ -1,6 +1,6 @@
 """CT-like volumes with labels, drawn from a seed: for a demo without a network, tests and benchmarks."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -25,10 +25,12 @@ ORGANS = {
 }
 
 
-def phantom(shape: Sequence[int], seed: int = 0, noise: float = 12.0) -> tuple[np.ndarray, np.ndarray]:
+def phantom(
+    shape: Sequence[int], seed: int = 0, noise: float = 12.0, without: Collection[int] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """(HU int16, label uint8 with BTCV's ids), both (D, H, W) in RAS: a body with fat, muscle, a spine and 13 blobs.
 
-    Sizes and places vary with `seed`; `noise` is the deviation of the grain in HU.
+    Sizes and places vary with `seed`; `noise` is the deviation of the grain in HU; organs `without` are not there.
     """
     rng = np.random.default_rng(seed)
     axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
@@ -42,7 +44,7 @@ def phantom(shape: Sequence[int], seed: int = 0, noise: float = 12.0) -> tuple[n
         middle = np.add(centre, rng.uniform(-0.03, 0.03, 3))
         radius = np.multiply(radii, rng.uniform(0.9, 1.1, 3))
         inside = sum(((a - m) / r) ** 2 for a, m, r in zip((x, y, z), middle, radius)) < 1
-        inside = inside & (body < 0.85)
+        inside = inside & (body < 0.85) & (number not in without)
         hu[inside], label[inside] = value + rng.uniform(-8, 8), number
     spine = (x / 0.14) ** 2 + ((y + 0.62) / 0.16) ** 2 < 1
     hu[np.broadcast_to(spine, hu.shape)] = 350

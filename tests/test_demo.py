@@ -1,6 +1,7 @@
 """The demo as a user starts it, in its short form, on synthetic scans (so that no test needs a network)."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -41,6 +42,14 @@ def test_smoke_goes_from_scans_to_scores(tmp_path, method, encoder):
     with open(out / "scores/scores.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 13 and {row["case"] for row in rows} == {"abdomen_b"}
+    predicted = np.asarray(label_map.dataobj)
+    kidneys = {2: "right kidney", 3: "left kidney"}  # the second scan has none
+    for number, name in kidneys.items():
+        (row,) = [row for row in rows if row["name"] == name]
+        wanted = ("false positive", 0.0) if (predicted == number).any() else ("absent", None)
+        assert (row["status"], float(row["dice"]) if row["dice"] else None) == wanted
+    card = json.loads((out / "scores/scores.json").read_text())
+    assert card["counts"]["present"] == 11 and card["counts"]["absent"] + card["counts"]["false_positives"] == 2
     pictures = list(out.rglob("*.png"))
     assert {"pretrain", "predictions", "scores"} <= {p.relative_to(out).parts[0] for p in pictures}
     assert all(np.asarray(Image.open(p)).std() > 0 for p in pictures)
