@@ -76,11 +76,17 @@ class Waits(TorchDispatchMode):
     def _place() -> tuple[tuple[str, str], str]:
         """((file, function), both with the line) of the innermost call in our code, MONAI's or timm's."""
         frames = [f for f in traceback.extract_stack() if f.filename != __file__ and not f.name.startswith("<")]
-        own = [f for f in frames if any(part in f.filename for part in (str(ROOT), "/monai/", "/timm/"))]
+        own = [f for f in frames if _is_watched(f.filename)]
         frame = (own or frames)[-1]
         path = Path(frame.filename)
         name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
         return (name, frame.name), f"{name}:{frame.lineno}, {frame.name}"
+
+
+def _is_watched(filename: str) -> bool:
+    if "/site-packages/" in filename:  # of an environment that may lie in the project's folder
+        return "/monai/" in filename or "/timm/" in filename
+    return filename.startswith(f"{ROOT}/")
 
 
 def _tensors(values):
