@@ -233,6 +233,7 @@ def test_differences_are_paired_by_case_and_seed():
     assert scratch["ci95"][1] - scratch["ci95"][0] > 0.1
 
 
+@pytest.mark.slow
 def test_a_list_of_absolute_paths_needs_its_root(grid):
     data = grid.path / "data"
     content = json.loads((data / "dataset.json").read_text())
