@@ -99,11 +99,6 @@ def window_starts(shape: Sequence[int], window: Window) -> list[tuple[int, int, 
     return [tuple(part.start for part in parts) for parts in dense_patch_slices(size, window.roi, step)]
 
 
-def infer(image: Tensor, predictor: Callable[[Tensor], Tensor], window: Window, device: torch.device) -> Tensor:
-    """The logits (K, D, H, W) of the whole volume (C, D, H, W), on the CPU."""
-    return torch.cat([logits for _, logits in slabs(image, predictor, window, device)], dim=1)
-
-
 def _crop(image: Tensor, start: Sequence[int], roi: Sequence[int], before: Sequence[int]) -> Tensor:
     """A window of the padded volume, zeros outside the volume."""
     first = [s - b for s, b in zip(start, before)]

@@ -103,15 +103,6 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack(gathered)
 
 
-def broadcast_int(number: int, device: torch.device) -> int:
-    """Rank 0's number, on every rank."""
-    if not active():
-        return number
-    tensor = torch.tensor(number, device=device)
-    dist.broadcast(tensor, src=0)
-    return int(tensor)
-
-
 def shutdown() -> None:
     """Leave the process group. With an exception in flight the peers are told why, and end too; so when this process
     alone was asked to stop, and they may be waiting for it."""

@@ -41,8 +41,8 @@ AfterEpoch = Callable[[int, RunLog, nn.Module], dict[str, float]]
 def train_one_epoch(training: Training) -> dict[str, float]:
     """The updates of `training.epoch` that are not done yet; returns the epoch's means of what the method reported.
 
-    A step never waits for the device. A bad update (not finite, a spike) is skipped on the device, and counted as
-    `skipped`.
+    A step never waits for the device (but in torch's SyncBatchNorm, where a method has one). A bad update (not finite,
+    a spike) is skipped on the device, and counted as `skipped`.
     """
     t, method, run, plan = training, training.method, training.run, training.plan
     parameters = [p for group in t.optimizer.param_groups for p in group["params"]]

@@ -5,9 +5,9 @@ before it stays as `checkpoint-previous.pth`; `checkpoint-{epoch}.pth` every `sa
 good. A file that is torn or altered is refused with a message, and the one before it is taken.
 
 Training stops for the copy to host memory only; a thread writes the copy. Not torch.distributed.checkpoint's
-async_save, which does the same to a folder of shards with pickled metadata: under DDP every rank holds everything, so
-there is nothing to shard, and the contract with every reader (the authors' loaders among them) is one file that
-`torch.load(weights_only=True)` reads.
+async_save, which does the same to a folder of shards with pickled metadata: the contract with every reader (the
+authors' loaders among them) is one file of whole tensors that `torch.load(weights_only=True)` reads, also where the
+processes share them out.
 """
 
 import itertools

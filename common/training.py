@@ -29,7 +29,7 @@ from common.watchdog import Watchdog
 
 Weights = Callable[[int], dict[str, float]]
 MAX_ROLLBACKS = 5
-PATIENCE = 20.0  # seconds for the data workers of a process that was killed to notice, and let its folder go
+LOCK_PATIENCE = 20.0  # seconds for the data workers of a process that was killed to notice, and let its folder go
 
 
 class Training:
@@ -87,7 +87,7 @@ class Training:
         paths = []
         self.watchdog.feed()
         if self.run.rank == 0:
-            if self.lock.enter_context(claim(self.out_dir, PATIENCE)) is None:
+            if self.lock.enter_context(claim(self.out_dir, LOCK_PATIENCE)) is None:
                 raise InputError(f"{self.out_dir}: another process trains into this folder")
             checkpoint.remove_temporary(self.out_dir)
             paths = to_resume(self.settings)

@@ -16,7 +16,7 @@ import numpy as np
 from common import cache, identity
 from common.config import InputError
 from common.datalist import Case
-from common.entry import Entry, open_entry
+from common.entry import Entry
 from common.logging import progress
 from common.volumes import Preprocessing
 
@@ -185,8 +185,3 @@ def fingerprint(entries: Sequence[Entry]) -> str:
     for name, values in rows:
         lines.append(f"{name:42s}" + "".join(f"{v:10.4g}" for v in (min(values), np.median(values), max(values))))
     return "\n".join(lines)
-
-
-def open_all(cache_dir: Path) -> list[Entry]:
-    """Every whole entry of a cache, whatever made it."""
-    return [entry for folder in entry_folders(cache_dir) if (entry := open_entry(folder))]

@@ -229,7 +229,7 @@ def test_any_file_that_cannot_be_written_is_named(tmp_path, name):
 
 
 def test_one_process_trains_into_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "PATIENCE", 0.5)
+    monkeypatch.setattr(training, "LOCK_PATIENCE", 0.5)
     run_toy(tmp_path, epochs=1)
     with claim(tmp_path) as lock:
         assert lock is not None

@@ -60,4 +60,3 @@ def test_the_fingerprint_tells_the_data_set(filled):
     assert "5 volumes, 5 different" in text
     row = next(line for line in text.splitlines() if line.startswith("spacing W as scanned"))
     assert row.split()[-3:] == ["8", "8", "8"]
-    assert len(upkeep.open_all(folder)) == 5
