@@ -7,15 +7,17 @@
     sbatch --array=0-15 ... --shard $SLURM_ARRAY_TASK_ID/16                 several machines fill one cache
 
 A volume that cannot be used goes to a quarantine list, with the reason, and the rest goes on. Settings must be those of
-the run that will read the cache: they are part of its key. The work is in common/cache.py.
+the run that will read the cache: they are part of its key. The work is in common/cache/build.py.
 """
 
 import sys
 from dataclasses import dataclass
 
-from common.config import InputError, parse, run_program, setting
-from common.datasettings import DataSettings
-from common.logging import say
+from common.cli import parse, run_program
+from common.config import setting
+from common.errors import InputError
+from common.runlog import print_main
+from Pretrain.catalog import DataSettings
 
 
 @dataclass(kw_only=True)
@@ -37,7 +39,7 @@ def main() -> None:
     settings = parse(CacheSettings, description=__doc__)
     first, count = shard_of(settings.shard)
 
-    from common import cache, quarantine, upkeep  # slow to import: --help does not wait for it
+    from common.cache import build, failures, maintenance  # slow to import: --help does not wait for it
 
     if settings.verify:
         return verify(settings)
@@ -46,23 +48,27 @@ def main() -> None:
     else:
         cases, preprocessing = settings.cases(settings.labels), settings.preprocessing()
     if settings.prune:
-        gone, freed = upkeep.prune(settings.cache_dir, cases, remove=not settings.dry_run)
+        gone, freed = maintenance.prune(settings.cache_dir, cases, remove=not settings.dry_run)
         did = "would remove" if settings.dry_run else "removed"
-        return say(f"prune: {did} {len(gone)} entries, {freed / 1e9:.2f} GB, that these lists do not name")
+        return print_main(f"prune: {did} {len(gone)} entries, {freed / 1e9:.2f} GB, that these lists do not name")
     cases = cases[first::count]
     if settings.dry_run:
-        return say(f"dry run: {upkeep.estimate(cases, preprocessing, settings.cache_dir, settings.workers)}")
-    filled = cache.fill(cases, preprocessing, settings.cache_dir, settings.workers, unique=settings.preset is None)
-    size = sum(upkeep.folder_bytes(entry.folder) for entry in filled.entries)
-    say(
+        return print_main(
+            f"dry run: {maintenance.estimate(cases, preprocessing, settings.cache_dir, settings.workers)}"
+        )
+    filled = build.fill_cache(
+        cases, preprocessing, settings.cache_dir, settings.workers, unique=settings.preset is None
+    )
+    size = sum(maintenance.folder_bytes(entry.folder) for entry in filled.entries)
+    print_main(
         f"cache: {len(filled.entries)} of {len(cases)} volumes in {settings.cache_dir}, {size / 1e9:.2f} GB; "
-        f"{filled.built} made now in {upkeep.duration(filled.seconds)}"
+        f"{filled.built} made now in {maintenance.duration(filled.seconds)}"
         + (f", largest memory of a process {filled.peak_memory / 2**30:.2f} GiB" if filled.built else "")
     )
     if settings.report:
-        say(upkeep.fingerprint(filled.entries))
+        print_main(maintenance.describe_cache(filled.entries))
     if filled.failures:
-        say(quarantine.table(filled.failures))
+        print_main(failures.failure_table(filled.failures))
         if not settings.allow_failures:
             failed = f"{len(filled.failures)} of {len(cases)} volumes cannot be used"
             raise InputError(f"{failed}; the others are cached (--allow_failures makes this exit with 0)")
@@ -92,14 +98,14 @@ def collect_preset(settings: CacheSettings):
 
 
 def verify(settings: CacheSettings) -> None:
-    from common import upkeep
+    from common.cache import maintenance
 
-    count, damaged = upkeep.verify(settings.cache_dir, settings.workers)
+    count, damaged = maintenance.verify(settings.cache_dir, settings.workers)
     for folder, wrong in damaged.items():
-        say(f"  {folder}: {wrong}")
+        print_main(f"  {folder}: {wrong}")
     if damaged:
         raise InputError(f"{settings.cache_dir}: {len(damaged)} of {count} entries are damaged; delete and refill them")
-    say(f"verify: {count} entries, all whole")
+    print_main(f"verify: {count} entries, all whole")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from common import volumes
-from common.config import InputError
-from common.datalist import ENDINGS, Case, read_cases, stem
-from common.logging import progress, say
-from common.sampling import mix
-from Finetune.files import write_nifti
+from common.data import volume_io
+from common.data.datalist import ENDINGS, Case, read_cases, stem
+from common.data.nifti import write_nifti
+from common.data.sampler import mix
+from common.errors import InputError
+from common.runlog import print_main, progress
 from Finetune.presets import Layout, Preset
 
 
@@ -133,7 +133,7 @@ def _folds(cases: Sequence[Case], preset: Preset) -> dict[int, list[Case]]:
                 f"{cases[0].image.parent}: found {found} ({preset.validation[0]}, ...); or name folds in a list"
             )
         if len(first) < len(preset.validation):
-            say(f"warning: found {found}")
+            print_main(f"warning: found {found}")
         rest = [case for case in cases if case.name not in set(preset.validation)]
         return {0: first} | dict(enumerate(_cut(rest, preset.folds - 1), start=1))
     groups: dict[str, list[Case]] = {}
@@ -231,7 +231,7 @@ def with_mapped_labels(cases: Sequence[Case], preset: Preset, folder: Path) -> l
         key = f"{case.label.resolve()} {stat.st_size} {stat.st_mtime_ns} {sorted(preset.label_values.items())}"
         target = folder / f"{case.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.nii.gz"
         if not target.exists():
-            label = volumes.load(case.label, channels=1)
+            label = volume_io.load(case.label, channels=1)
             ids = map_values(label[0].numpy(), preset, case.label)
             write_nifti(target, nib.Nifti1Image(ids, label.affine.numpy()))
         mapped.append(replace(case, label=target))

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from monai.data import get_track_meta, set_track_meta
 from monai.transforms import (
     Compose,
@@ -17,10 +18,11 @@ from monai.transforms import (
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.cache import Entry
-from common.config import InputError
-from common.sampling import generator
-from Finetune.presets import Augmentation
+from common.cache.volume import CachedVolume
+from common.data.sampler import generator
+from common.errors import InputError
+from Finetune.cases import class_of
+from Finetune.presets import Augmentation, Preset
 
 KEYS = ("image", "label")
 
@@ -34,7 +36,7 @@ class CropDataset(Dataset):
 
     def __init__(
         self,
-        entries: Sequence[Entry],
+        entries: Sequence[CachedVolume],
         roi: tuple[int, int, int],
         augmentation: Augmentation,
         crops: int = 4,
@@ -76,7 +78,7 @@ def plain_tensors() -> Iterator[None]:
         set_track_meta(before)
 
 
-def crop_start(entry: Entry, roi: Sequence[int], rng: torch.Generator) -> tuple[int, ...]:
+def crop_start(entry: CachedVolume, roi: Sequence[int], rng: torch.Generator) -> tuple[int, ...]:
     """First voxel of a random crop: half of them around a voxel of a foreground class (each class as likely as any
     other, so that small organs are seen), half anywhere. Where the volume is smaller than the crop, it sits in the
     middle of it."""
@@ -120,3 +122,31 @@ def augmentations(probability: Augmentation, roi: Sequence[int]) -> Compose:
     if probability.noise:
         chosen.append(RandGaussianNoised("image", prob=probability.noise, std=0.01))
     return Compose(chosen)
+
+
+class VolumeDataset(Dataset):
+    """Whole volumes at one size: {"image": (C, *roi), "target": class number}. Flips are drawn from (seed, position)
+    alone."""
+
+    def __init__(self, entries: Sequence[CachedVolume], preset: Preset, roi: tuple[int, int, int], seed: int = 0):
+        self.entries, self.preset, self.roi, self.seed = list(entries), preset, tuple(roi), seed
+        self.targets = [class_of(preset, entry.source) for entry in entries]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def name(self, index: int) -> str:
+        return self.entries[index].name
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        position, index = key
+        image = resized(self.entries[index], self.roi)
+        draws = torch.rand(3, generator=generator(self.seed, position))
+        axes = [axis + 1 for axis in range(3) if draws[axis] < self.preset.augmentation.flip]
+        return {"image": image.flip(axes), "target": torch.tensor(self.targets[index])}
+
+
+def resized(entry: CachedVolume, roi: Sequence[int]) -> Tensor:
+    """The whole volume (C, *roi), trilinearly."""
+    image = entry.read((0, 0, 0), entry.shape)
+    return F.interpolate(image[None], size=tuple(roi), mode="trilinear", align_corners=False)[0]

@@ -1,23 +1,28 @@
 """What fine-tuning adds to the common training loop: the method, its optimiser, and validation by sliding window."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from common import distributed, watchdog
-from common.agreement import until_stopped
-from common.cache import Entry
-from common.config import InputError
+from common.cache.volume import CachedVolume
 from common.distributed import Run
-from common.logging import progress
-from common.parallel import autocast_dtype, build_optimizer
-from Finetune.build import freeze_encoder, load_state
+from common.errors import InputError
+from common.runlog import progress
+from common.training.optim import build_optimizer
+from common.training.parallel import autocast_dtype
+from common.training.preemption import until_stopped
+from Finetune.architectures import freeze_encoder, load_state
+from Finetune.cases import class_of
+from Finetune.data import resized
+from Finetune.evaluation.classification import class_scores, write_scores
+from Finetune.evaluation.metrics import dice_of
+from Finetune.inference.sliding_window import Window, slabs
 from Finetune.losses import DiceCE, RegionDice
-from Finetune.metrics import dice_of
 from Finetune.presets import Preset
-from Finetune.sliding import Window, slabs
 
 Losses = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
@@ -82,7 +87,7 @@ def make_optimizer(method: Finetuning, weight_decay: float, layer_decay: float |
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, entries: Sequence[Entry], preset: Preset, window: Window, run: Run, amp: str = "auto"
+    model: nn.Module, entries: Sequence[CachedVolume], preset: Preset, window: Window, run: Run, amp: str = "auto"
 ) -> dict[str, float]:
     """Mean Dice of the validation cases on the preprocessed grid, over the classes of a case, then over cases; each
     rank takes its share of the cases. For watching a run: the score card is made by Finetune.evaluate, on the files'
@@ -110,7 +115,12 @@ def validate(
 
 
 def case_dice(
-    model: nn.Module, entry: Entry, preset: Preset, window: Window, device: torch.device, dtype: torch.dtype | None
+    model: nn.Module,
+    entry: CachedVolume,
+    preset: Preset,
+    window: Window,
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> list[float | None]:
     """Dice of one cached case, one value for each name of `preset.scored()`."""
     image = entry.read((0, 0, 0), entry.shape)
@@ -141,3 +151,35 @@ def predictor(model: nn.Module, device: torch.device, dtype: torch.dtype | None)
             return model(crops)
 
     return predict
+
+
+@torch.no_grad()
+def validate_classes(
+    model: nn.Module,
+    entries: Sequence[CachedVolume],
+    preset: Preset,
+    roi: tuple[int, int, int],
+    run: Run,
+    amp: str = "auto",
+    out: Path | None = None,
+) -> dict[str, float]:
+    """Accuracy and AUC (one class against the others, mean over classes) of the validation cases; each rank takes its
+    share.
+
+    With `out`, classification.csv (a row per case) and classification.json (with intervals by bootstrap over cases)
+    are written there.
+    """
+    model.eval()
+    dtype = autocast_dtype(amp, run.device)
+    shares = torch.zeros(len(entries), len(preset.labels), device=run.device)
+    share = range(run.rank, len(entries), run.world_size)
+    for index in until_stopped(progress(share, desc="validate", unit="case"), run):
+        with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
+            logits = model(resized(entries[index], roi)[None].to(run.device))
+        shares[index] = logits[0].float().softmax(dim=0)
+    shares = (distributed.all_reduce_mean(shares) * run.world_size).cpu()
+    targets = torch.tensor([class_of(preset, entry.source) for entry in entries])
+    scores = class_scores(shares, targets, preset)
+    if out is not None and run.rank == 0:
+        write_scores(out, entries, shares, targets, scores, preset)
+    return {f"val/{name}": value for name, value in scores.items()}

@@ -17,17 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from common import grid, volumes
-from common.config import InputError, check_writable, parse, run_program, setting
-from common.datalist import ENDINGS, read_cases, stem
-from common.files import save_bytes
-from common.logging import progress, say
+from common.cli import parse, run_program
+from common.config import setting
+from common.data import geometry, volume_io
+from common.data.datalist import ENDINGS, read_cases, stem
+from common.errors import InputError
+from common.files import check_writable, save_bytes
+from common.runlog import print_main, progress
 from Finetune.cases import label_for, map_values
-from Finetune.metrics import Score, case_means, score_case
-from Finetune.pictures import overlay, save_png
+from Finetune.evaluation.metrics import Score, case_means, score_case
+from Finetune.evaluation.report import box_plots, compare, compare_table, write_card
+from Finetune.evaluation.visualize import overlay, save_png
 from Finetune.predict import PROTOCOL, to_grey
 from Finetune.presets import Preset, load_preset
-from Finetune.scorecard import box_plots, compare, compare_table, write_card
 
 OF_A_FOLDER = ("checkpoints", "cases", "failed", "trained_on")  # of its protocol; the rest is how it was made
 
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         result = compare(*config.compare)
         save_bytes(config.out / "compare.json", json.dumps(result, indent=2).encode())
-        say(compare_table(result))
+        print_main(compare_table(result))
         return
     for name in ("predictions", "labels", "preset"):
         if not getattr(config, name):
@@ -95,10 +97,10 @@ def evaluate(config: EvaluateSettings, preset: Preset) -> None:
     table = write_card(
         config.out, scores, protocol(config, preset, made, list(pairs)), notes(config, preset, made, pairs)
     )
-    say(table)
+    print_main(table)
     box_plots(config.out / "dice.png", scores)
     draw_worst(config, preset, pairs, scores)
-    say(f"score card in {config.out}")
+    print_main(f"score card in {config.out}")
 
 
 # ---------------------------------------------------------------- files
@@ -149,7 +151,7 @@ def read_pair(prediction: Path, label: Path, preset: Preset) -> tuple[np.ndarray
         raise InputError(
             f"{prediction}: found the shape {found.shape}, its label {label} has {reference.shape} (both in RAS)"
         )
-    shift = grid.distance(found_affine, affine, found.shape)
+    shift = geometry.grid_distance(found_affine, affine, found.shape)
     if shift > 0.1 * spacing.min():
         raise InputError(
             f"{prediction}: lies up to {shift:.3g} mm off its label {label}, at most a tenth of a voxel is allowed"
@@ -161,7 +163,7 @@ def read_pair(prediction: Path, label: Path, preset: Preset) -> tuple[np.ndarray
 def read_map(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(values (D, H, W), affine) of a label map, brought to RAS by flips and swaps of axes alone. InputError for a file
     that is damaged: nibabel alone reads a torn .nii.gz as if it were whole."""
-    image = volumes.load(path, channels=1)
+    image = volume_io.load(path, channels=1)
     return image[0].numpy(), image.affine.numpy()
 
 
@@ -253,8 +255,7 @@ def _about(cases: Sequence[str], what: str) -> list[str]:
 
 
 def labels_by(labels: Path, preset: Preset) -> str:
-    """Who made the reference labels: what the data set's own list says (`labels_by`, as common.sample_data writes it),
-    else the preset."""
+    """Who made the reference labels: `labels_by` of the data set's own list, where it has that, else the preset's."""
     lists = [labels] if labels.is_file() else [labels / "dataset.json", labels.parent / "dataset.json"]
     for path in lists:
         try:
@@ -289,7 +290,7 @@ def picture_of(folders: Sequence[Path], case: str, preset: Preset) -> np.ndarray
     """The image of a case (D, H, W) in [0, 1], RAS; None where no folder holds one of that name."""
     for path in (folder / f"{case}{ending}" for folder in folders for ending in (*ENDINGS, "")):
         if path.exists():
-            return to_grey(volumes.read_image(path, channels=preset.channels), preset)
+            return to_grey(volume_io.read_image(path, channels=preset.channels), preset)
     return None
 
 

@@ -43,3 +43,8 @@ def one_hot_regions(label: Tensor, regions: dict[str, tuple[int, ...]]) -> Tenso
     every step.
     """
     return torch.cat([reduce(torch.logical_or, [label == number for number in ids]) for ids in regions.values()], dim=1)
+
+
+def classification_losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{`ce`} of `image` (B, C, *roi) and `target` (B,)."""
+    return {"ce": F.cross_entropy(model(batch["image"]).float(), batch["target"])}

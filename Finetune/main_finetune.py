@@ -15,23 +15,27 @@ from typing import Any, Literal
 
 import torch
 
-from common import cache, checkpoint, distributed, leaks, signals
-from common.config import InputError, check_writable, parse, run_program, setting, to_dict
+from common import checkpoint, distributed, files, signals
+from common.cache import build, volume
+from common.cli import parse, run_program
+from common.config import setting, to_dict
 from common.distributed import Run
-from common.engine import fit
-from common.identity import digest
-from common.logging import RunLog, say
-from common.schedules import warmup_cosine
-from common.settings import LoopSettings, plan_updates
-from common.training import Training
+from common.errors import InputError
+from common.files import check_writable, digest
+from common.runlog import RunLog, print_main
+from common.training.loop import fit
+from common.training.schedules import warmup_cosine
+from common.training.settings import LoopSettings, plan_updates
+from common.training.state import TrainingState
 from common.watchdog import Watchdog
-from Finetune.build import ENCODERS, Architecture, ModelSettings, build_model, load_encoder, resolve
+from Finetune import leakage
+from Finetune.architectures import ENCODERS, Architecture, ModelSettings, build_model, load_encoder, resolve
 from Finetune.cases import check_classes, few_labels, find_cases, split, with_mapped_labels
-from Finetune.classify import VolumeDataset, classification_losses, validate_classes
-from Finetune.data import CropDataset
-from Finetune.engine_finetune import Finetuning, make_optimizer, segmentation_losses, validate
+from Finetune.data import CropDataset, VolumeDataset
+from Finetune.engine_finetune import Finetuning, make_optimizer, segmentation_losses, validate, validate_classes
+from Finetune.inference.sliding_window import Window
+from Finetune.losses import classification_losses
 from Finetune.presets import Preset, load_preset
-from Finetune.sliding import Window
 
 CROPS_AT_BLR = 16
 BEST = "checkpoint-best.pth"
@@ -82,7 +86,7 @@ class FinetuneSettings(ModelSettings, LoopSettings):
 def main(argv: list[str] | None = None) -> Path:
     """Run the program; returns the path of the last checkpoint."""
     config = parse(FinetuneSettings, argv, description=__doc__)
-    signals.marks(config.out_dir)
+    signals.mark_when_stopped(config.out_dir)
     preset = load_preset(config.preset)
     classifies = preset.task == "classification"
     if classifies and config.model == "unetr":
@@ -125,15 +129,15 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
     warmup = round(min(config.warmup_epochs, config.epochs / 2) * plan.steps_per_epoch)
     start = "random weights" if init is None or config.scratch_twin else str(init)
     cases = f"{len(training)} cases train, {len(validation)} validate"
-    say(f"{preset.name} fold {config.fold}: {cases}; encoder from {start}")
-    say(
+    print_main(f"{preset.name} fold {config.fold}: {cases}; encoder from {start}")
+    print_main(
         f"{architecture.model}, roi {architecture.roi}, patch {architecture.patch_size}, {count(method)} parameters; "
         f"{plan.batch} volumes x {config.crops} crops per update, {plan.total_steps} updates, lr {peak:.3g}"
     )
     args = describe(config, preset, architecture, init, [e.name for e in training], [e.name for e in validation])
     args["leak"] = leak_of(config, preset, init, training, validation)
     if args["leak"]:
-        say(f"warning: fold {config.fold}: {args['leak']}")
+        print_main(f"warning: fold {config.fold}: {args['leak']}")
     best = None
 
     def after_epoch(epoch: int, log: RunLog, method: Finetuning) -> dict[str, float]:
@@ -148,7 +152,7 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         else:
             name, scores = "dice", validate(method.model, validation, preset, window, run, config.amp)
         log.scalars(scores, (epoch + 1) * plan.steps_per_epoch - 1)
-        say(f"epoch {epoch + 1}: validation {name} {scores[f'val/{name}']:.4f}")
+        print_main(f"epoch {epoch + 1}: validation {name} {scores[f'val/{name}']:.4f}")
         if config.select == "best" and scores[f"val/{name}"] > best:
             best = scores[f"val/{name}"]
             if run.rank == 0:
@@ -161,7 +165,7 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         dataset = VolumeDataset(training, preset, architecture.roi, config.seed)
     else:
         dataset = CropDataset(training, architecture.roi, preset.augmentation, config.crops, config.seed)
-    training_run = Training(
+    training_run = TrainingState(
         method,
         dataset,
         config,
@@ -170,7 +174,7 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         learning_rate=lambda step: warmup_cosine(step, plan.total_steps, warmup, peak),
         weights=lambda step: {"dice": 1.0, "ce": 1.0},
         args=args,
-        facts={
+        data_fingerprint={
             "training data": digest([*(e.content_hash for e in training), preset.preprocessing]),
             "validation data": digest([e.content_hash for e in validation]),
             "crops": [config.crops, *architecture.roi],
@@ -178,7 +182,7 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         make_optimizer=partial(make_optimizer, weight_decay=config.weight_decay, layer_decay=config.layer_decay),
     )
     path = fit(training_run, after_epoch)
-    say(f"done: {path}")
+    print_main(f"done: {path}")
     return path
 
 
@@ -192,15 +196,17 @@ def initial_checkpoint(config: FinetuneSettings) -> Path | None:
     return init
 
 
-def prepare_entries(config: FinetuneSettings, preset: Preset, run: Run) -> tuple[list[cache.Entry], list[cache.Entry]]:
+def prepare_entries(
+    config: FinetuneSettings, preset: Preset, run: Run
+) -> tuple[list[volume.CachedVolume], list[volume.CachedVolume]]:
     """Cached (training, validation) cases. The first process fills the cache, the others wait."""
     training, validation = split(find_cases(preset, config.data, config.data_root), preset, config.fold)
     training = few_labels(training, preset, config.label_count, config.label_fraction, config.label_seed)
 
-    def entries() -> list[cache.Entry]:
+    def entries() -> list[volume.CachedVolume]:
         with Watchdog(config.hang_minutes):
             cases = with_mapped_labels([*training, *validation], preset, config.cache_dir / "labels")
-            return cache.ensure(cases, preset.preprocessing, config.cache_dir, workers=config.workers)
+            return build.build_cache(cases, preset.preprocessing, config.cache_dir, workers=config.workers)
 
     if run.rank == 0:
         entries()
@@ -225,7 +231,7 @@ def describe(
         "architecture": to_dict(architecture),
         "grid_size": list(architecture.grid_size),
         "init": "scratch" if init is None or config.scratch_twin else str(init),
-        "init_sha256": checkpoint.file_sha256(init) if init and not config.scratch_twin else None,
+        "init_sha256": files.file_sha256(init) if init and not config.scratch_twin else None,
         "training_cases": training,
         "validation_cases": validation,
         "selected": "last",
@@ -236,8 +242,8 @@ def leak_of(
     config: FinetuneSettings,
     preset: Preset,
     init: Path | None,
-    training: list[cache.Entry],
-    validation: list[cache.Entry],
+    training: list[volume.CachedVolume],
+    validation: list[volume.CachedVolume],
 ) -> str:
     """What is to be said of validation cases that pretraining has seen, or may have; empty when there are none.
 
@@ -245,7 +251,7 @@ def leak_of(
     """
     if init is None or config.scratch_twin:
         return ""
-    card = leaks.card(checkpoint.load(init), training, validation)
+    card = leakage.card(checkpoint.load(init), training, validation)
     if card["known"]:
         return card["text"] if card["validation_seen"] else ""
     if config.fold in preset.clean_folds and {e.name for e in validation} <= set(preset.validation):
@@ -259,7 +265,7 @@ def best_so_far(out_dir: Path) -> float:
     try:
         return checkpoint.load(path)["args"]["best"] if path.exists() else -1.0
     except InputError as error:
-        say(f"warning: {error}; the next validation counts as the best so far")
+        print_main(f"warning: {error}; the next validation counts as the best so far")
         return -1.0
 
 

@@ -14,7 +14,7 @@ from monai.networks.blocks import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 from monai.networks.blocks.dynunet_block import UnetOutBlock
 from torch import Tensor, nn
 
-from common.config import InputError
+from common.errors import InputError
 from Finetune.models_convvit3d import ConvViT3D
 
 

@@ -4,7 +4,7 @@
 
 A checkpoint of main_finetune, or the folder of its run, is all that is needed: it holds network, preset and
 preprocessing. Several checkpoints are an ensemble: the mean of their logits. Memory does not grow with the depth of a
-volume times the number of classes (see sliding.py, regrid.py).
+volume times the number of classes (see inference/).
 """
 
 import json
@@ -25,20 +25,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import checkpoint, volumes
-from common.config import InputError, check_writable, parse, run_program, setting, to_dict
-from common.datalist import Case, read_cases
+from common import checkpoint, files
+from common.cli import parse, run_program
+from common.config import setting, to_dict
+from common.data import volume_io
+from common.data.datalist import Case, read_cases
+from common.data.nifti import write_nifti
 from common.distributed import setup
-from common.files import save_bytes
-from common.logging import progress, say
-from common.parallel import autocast_dtype
-from Finetune.build import load_finetuned
+from common.errors import InputError
+from common.files import check_writable, save_bytes
+from common.runlog import print_main, progress
+from common.training.parallel import autocast_dtype
+from Finetune.architectures import load_finetuned
 from Finetune.engine_finetune import predictor
-from Finetune.files import write_nifti
-from Finetune.pictures import overlay, save_png
+from Finetune.evaluation.visualize import overlay, save_png
+from Finetune.inference.resample import Grid, resample_logits
+from Finetune.inference.sliding_window import Window, slabs, window_starts
 from Finetune.presets import Preset
-from Finetune.regrid import Grid, regrid
-from Finetune.sliding import Window, slabs, window_starts
 
 PROTOCOL = "predictions.json"
 BEST = "checkpoint-best.pth"
@@ -92,11 +95,11 @@ def main(argv: list[str] | None = None) -> None:
             )
         except InputError as error:
             failures.append(case.name)
-            say(f"error: {error}")
+            print_main(f"error: {error}")
     done = [case.name for case in cases if case.name not in failures]
     protocol = describe(config, ensemble, window, done, failures)
     save_bytes(config.out / PROTOCOL, json.dumps(protocol, indent=2).encode())
-    say(f"{len(cases) - len(failures)} of {len(cases)} label maps in {config.out}")
+    print_main(f"{len(cases) - len(failures)} of {len(cases)} label maps in {config.out}")
     if failures:
         raise InputError(f"{len(failures)} of {len(cases)} volumes gave no label map: {', '.join(failures)}")
 
@@ -154,7 +157,7 @@ def load_ensemble(paths: Sequence[Path]) -> Ensemble:
         validation = [name for name in validation if name in set(args["validation_cases"])]
         models.append(model)
         members.append(
-            {"checkpoint": str(path), "sha256": checkpoint.file_sha256(path), "architecture": to_dict(architecture)}
+            {"checkpoint": str(path), "sha256": files.file_sha256(path), "architecture": to_dict(architecture)}
             | {key: args.get(key) for key in ("init", "init_sha256", "selected", "step", "leak")}
             | {"fold": args["config"]["fold"], "seed": args["config"]["seed"], "labels": len(args["training_cases"])}
         )
@@ -229,7 +232,7 @@ def predict_case(
     """One volume: read, preprocess, slide, put back, write."""
     if case.problem:
         raise InputError(case.problem)
-    image = volumes.read_image(case.image, channels=preset.channels)
+    image = volume_io.read_image(case.image, channels=preset.channels)
     prepared, _ = preset.preprocessing.apply(image)
     own = own_grid(case.image, image)
     source = Grid(tuple(prepared.shape[1:]), np.asarray(prepared.affine, dtype=np.float64))
@@ -250,7 +253,7 @@ def predict_case(
         total = len(window_starts(prepared.shape[1:], window))
         with progress(total=total, desc=f"predict {title}", unit="window") as bar:
             tensor = torch.as_tensor(prepared.as_tensor())
-            regrid(slabs(tensor, predict, window, device, bar.update), source, own, emit)
+            resample_logits(slabs(tensor, predict, window, device, bar.update), source, own, emit)
         write_label_map(config.out / f"{case.name}.nii.gz", labels, own, case.image)
     if shown is not None:
         canonical = nib.as_closest_canonical(nib.Nifti1Image(labels, own.affine))

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.config import InputError, read_yaml, setting
-from common.volumes import Preprocessing
+from common.config import read_yaml, setting
+from common.data.preprocessing import Preprocessing
+from common.errors import InputError
 
 DATASETS = Path(__file__).parent / "datasets"
 

@@ -7,14 +7,15 @@ from typing import Literal
 
 from torch import nn
 
-from common.config import InputError, setting
-from common.datasettings import DataSettings
-from common.schedules import cosine, linear
-from common.settings import LoopSettings, Plan
-from common.training import Weights
+from common.config import setting
+from common.errors import InputError
+from common.training.schedules import cosine, linear
+from common.training.settings import BatchPlan, LoopSettings
+from common.training.state import Weights
 from Finetune import models_3dvit
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain import models_mim
+from Pretrain.catalog import DataSettings
 from Pretrain.models_glmae import GLMAE, TERMS
 from Pretrain.models_mae import MAE
 from Pretrain.views import ViewSpec
@@ -128,7 +129,7 @@ class Task:
         return sum(spec.count for spec in self.specs.values())
 
 
-def build_task(settings: PretrainSettings, plan: Plan) -> Task:
+def build_task(settings: PretrainSettings, plan: BatchPlan) -> Task:
     """The task that the settings ask for. InputError where they contradict themselves."""
     try:
         return {"mae": build_mae, "glmae": build_glmae, "mim": build_mim}[settings.method](settings, plan)
@@ -157,12 +158,12 @@ def view_spec(settings: PretrainSettings, kind: Literal["global", "local"]) -> V
     return ViewSpec(count, size, scale, settings.crop_mode, settings.flip_prob)
 
 
-def build_mae(settings: PretrainSettings, plan: Plan) -> Task:
+def build_mae(settings: PretrainSettings, plan: BatchPlan) -> Task:
     method = MAE(build_vit(settings), settings.mask_ratio_local, settings.norm_pix_loss)
     return Task(method, {"local": view_spec(settings, "local")}, lambda step: {"rec_local": 1.0})
 
 
-def build_glmae(settings: PretrainSettings, plan: Plan) -> Task:
+def build_glmae(settings: PretrainSettings, plan: BatchPlan) -> Task:
     weights = {term: w for term in TERMS if (w := getattr(settings, f"weight_{term}")) > 0}
     if not weights:
         raise InputError("--weight_*: all four are 0, at least one must be positive")
@@ -197,7 +198,7 @@ def build_glmae(settings: PretrainSettings, plan: Plan) -> Task:
     return Task(method, specs, lambda step: weights)
 
 
-def build_mim(settings: PretrainSettings, plan: Plan) -> Task:
+def build_mim(settings: PretrainSettings, plan: BatchPlan) -> Task:
     if settings.model not in ("tiny", "base") or settings.patch_size != (16, 16, 16):
         raise InputError(
             f"--model {settings.model}, --patch_size {settings.patch_size}: MiM has tiny and base, with patch 16"

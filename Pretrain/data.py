@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.sampling import generator, mix
+from common.data.sampler import generator, mix
 from Pretrain.views import ViewSpec, Volume, cut, draw_box
 
 
 class ViewDataset(Dataset):
     """Views of each volume: {kind: (count, C, D, H, W) float32} for every kind of `specs`, and `key`, its masks' seed.
 
-    Takes (position, index) from `common.sampling.StreamSampler`. Views are drawn independently: a local view need not
-    lie in a global one, as in the paper's figure. Crop and flip are drawn once per view, so teacher and student meet
+    Takes (position, index) from `common.data.sampler.StreamSampler`. Views are drawn independently: a local view need
+    not lie in a global one, as in the paper's figure. Crop and flip are drawn once per view, so teacher and student see
     the same voxels.
     """
 

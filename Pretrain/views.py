@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Volume(Protocol):
-    """What is needed of a cached volume: `common.cache.Entry` is one."""
+    """What is needed of a cached volume: `common.cache.volume.CachedVolume` is one."""
 
     levels: Sequence[tuple[int, int, int]]
 

@@ -39,11 +39,13 @@ import blosc2
 import numpy as np
 import torch
 
-from common import arrays
-from common.config import parse, run_program, setting
-from common.logging import say
-from common.synthetic import phantom
-from common.volumes import Preprocessing, read_image
+from common.cache import storage
+from common.cli import parse, run_program
+from common.config import setting
+from common.data.preprocessing import Preprocessing
+from common.data.volume_io import read_image
+from common.runlog import print_main
+from scripts.synthetic_ct import phantom
 
 
 @dataclass(kw_only=True)
@@ -61,21 +63,21 @@ def main() -> None:
     torch.set_num_threads(1)
     numbers, name = load(settings)
     versions = f"blosc2 {blosc2.__version__}, numpy {np.__version__}"
-    say(f"{name}: {numbers.shape} int16, {numbers.nbytes / 1e6:.1f} MB; {versions}")
+    print_main(f"{name}: {numbers.shape} int16, {numbers.nbytes / 1e6:.1f} MB; {versions}")
     header = "".join(f"{f'{n}^3 warm ms':>14s}{'cold ms':>9s}{'MB read':>9s}" for n in settings.sizes)
-    say(f"{'format':34s}{'MB':>7s}{'ratio':>7s}{'write s':>9s}{header}")
+    print_main(f"{'format':34s}{'MB':>7s}{'ratio':>7s}{'write s':>9s}{header}")
     with tempfile.TemporaryDirectory(prefix="cache-formats-", dir=os.environ.get("BENCH_DIR")) as folder:
         for line in measure(Path(folder), numbers, settings):
-            say(line)
+            print_main(line)
 
 
 def load(settings: FormatSettings) -> tuple[np.ndarray, str]:
     """Stored numbers (1, D, H, W) int16 of a preprocessed volume, and what it is."""
     if settings.volume is None:
         hu = torch.from_numpy(phantom(settings.shape, noise=20.0)[0])[None].float()
-        return arrays.quantise(((hu + 1000) / 2000).clamp(0, 1), Preprocessing()), "drawn, white noise of 20 HU"
+        return storage.quantise(((hu + 1000) / 2000).clamp(0, 1), Preprocessing()), "drawn, white noise of 20 HU"
     image, _ = Preprocessing().apply(read_image(settings.volume))
-    return arrays.quantise(image.as_tensor(), Preprocessing()), settings.volume.name
+    return storage.quantise(image.as_tensor(), Preprocessing()), settings.volume.name
 
 
 def measure(folder: Path, numbers: np.ndarray, settings: FormatSettings) -> list[str]:

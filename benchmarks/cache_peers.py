@@ -47,14 +47,15 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from common import cache, upkeep
-from common.config import parse, run_program, setting
-from common.datalist import Case, stem
-from common.logging import say
-from common.sampling import generator
-from common.synthetic import affine_of, phantom, write_nifti
-from common.volumes import Preprocessing
+from common.cache import build, maintenance
+from common.cli import parse, run_program
+from common.config import setting
+from common.data.datalist import Case, stem
+from common.data.preprocessing import Preprocessing
+from common.data.sampler import generator
+from common.runlog import print_main
 from Pretrain.views import Box, ViewSpec, cut, draw_box
+from scripts.synthetic_ct import affine_of, phantom, write_nifti
 
 GLMAE = (
     ViewSpec(2, (160, 160, 160), (0.5, 1.0), "resize"),
@@ -83,13 +84,15 @@ def main() -> None:
 
 def compare(settings: PeerSettings, folder: Path) -> None:
     paths = list(settings.volumes) or draw(settings, folder)
-    entries = cache.ensure([Case(stem(path), path) for path in paths], Preprocessing(), folder / "ours")
+    entries = build.build_cache([Case(stem(path), path) for path in paths], Preprocessing(), folder / "ours")
     peer = persistent_dataset(paths, folder / "peer")
     shapes = [tuple(peer[i]["image"].shape[1:]) for i in range(len(paths))]  # fills its cache
     assert shapes == [entry.shape for entry in entries], "the two sides preprocess differently"
-    say(f"torch {torch.__version__}, monai {monai.__version__}, {os.cpu_count()} cores, one thread; volumes {shapes}")
-    mine = sum(upkeep.folder_bytes(entry.folder) for entry in entries)
-    theirs = upkeep.folder_bytes(folder / "peer")
+    print_main(
+        f"torch {torch.__version__}, monai {monai.__version__}, {os.cpu_count()} cores, one thread; volumes {shapes}"
+    )
+    mine = sum(maintenance.folder_bytes(entry.folder) for entry in entries)
+    theirs = maintenance.folder_bytes(folder / "peer")
     row("MB on disk", theirs / 1e6, mine / 1e6, theirs / mine)
     fixed = ViewSpec(settings.crops, settings.crop, crop_mode="fixed", flip_prob=0.0)
     visits = [(i, v) for v in range(settings.visits) for i in range(len(entries))]
@@ -106,7 +109,7 @@ def compare(settings: PeerSettings, folder: Path) -> None:
 
 
 def row(title: str, theirs: float, ours: float, ratio: float) -> None:
-    say(f"{title:44s} PersistentDataset {theirs:9.2f}   ours {ours:9.2f}   ratio {ratio:6.1f}")
+    print_main(f"{title:44s} PersistentDataset {theirs:9.2f}   ours {ours:9.2f}   ratio {ratio:6.1f}")
 
 
 def draw(settings: PeerSettings, folder: Path) -> list[Path]:

@@ -23,9 +23,10 @@ import nibabel as nib
 import numpy as np
 
 from common import checkpoint
-from common.config import parse, run_program, setting, to_dict
-from common.logging import say
-from Finetune.build import Architecture, build_model
+from common.cli import parse, run_program
+from common.config import setting, to_dict
+from common.runlog import print_main
+from Finetune.architectures import Architecture, build_model
 from Finetune.presets import load_preset
 
 
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         "seconds": round(time.time() - began),
     }
     (config.out / "memory.json").write_text(json.dumps(result, indent=2))
-    say(json.dumps(result))
+    print_main(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,11 @@ mid-epoch      `progress`: the running means of the epoch and of the log interva
 
 Files are `checkpoint-{epoch}.pth` (no zero padding), `checkpoint-last.pth` and the one before it,
 `checkpoint-previous.pth`; each is written under a temporary name and renamed. Each record of the file (a zip archive)
-has a CRC32, which is verified when it is read. How and when they are written: common/saving.py.
+has a CRC32, which is verified when it is read. How and when they are written: common/training/checkpointing.py.
 """
 
 import argparse
 import contextlib
-import hashlib
 import os
 import uuid
 import zipfile
@@ -32,7 +31,7 @@ from typing import Any
 
 import torch
 
-from common.config import InputError
+from common.errors import InputError
 from common.files import sync
 
 LAST = "checkpoint-last.pth"
@@ -107,12 +106,6 @@ def load(path: str | Path, check: bool = True) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: found {type(content).__name__}, needs a dict")
     return content
-
-
-def file_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, as hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _first_line(error: Exception) -> str:

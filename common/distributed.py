@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from common.config import InputError
+from common.errors import InputError
 from common.peers import Peers
 from common.signals import EXIT_REQUEUE, Requeue
 

@@ -3,19 +3,22 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
+import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from common.config import InputError
+from common.errors import InputError
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of a file system that has none
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def naming_errors(path: Path) -> Iterator[None]:
     """What the system says against writing `path`, as InputError with its name."""
     try:
         yield
@@ -26,7 +29,7 @@ def writing(path: Path) -> Iterator[None]:
 def save_bytes(path: Path, content: bytes) -> None:
     """Write so that `path` holds all of `content` or what it held before. InputError when it cannot be written."""
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
-    with writing(path):
+    with naming_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content)
@@ -46,12 +49,12 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def claim(folder: Path, patience: float = 0.0) -> Iterator[int | None]:
+def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[int | None]:
     """A lock on a folder, as a file descriptor that programs may inherit: it is theirs even when this process is killed
     and they go on. None where another process has it, after `patience` seconds. The system lets it go with its last
     holder."""
     with contextlib.ExitStack() as stack:
-        with writing(folder / ".lock"):
+        with naming_errors(folder / ".lock"):
             number = stack.enter_context(open(folder / ".lock", "w")).fileno()
             locked = _lock(number)
             until = time.monotonic() + patience
@@ -70,3 +73,24 @@ def _lock(number: int) -> bool:
         if error.errno not in NO_LOCKS:
             raise
     return True
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder where it is missing; InputError unless files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(parts: Iterable[Any]) -> str:
+    """16 hex digits that are others when a part is, or their order."""
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]

@@ -2,8 +2,9 @@
 
 Every program may be stopped anywhere: its files are whole or not there, and what is done is not done again. So the
 signal raises `Requeue` in the main thread wherever that is, as Ctrl-C raises KeyboardInterrupt (`run_program` listens).
-Where more is wanted first it is `deferred`: the training loop ends its update and saves (common/agreement.py), and a
-program that runs another one waits until that has ended.
+Where more is wanted first it is `deferred`: the training loop ends its update and saves
+(common/training/preemption.py), and
+a program that runs another one waits until that has ended.
 """
 
 import contextlib
@@ -35,18 +36,18 @@ class _Process:
 
     received: signal.Signals | None = None  # the first one
     deferred = False
-    marks: Path | None = None  # out_dir of a training program
+    mark_when_stopped: Path | None = None  # out_dir of a training program
     child: subprocess.Popen | None = None
 
 
-def listen() -> None:
+def install_handlers() -> None:
     """From now on the first signal raises Requeue. Further ones (Slurm's, and then torchrun's) do not: cleaning up goes
     on undisturbed."""
     for number in SIGNALS:
         signal.signal(number, _receive)
 
 
-def marks(out_dir: Path) -> None:
+def mark_when_stopped(out_dir: Path) -> None:
     """From now on being asked to stop leaves the marker in `out_dir`."""
     _Process.marks = out_dir
 

@@ -59,7 +59,7 @@ esac
 if [ "$size" = smoke ]; then pretrain_epochs=1 pretrain_samples=4 finetune_epochs=1 finetune_samples=2; fi
 
 step "1/6 Data: two abdominal CT scans with organ labels, one chest CT without" "$data"
-"$PYTHON" -m common.sample_data --out "$data"
+"$PYTHON" -m scripts.make_sample_data --out "$data"
 
 step "2/6 Cache: the volumes, preprocessed once" "$cache"
 "$PYTHON" generate_cache_files.py --datalist "$data/dataset.json" --section pretraining --cache_dir "$cache"

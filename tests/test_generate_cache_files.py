@@ -5,11 +5,11 @@ import json
 import pytest
 
 import generate_cache_files
-from common import cache
-from common.config import InputError
-from common.datalist import read_cases
-from common.volumes import Preprocessing
-from tests.common.data import labelled, nifti
+from common.cache import build
+from common.data.datalist import read_cases
+from common.data.preprocessing import Preprocessing
+from common.errors import InputError
+from tests.common.made import labelled, nifti
 
 
 @pytest.fixture
@@ -28,17 +28,17 @@ def run(monkeypatch, *flags):
 def test_pretraining_finds_the_entries(listing, tmp_path, monkeypatch, capsys):
     run(monkeypatch, "--datalist", listing, "--section", "pretraining", "--cache_dir", tmp_path / "cache")
     assert "1 of 1 volumes" in capsys.readouterr().out
-    monkeypatch.setattr(cache, "_build", None)
+    monkeypatch.setattr(build, "_build", None)
     cases = read_cases(listing, section="pretraining")
-    assert len(cache.ensure(cases, Preprocessing(), tmp_path / "cache")) == 1
+    assert len(build.build_cache(cases, Preprocessing(), tmp_path / "cache")) == 1
 
 
 def test_finetuning_finds_the_entries_with_labels(listing, tmp_path, monkeypatch):
     flags = ["--labels", "--spacing", "5", "--low", "-175", "--high", "250"]
     run(monkeypatch, "--datalist", listing, "--cache_dir", tmp_path / "cache", *flags)
-    monkeypatch.setattr(cache, "_build", None)
+    monkeypatch.setattr(build, "_build", None)
     settings = Preprocessing(spacing=(5.0, 5.0, 5.0), low=-175, high=250)
-    (entry,) = cache.ensure(read_cases(listing), settings, tmp_path / "cache")
+    (entry,) = build.build_cache(read_cases(listing), settings, tmp_path / "cache")
     assert entry.has_label
 
 
@@ -88,9 +88,9 @@ def test_dry_run_verify_and_prune(tmp_path, monkeypatch, capsys):
 def test_a_preset_brings_its_cases_labels_and_settings(listing, tmp_path, monkeypatch):
     listing.rename(tmp_path / "dataset.json")
     run(monkeypatch, "--preset", "sample_abdomen", "--data_root", tmp_path, "--cache_dir", tmp_path / "cache")
-    monkeypatch.setattr(cache, "_build", None)
+    monkeypatch.setattr(build, "_build", None)
     settings = Preprocessing(spacing=(3, 3, 3), low=-175, high=250)
-    assert cache.ensure(read_cases(tmp_path / "dataset.json"), settings, tmp_path / "cache")[0].has_label
+    assert build.build_cache(read_cases(tmp_path / "dataset.json"), settings, tmp_path / "cache")[0].has_label
 
 
 def test_no_label_is_read_from_outside_the_root_of_a_list(listing, tmp_path, monkeypatch):

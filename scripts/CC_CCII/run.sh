@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # CC_CCII: normal, COVID-19 or common pneumonia, CT. Fine-tunes a ViT-B/16 classifier; accuracy and AUC of the validation cases.
 #
-#   python -m Finetune.convert --data CC-CCII --out data/CC_CCII       once: the published pictures to volumes
+#   python -m scripts.convert_cc_ccii --data CC-CCII --out data/CC_CCII       once: the published pictures to volumes
 #   bash scripts/CC_CCII/run.sh --init runs/glmae/checkpoint-1599.pth
 #   bash scripts/CC_CCII/run.sh --init runs/glmae/checkpoint-1599.pth --freeze          linear: the last layer alone
 #   bash scripts/CC_CCII/run.sh --help                 every setting, with the values of this recipe

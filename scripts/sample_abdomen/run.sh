@@ -13,7 +13,7 @@ data="${DATA:-data/sample_abdomen}"
 out="${OUT:-runs/sample_abdomen}"
 volumes="$data/imagesTs" labels="$data/labelsTs" images="$data/imagesTs"
 
-case " $* " in *" --help "* | *" -h "*) ;; *) "$PYTHON" -m common.sample_data --out "$data" ;; esac
+case " $* " in *" --help "* | *" -h "*) ;; *) "$PYTHON" -m scripts.make_sample_data --out "$data" ;; esac
 finetune sample_abdomen \
   --model unetr --size tiny --depth 6 --patch_size 8 --feature_size 8 --roi 64 \
   --epochs 60 --warmup_epochs 2 --lr 1e-3 --weight_decay 1e-5 --clip_grad 1 \

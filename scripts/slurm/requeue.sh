@@ -1,4 +1,4 @@
-# Sourced by the templates, and by what Finetune.compare --slurm writes: run a command, and put the job back into the queue where that
+# Sourced by the templates, and by what Finetune.sweep --slurm writes: run a command, and put the job back into the queue where that
 # helps.
 #
 # It helps when the command was asked to stop: it says so by its exit code, 75, or, as torchrun ends with 1 whatever happens, by a file

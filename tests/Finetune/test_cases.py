@@ -6,8 +6,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.config import InputError
-from common.datalist import Case
+from common.data.datalist import Case
+from common.errors import InputError
 from Finetune.cases import few_labels, find_cases, label_for, map_values, split, with_mapped_labels
 from Finetune.presets import load_preset
 

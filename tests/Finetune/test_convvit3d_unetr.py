@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from monai.networks.blocks import UnetrBasicBlock, UnetrUpBlock
 from torch import nn
 
-from common.config import InputError
+from common.errors import InputError
 from Finetune.models_convvit3d import convvit3d_tiny_patch16
 from Finetune.models_unetr import ConvViT3DUNETR, convvit3d_unetr
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from monai.data import get_track_meta
 
-from common.config import InputError
+from common.errors import InputError
 from Finetune.data import CropDataset, crop_start
 from Finetune.presets import Augmentation
 

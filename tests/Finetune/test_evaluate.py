@@ -8,10 +8,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.config import InputError
+from common.errors import InputError
 from Finetune.evaluate import main
+from Finetune.evaluation.statistics import difference
 from Finetune.presets import load_preset
-from Finetune.scorecard import difference
 from tests.Finetune.made import volume
 
 AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])

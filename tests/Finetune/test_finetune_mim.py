@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config import InputError, from_dict, parse, to_dict
-from Finetune.build import Architecture, ModelSettings, build_model, load_encoder, load_finetuned, resolve
+from common.cli import parse
+from common.config import from_dict, to_dict
+from common.errors import InputError
+from Finetune.architectures import Architecture, ModelSettings, build_model, load_encoder, load_finetuned, resolve
 from Finetune.main_finetune import FinetuneSettings
 from Finetune.models_convvit3d import convvit3d_tiny_patch16
 from Finetune.models_unetr import convvit3d_unetr

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from common import checkpoint
-from common.config import InputError
-from Finetune.build import load_finetuned
+from common.errors import InputError
+from Finetune.architectures import load_finetuned
 from Finetune.main_finetune import main
 from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.models_convvit3d import ConvViT3D

@@ -4,7 +4,7 @@ import pytest
 import torch
 from monai.networks.nets import UNETR as MonaiUNETR
 
-from common.config import InputError
+from common.errors import InputError
 from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.models_unetr import UNETR, LinearProbe, default_skips, to_volume
 

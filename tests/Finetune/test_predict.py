@@ -10,12 +10,14 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import SpatialResample
 
-from common import checkpoint, volumes
-from common.config import InputError, to_dict
-from common.synthetic import affine_of, phantom, write_dicom
-from Finetune.build import Architecture, build_model, load_finetuned
+from common import checkpoint, files
+from common.config import to_dict
+from common.data import volume_io
+from common.errors import InputError
+from Finetune.architectures import Architecture, build_model, load_finetuned
 from Finetune.predict import label_map, main, mean_logits
 from Finetune.presets import load_preset
+from scripts.synthetic_ct import affine_of, phantom, write_dicom
 from tests.Finetune.made import volume
 
 ROTATION = np.linalg.qr(np.array([[1.0, 0.12, 0.05], [-0.1, 1.0, 0.2], [0.02, -0.15, 1.0]]))[0]
@@ -114,22 +116,22 @@ def test_a_dicom_series_gets_a_label_map_on_its_own_grid(tmp_path, preset, file)
     hu, _ = phantom((40, 36, 20), seed=0)
     write_dicom(tmp_path / "in/series", hu, affine_of(hu.shape, (3.0, 3.0, 4.0)))
     run(file, tmp_path / "in", tmp_path / "out")
-    image = volumes.read_image(tmp_path / "in/series")
+    image = volume_io.read_image(tmp_path / "in/series")
     found = nib.load(tmp_path / "out/series.nii.gz")
     np.testing.assert_allclose(found.affine, image.meta["original_affine"], atol=1e-4)
-    assert volumes.read_label(tmp_path / "out/series.nii.gz", image).shape[1:] == image.shape[1:]
+    assert volume_io.read_label(tmp_path / "out/series.nii.gz", image).shape[1:] == image.shape[1:]
 
 
 def test_labels_equal_monais_inferer_and_resampling(tmp_path, preset, file):
     write_ct(tmp_path / "in/scan.nii.gz", preset, AFFINES["oblique"])
     run(file, tmp_path / "in", tmp_path / "out", "--no-overlays")
     model, architecture, *_ = load_finetuned(file)
-    image = volumes.read_image(tmp_path / "in/scan.nii.gz")
+    image = volume_io.read_image(tmp_path / "in/scan.nii.gz")
     prepared, _ = preset.preprocessing.apply(image)
     inferer = SlidingWindowInferer(architecture.roi, 1, overlap=0.5, mode="gaussian")
     with torch.no_grad():
         logits = inferer(prepared[None], model)[0]
-    logits = volumes.MetaTensor(logits.as_tensor(), affine=prepared.affine)
+    logits = volume_io.MetaTensor(logits.as_tensor(), affine=prepared.affine)
     affine = nib.load(tmp_path / "in/scan.nii.gz").affine
     back = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False)(
         logits, dst_affine=torch.from_numpy(affine), spatial_size=(30, 28, 26)
@@ -148,7 +150,7 @@ def test_on_a_grid_that_needs_no_resampling_labels_equal_monais_to_the_last_voxe
     write_ct(tmp_path / "in/scan.nii.gz", preset, np.diag([3.0, 3.0, 3.0, 1.0]), shape=(45, 33, 36))
     run(own, tmp_path / "in", tmp_path / "out", "--no-overlays", "--blending", "constant")
     model, architecture, *_ = load_finetuned(own)
-    prepared, _ = plain.preprocessing.apply(volumes.read_image(tmp_path / "in/scan.nii.gz"))
+    prepared, _ = plain.preprocessing.apply(volume_io.read_image(tmp_path / "in/scan.nii.gz"))
     with torch.no_grad():
         logits = SlidingWindowInferer(architecture.roi, 1, overlap=0.5, mode="constant")(prepared[None], model)[0]
     found = np.asarray(nib.load(tmp_path / "out/scan.nii.gz").dataobj)
@@ -195,7 +197,7 @@ def test_probabilities_and_protocol(tmp_path, preset, file):
     assert (top >= values.max(-1) - 1.01 / 255).all()
     protocol = json.loads((tmp_path / "out/predictions.json").read_text())
     assert protocol["flips"] and protocol["overlap"] == 0.25 and protocol["cases"] == ["scan"]
-    assert protocol["checkpoints"][0]["sha256"] == checkpoint.file_sha256(file)
+    assert protocol["checkpoints"][0]["sha256"] == files.file_sha256(file)
     assert (tmp_path / "out/overlays/scan.png").stat().st_size > 1000
     assert not [p for p in (tmp_path / "out").rglob(".*")]  # no temporary file stays
 

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from common.config import InputError
+from common.errors import InputError
 from Finetune.presets import DATASETS, available, load_preset
 
 # name: classes, spacing, (intensity, low, high), roi, (flip, rotate90, shift)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import parse
-from Finetune.build import resolve
+from common.cli import parse
+from Finetune.architectures import resolve
 from Finetune.main_finetune import FinetuneSettings
 from Finetune.presets import available, load_preset
 from tests.Finetune.made import make_dataset

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import InputError
+from common.errors import InputError
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain import main_pretrain
 from tests.helpers import ROOT, run_module, write_nifti

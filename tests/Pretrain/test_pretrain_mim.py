@@ -7,8 +7,9 @@ import shlex
 import pytest
 import torch
 
-from common.config import InputError, parse
-from common.settings import plan_updates
+from common.cli import parse
+from common.errors import InputError
+from common.training.settings import plan_updates
 from Finetune.models_convvit3d import ConvViT3D
 from Pretrain import main_pretrain
 from Pretrain.build import PretrainSettings, build_task

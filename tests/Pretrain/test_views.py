@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from common.resize import trilinear
-from common.sampling import generator
+from common.cache.storage import trilinear
+from common.data.sampler import generator
 from Pretrain.data import ViewDataset
 from Pretrain.views import Box, ViewSpec, cut, draw_box
 

@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.distributed import Run
-from common.engine import train_one_epoch
-from common.parallel import build_optimizer
-from common.settings import LoopSettings, Plan
-from common.training import Training
+from common.training.loop import train_one_epoch
+from common.training.optim import build_optimizer
+from common.training.settings import BatchPlan, LoopSettings
+from common.training.state import TrainingState
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = torch.device("cuda", 0)
@@ -32,7 +32,10 @@ READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount"
 
 # (file, function) -> why a copy between host and device is right there.
 ALLOWED = {
-    ("common/parallel.py", "to_device"): "the batch: from pinned memory and non_blocking, so the host goes on at once",
+    (
+        "common/data/loader.py",
+        "to_device",
+    ): "the batch: from pinned memory and non_blocking, so the host goes on at once",
 }
 
 
@@ -143,16 +146,16 @@ def train(method: nn.Module, batch, weights: dict[str, float], make_optimizer=No
     with fake_cuda():
         method.to = lambda device: moved(method)  # Module.to cannot make fake tensors of real ones
         method.register_forward_hook(lambda module, args, values: reported.append(values))
-        training = Training(
+        training = TrainingState(
             method,
             dataset=None,
             settings=LoopSettings(out_dir=Path("none"), amp=amp, epochs=1, spike_factor=3.0),
             run=Run(CUDA),
-            plan=Plan(2, accum, batch=2 * accum, steps_per_epoch=updates, total_steps=updates),
+            plan=BatchPlan(2, accum, batch=2 * accum, steps_per_epoch=updates, total_steps=updates),
             learning_rate=lambda step: 1e-3,
             weights=lambda step: weights,
             args={},
-            facts={},
+            data_fingerprint={},
             make_optimizer=make_optimizer or (lambda method: build_optimizer(method, 0.05)),
         )
         training.model, training.watchdog = method, SimpleNamespace(feed=lambda: None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import checkpoint
-from common.config import InputError
+from common.errors import InputError
 
 
 def test_what_is_written_is_read_back_without_pickled_code(tmp_path):

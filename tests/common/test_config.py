@@ -6,7 +6,9 @@ from typing import Literal
 
 import pytest
 
-from common.config import InputError, parse, read_yaml, run_program, setting, to_dict
+from common.cli import parse, run_program
+from common.config import read_yaml, setting, to_dict
+from common.errors import InputError
 
 
 @dataclasses.dataclass

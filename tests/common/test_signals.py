@@ -9,19 +9,20 @@ from functools import partial
 
 import pytest
 
-from common import agreement, signals
-from common.agreement import Stopped, until_stopped
-from common.engine import fit
+from common import signals
 from common.signals import EXIT_REQUEUE, MARKER, Requeue, clear_requeue, mark_requeue, saved_when_stopped
-from tests.common import toy
-from tests.common.toy import CPU, lines, points, run_toy, same_logs, same_weights
+from common.training import preemption
+from common.training.loop import fit
+from common.training.preemption import Stopped, until_stopped
+from tests.common.training import toy
+from tests.common.training.toy import CPU, lines, points, run_toy, same_logs, same_weights
 from tests.helpers import ROOT
 
 PROGRAM = """
 import sys, time
 from pathlib import Path
 from common import signals
-from common.config import run_program
+from common.cli import run_program
 folder = Path(sys.argv[1])
 def main():
 {body}
@@ -54,7 +55,7 @@ def wait_for(path, process):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
 def test_a_program_ends_wherever_it_is_and_cleans_up_undisturbed(tmp_path, number):
-    body = """    signals.marks(folder / "out")
+    body = """    signals.mark_when_stopped(folder / "out")
     try:
         (folder / "ready").touch()
         time.sleep(30)
@@ -156,7 +157,7 @@ def test_what_one_rank_was_asked_all_hear(monkeypatch):
         given.append(float(flag))
         return flag + 0.5 * (len(given) > 1)
 
-    monkeypatch.setattr(agreement.distributed, "all_reduce_mean", others_were_asked)
+    monkeypatch.setattr(preemption.distributed, "all_reduce_mean", others_were_asked)
     cases = []
     with pytest.raises(Stopped):
         for case in until_stopped(range(2), CPU):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from common import checkpoint
-from tests.common.toy import lines, points
+from tests.common.training.toy import lines, points
 
 OWN = ("out_dir", "resume", "workers", "save_minutes", "config")  # settings in which runs that are compared may differ
 

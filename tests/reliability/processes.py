@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import Finetune.main_finetune
 import Pretrain.main_pretrain
-from common.config import run_program
+from common.cli import run_program
 
 MAINS = {"pretrain": Pretrain.main_pretrain.main, "finetune": Finetune.main_finetune.main}
 

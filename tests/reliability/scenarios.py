@@ -18,7 +18,7 @@ from common import checkpoint
 from common.peers import EXIT_PEER_DIED
 from common.signals import EXIT_REQUEUE
 from Finetune.presets import load_preset
-from tests.common.toy import lines
+from tests.common.training.toy import lines
 from tests.Finetune.made import make_dataset
 from tests.helpers import ct, write_nifti
 from tests.reliability.compare import difference
@@ -181,16 +181,16 @@ def signalled(bench: Bench, out: Path, number: int, name: str, *more: str) -> st
 
 def signal_at_update(at: int, number: int, rank: int) -> None:
     """The last rank signals itself, while it makes update `at` (counted by the programs' own step)."""
-    from common.training import Training
+    from common.training.state import TrainingState
 
-    inner, world = Training.save_or_stop, int(os.environ.get("WORLD_SIZE", "1"))
+    inner, world = TrainingState.save_or_stop, int(os.environ.get("WORLD_SIZE", "1"))
 
     def save_or_stop(self):
         if self.step == at + 1 and rank == world - 1:
             os.killpg(os.getpid(), number)
         inner(self)
 
-    Training.save_or_stop = save_or_stop
+    TrainingState.save_or_stop = save_or_stop
 
 
 def within_save(number: int, at_save: int, rank: int) -> None:
@@ -330,7 +330,7 @@ def failing_rank(bench: Bench, out: Path, number: int, name: str, silently: bool
     """One rank raises an exception, or is killed, while the other hangs, as in an NCCL call with a dead peer."""
 
     def fail(rank: int) -> None:
-        from common.training import Training
+        from common.training.state import TrainingState
 
         def fails(self):
             if self.step == 4 and silently:
@@ -342,7 +342,7 @@ def failing_rank(bench: Bench, out: Path, number: int, name: str, silently: bool
             if self.step == 4:
                 threading.Event().wait()
 
-        Training.save_or_stop = fails if rank == 1 else hangs
+        TrainingState.save_or_stop = fails if rank == 1 else hangs
 
     job = bench.job(name, out, "--save_minutes", "none", sabotage=fail)
     while len(job.codes) == 0:
@@ -361,16 +361,16 @@ def hanging(bench: Bench, out: Path, number: int, name: str) -> str:
     """An update that never ends: the watchdog writes where every thread stands, and ends the process."""
 
     def hang(rank: int) -> None:
-        from common.training import Training
+        from common.training.state import TrainingState
 
-        inner = Training.save_or_stop
+        inner = TrainingState.save_or_stop
 
         def stuck_in_a_collective_call(self):
             if self.step == 7:
                 threading.Event().wait()
             inner(self)
 
-        Training.save_or_stop = stuck_in_a_collective_call
+        TrainingState.save_or_stop = stuck_in_a_collective_call
 
     job = bench.job(name, out, "--hang_minutes", "0.05", sabotage=hang)
     ended(job, 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from Finetune import compare
+from Finetune import sweep
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset
 from tests.helpers import ROOT, ct, write_nifti
@@ -283,7 +283,7 @@ def test_a_signalled_cell_of_a_comparison_goes_on_too(tmp_path):
     # the same grid as an array that --slurm writes
     grid = ["--preset", "MSD09_Spleen", "--data", data, "--inits", "scratch", "--seeds", "0", "--out", out]
     grid += ["--cache_dir", tmp_path / "cache", "--settings", tmp_path / "cells.yaml"]
-    compare.main([*map(str, grid), "--slurm"])
+    sweep.main([*map(str, grid), "--slurm"])
     signalled(out / "array.sbatch", when="-name predictions")
     last = cluster.start(out / "array.sbatch", restarts=1)
     assert last.returncode == 0 and not cluster.requeued.exists(), last.stdout[-2000:] + last.stderr[-4000:]

@@ -23,16 +23,16 @@ def while_the_cache_is_filled(bench: Bench, out: Path, name: str) -> None:
     (bench.folder / "filling").unlink(missing_ok=True)
 
     def slowly(rank: int) -> None:
-        from common import cache
+        from common.cache import build
 
-        inner = cache._build_case
+        inner = build._build_case
 
-        def build(*job):
+        def build_slowly(*job):
             (bench.folder / "filling").touch()
             time.sleep(0.5)
             return inner(*job)
 
-        cache._build_case = build
+        build._build_case = build_slowly
 
     job = bench.job(name, out, sabotage=slowly)
     while not (bench.folder / "filling").exists():

@@ -1,0 +1,256 @@
+"""The data set of the demo and of the tests: two abdominal CT scans with BTCV's classes, and a chest CT.
+
+    python -m scripts.make_sample_data --out data/sample_abdomen
+
+Real CT, taken by package name from the sample files of TotalSegmentator (Apache-2.0); the labels were made by a model,
+not by hand. Without a network it makes labelled synthetic volumes instead, and says so. A second call does nothing.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.cli import parse, run_program
+from common.config import setting
+from common.errors import InputError
+from common.runlog import print_main
+
+PACKAGE, VERSION = "TotalSegmentator", "2.18.0"
+SHA256 = "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03"
+FILES = f"totalsegmentator-{VERSION}/tests/reference_files/"
+WANTED = (
+    "example_ct.nii.gz",
+    "example_seg_fast_force_split.nii.gz",
+    "example_ct_dicom/",
+    "example_seg_dicom.nii.gz",
+    "aorta_report/example_ct.nii.gz",
+)
+ORGANS = {
+    1: "spleen",
+    2: "right kidney",
+    3: "left kidney",
+    4: "gallbladder",
+    5: "oesophagus",
+    6: "liver",
+    7: "stomach",
+    8: "aorta",
+    9: "inferior vena cava",
+    10: "portal and splenic vein",
+    11: "pancreas",
+    12: "right adrenal gland",
+    13: "left adrenal gland",
+}
+# TotalSegmentator's id -> BTCV's
+TO_BTCV = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 7, 7: 11, 8: 12, 9: 13, 15: 5, 52: 8, 63: 9, 64: 10}
+IMAGES = ("imagesTr/abdomen_a.nii.gz", "imagesTs/abdomen_b", "unlabelled/chest.nii.gz")
+LABELS = ("labelsTr/abdomen_a.nii.gz", "labelsTs/abdomen_b.nii.gz")
+
+
+@dataclass(kw_only=True)
+class SampleSettings:
+    """Settings of the sample data."""
+
+    out: Path = setting(Path("data/sample_abdomen"), "folder to make")
+    synthetic: bool = setting(False, "draw synthetic volumes, also where there is a network")
+    archive: Path | None = setting(None, f"the package {PACKAGE}-{VERSION} as a .tar.gz, instead of downloading it")
+
+
+def main() -> None:
+    settings = parse(SampleSettings, description=__doc__)
+    make(settings.out, settings.synthetic, settings.archive)
+
+
+def make(out: Path, synthetic: bool = False, archive: Path | None = None) -> Path:
+    """The data set in `out`, made where it is not there; returns its dataset.json.
+
+    InputError when the downloaded archive is not the expected one, or `out` cannot be written.
+    """
+    listing = out / "dataset.json"
+    if is_complete(out):
+        kind = "synthetic, NOT REAL CT" if is_synthetic(out) else "real CT"
+        if synthetic and not is_synthetic(out):
+            raise InputError(f"{out}: found real CT there already; give another --out for synthetic volumes")
+        print_main(f"sample data: {out} is there ({kind})")
+        return listing
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
+    try:
+        new = temporary / "new"
+        if synthetic:
+            draw(new)
+        elif (found := archive or download(temporary)) is None:
+            announce_synthetic()
+            draw(new)
+        else:
+            convert(unpack(found, temporary), new)
+        if out.exists():  # incomplete: from an older version, or tampered with
+            out.replace(temporary / "old")
+        new.replace(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print_main(f"sample data: made {out} ({'synthetic, NOT REAL CT' if is_synthetic(out) else 'real CT'})")
+    return listing
+
+
+def is_complete(out: Path) -> bool:
+    return all((out / name).exists() for name in ("dataset.json", "README.txt", *IMAGES, *LABELS))
+
+
+def is_synthetic(out: Path) -> bool:
+    """Whether the data set in `out` was drawn rather than scanned."""
+    return bool(json.loads((out / "dataset.json").read_text())["synthetic"])
+
+
+def announce_synthetic() -> None:
+    print_main(
+        "!"
+        * 100
+        + f"\n!! {PACKAGE} {VERSION} COULD NOT BE DOWNLOADED. MAKING SYNTHETIC VOLUMES INSTEAD: ELLIPSES WITH NOISE,\n"
+        "!! NOT CT OF PATIENTS. SCORES ON THEM MEAN NOTHING BEYOND 'IT RUNS'.\n" + "!" * 100
+    )
+
+
+# ---------------------------------------------------------------- the real scans
+
+
+def download(folder: Path) -> Path | None:
+    """The package's source archive, fetched by name; None where there is no network (or no pip)."""
+    print_main(f"sample data: downloading {PACKAGE} {VERSION} (38 MB)")
+    source = ["--no-deps", "--no-binary", PACKAGE, f"{PACKAGE}=={VERSION}"]
+    quiet = ["-q", "--disable-pip-version-check", "--retries", "1", "--timeout", "20"]
+    command = [sys.executable, "-m", "pip", "download", *quiet, "-d", str(folder / "download"), *source]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        found = sorted((folder / "download").glob("*.tar.gz"))
+        reason = done.stderr.strip().splitlines()[-1:] if done.returncode or not found else []
+    except (OSError, subprocess.TimeoutExpired) as error:
+        found, reason = [], [str(error)]
+    if not found:
+        print_main(f"sample data: the download failed ({' '.join(reason) or 'no archive came'})")
+        return None
+    return found[0]
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """The wanted files of the archive, its hash checked; returns the folder that holds them."""
+    try:
+        with open(archive, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{archive}: cannot be read ({error.strerror})") from None
+    if found != SHA256:
+        raise InputError(f"{archive}: found the SHA-256 {found}, needs {SHA256}: this is not {PACKAGE} {VERSION}")
+    with tarfile.open(archive) as tar:
+        for member in tar:  # by hand: `extractall` knows its safe filter from Python 3.11.4 on
+            if member.isfile() and member.name.startswith(tuple(FILES + name for name in WANTED)):
+                target = folder / "unpacked" / member.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(tar.extractfile(member).read())
+    return folder / "unpacked" / FILES
+
+
+def convert(source: Path, out: Path) -> None:
+    """The package's sample files in the data set's layout, labels with BTCV's ids."""
+    import nibabel as nib
+    import numpy as np
+    from monai.transforms import Orientation
+
+    from common.data.volume_io import read_image, read_label
+    from scripts.synthetic_ct import write_nifti
+
+    (out / "imagesTr").mkdir(parents=True)
+    (out / "unlabelled").mkdir()
+    shutil.copy(source / "example_ct.nii.gz", out / IMAGES[0])
+    shutil.copy(source / "aorta_report/example_ct.nii.gz", out / IMAGES[2])
+    (out / IMAGES[1]).mkdir(parents=True)
+    for slice_ in sorted((source / "example_ct_dicom").iterdir()):
+        shutil.copy(slice_, out / IMAGES[1] / f"{slice_.name}.dcm")
+    ids = np.zeros(256, np.uint8)
+    ids[list(TO_BTCV)] = list(TO_BTCV.values())
+    label = nib.load(source / "example_seg_fast_force_split.nii.gz")
+    write_nifti(out / LABELS[0], ids[np.asarray(label.dataobj, np.uint8)], label.affine)
+    scan = read_image(out / IMAGES[1])
+    label = read_label(source / "example_seg_dicom.nii.gz", scan)  # its axes are flipped against the series'
+    axes = "".join(nib.aff2axcodes(np.asarray(scan.meta["original_affine"])))
+    label = Orientation(axes, labels=None)(label)
+    write_nifti(out / LABELS[1], ids[label.numpy()[0]], label.affine.numpy())
+    describe(out, synthetic=False)
+
+
+# ---------------------------------------------------------------- drawn ones
+
+KIDNEYS = (2, 3)
+
+
+def draw(out: Path) -> None:
+    """Synthetic volumes in the same layout."""
+    from scripts.synthetic_ct import affine_of, phantom, write_dicom, write_nifti
+
+    for number, (shape, spacing) in enumerate((((112, 96, 80), (3, 3, 3)), ((160, 128, 48), (2, 2, 3)))):
+        hu, label = phantom(shape, seed=number, without=KIDNEYS if number == 1 else ())  # as in the real second scan
+        affine = affine_of(shape, spacing)
+        if number == 0:
+            write_nifti(out / IMAGES[0], hu, affine)
+        else:
+            write_dicom(out / IMAGES[1], hu, affine)
+        write_nifti(out / LABELS[number], label, affine)
+    hu, _ = phantom((96, 96, 96), seed=2)
+    write_nifti(out / IMAGES[2], hu, affine_of(hu.shape, (3, 3, 3)))
+    describe(out, synthetic=True)
+
+
+def describe(out: Path, synthetic: bool) -> None:
+    """dataset.json and README.txt."""
+    if synthetic:
+        source, labels_by = "drawn by scripts/synthetic_ct.py, NOT REAL CT", "synthetic"
+        licence = "Apache-2.0 (this project)"
+    else:
+        source = f"sample files of {PACKAGE} {VERSION} (Wasserthal et al., Radiology: AI 2023), by package name"
+        labels_by, licence = f"a model ({PACKAGE}), not experts", "Apache-2.0 (TotalSegmentator)"
+    training = [
+        {"image": IMAGES[0], "label": LABELS[0], "fold": 1},
+        {"image": IMAGES[1], "label": LABELS[1], "fold": 0},
+    ]
+    listing = {
+        "name": "sample_abdomen",
+        "description": f"two abdominal CT scans with BTCV's classes and a chest CT: {source}",
+        "licence": licence,
+        "synthetic": synthetic,
+        "labels_by": labels_by,
+        "modality": {"0": "CT"},
+        "labels": {"0": "background"} | {str(number): name for number, name in ORGANS.items()},
+        "numTraining": len(training),
+        "numTest": 0,
+        "training": training,
+        "pretraining": [{"image": IMAGES[0]}, {"image": IMAGES[2]}],  # never the scan that is tested on
+        "test": [],
+    }
+    readme = f"""sample_abdomen, made by `python -m scripts.make_sample_data`
+
+Source:  {source}
+Licence: {licence}
+Labels:  made by {labels_by}; BTCV's 13 ids. Say so wherever a score on them is shown.
+
+{IMAGES[0]}   abdomen and pelvis; trains (fold 1), and pretrains
+{IMAGES[1]}/          another patient, upper abdomen, a DICOM series; validates (fold 0)
+{IMAGES[2]}     chest, a third patient; pretrains, has no labels
+dataset.json               these as a list in the Decathlon's layout
+"""
+    for name, text in (("README.txt", readme), ("dataset.json", json.dumps(listing, indent=1) + "\n")):
+        with open(out / name, "w") as file:
+            file.write(text)
+            os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

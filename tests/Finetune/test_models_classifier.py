@@ -1,0 +1,108 @@
+"""Classification: it learns, keeps patients together, and its scores are what they are called."""
+
+import csv
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import InputError
+from Finetune.cases import find_cases, patient_of, split
+from Finetune.evaluation.classification import class_scores
+from Finetune.main_finetune import main
+from Finetune.presets import load_preset
+from scripts import convert_cc_ccii
+from tests.Finetune.made import make_scans
+
+SMALL = ["--embed_dim", "24", "--depth", "2", "--num_heads", "2", "--roi", "32", "32", "16", "--patch_size", "16"]
+QUICK = ["--batch_size", "4", "--micro_batch_size", "4", "--workers", "0", "--warmup_epochs", "0"]
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    return make_scans(load_preset("CC_CCII"), tmp_path_factory.mktemp("cc"))
+
+
+def run(tmp_path, scans, *extra):
+    flags = ["--preset", "CC_CCII", "--data", scans, "--out_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache"]
+    return main([*map(str, flags), *SMALL, *QUICK, *map(str, extra)])
+
+
+def test_no_patient_is_in_two_folds(scans):
+    preset = load_preset("CC_CCII")
+    cases = find_cases(preset, scans)
+    assert len(cases) == 30
+    seen = []
+    for fold in range(5):
+        training, validation = split(cases, preset, fold)
+        assert not {patient_of(c, preset) for c in training} & {patient_of(c, preset) for c in validation}
+        seen += [case.name for case in validation]
+    assert sorted(seen) == sorted(case.name for case in cases)
+
+
+def test_it_learns_what_brightness_tells_and_writes_its_scores(tmp_path, scans):
+    run(tmp_path, scans, "--epochs", 12, "--lr", 0.003, "--validate_every", 12)
+    card = json.loads((tmp_path / "run/classification.json").read_text())
+    assert card["scores"]["auc"] > 0.8
+    rows = list(csv.DictReader(open(tmp_path / "run/classification.csv")))
+    assert len(rows) == card["cases"] == 6
+    assert np.mean([row["class"] == row["predicted"] for row in rows]) == pytest.approx(card["scores"]["accuracy"])
+
+
+def test_linear_mode_leaves_the_encoder_alone(tmp_path, scans):
+    torch.manual_seed(0)
+    state = torch.load(run(tmp_path, scans, "--epochs", 1, "--lr", 0.0, "--validate_every", 0), weights_only=True)[
+        "state_dict"
+    ]
+    again = torch.load(
+        run(tmp_path, scans, "--epochs", 1, "--lr", 0.1, "--freeze", "--validate_every", 0, "--resume", "none"),
+        weights_only=True,
+    )["state_dict"]
+    moved = {name for name in state if not torch.equal(state[name], again[name])}
+    assert moved == {"head.weight", "head.bias"}
+
+
+def test_auc_equals_counting_pairs():
+    preset = load_preset("CC_CCII")
+    torch.manual_seed(0)
+    shares, targets = torch.rand(40, 3).softmax(dim=1), torch.randint(0, 3, (40,))
+    scores = class_scores(shares, targets, preset)
+    for number, name in preset.labels.items():
+        mine, others = shares[targets == number, number], shares[targets != number, number]
+        pairs = (mine[:, None] > others[None]).float().mean()
+        assert scores[f"auc {name}"] == pytest.approx(float(pairs), abs=1e-6)
+    assert scores["auc"] == pytest.approx(np.mean([scores[f"auc {name}"] for name in preset.labels.values()]))
+    assert "auc normal" not in class_scores(shares, targets.clamp(min=1), preset)  # nobody is normal: no AUC
+
+
+def test_a_segmentation_network_is_refused_and_so_is_the_reverse(tmp_path, scans):
+    with pytest.raises(InputError, match="--model mim: the task of preset CC_CCII is classification"):
+        run(tmp_path, scans, "--model", "mim")
+    with pytest.raises(InputError, match="--model classifier: the task of preset BTCV is segmentation"):
+        run(tmp_path, scans, "--preset", "BTCV", "--model", "classifier")
+
+
+def test_published_pictures_become_volumes_once(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    pixels = {n: rng.integers(0, 255, (6, 8), dtype=np.uint8) for n in (2, 10, 1)}
+    for n, slice_ in pixels.items():
+        path = tmp_path / f"raw/NCP/12/1034/{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(slice_).save(path)
+    (tmp_path / "raw/CP/3/7").mkdir(parents=True)
+    (tmp_path / "raw/CP/3/7/0.png").write_bytes(b"torn")
+    flags = ["--data", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="1 of 2 scans could not be converted.*0.png"):
+        convert_cc_ccii.main(flags)
+    volume = nib.load(tmp_path / "out/NCP/NCP_12-1034.nii.gz")
+    np.testing.assert_array_equal(np.asarray(volume.dataobj), np.stack([pixels[n].T for n in (1, 2, 10)], axis=2))
+    (case,) = find_cases(load_preset("CC_CCII"), tmp_path / "out")
+    assert patient_of(case, load_preset("CC_CCII")) == "NCP_12"
+    Image.fromarray(np.full((6, 8), 3000, np.uint16)).save(tmp_path / "raw/CP/3/7/0.png")
+    with pytest.raises(InputError, match="0.png: found a picture of mode I.*8 bits"):
+        convert_cc_ccii.main(flags)
+    with pytest.raises(InputError, match="found no scan"):
+        convert_cc_ccii.main(["--data", str(tmp_path / "out"), "--out", str(tmp_path / "x")])

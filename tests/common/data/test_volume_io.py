@@ -1,0 +1,197 @@
+"""Reading and preprocessing: orientation, labels on the image's grid, windows, foreground boxes."""
+
+import gzip
+import os
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from common.data.preprocessing import Preprocessing
+from common.data.volume_io import read_image, read_label
+from common.errors import InputError
+from scripts.synthetic_ct import affine_of, phantom, write_dicom
+from tests.common.made import SHAPE, SPACING, labelled, nifti
+
+
+def test_every_orientation_is_read_as_ras(tmp_path):
+    hu, _ = phantom(SHAPE)
+    affine = affine_of(SHAPE, SPACING)
+    ras = nib.Nifti1Image(hu, affine)
+    for axes in ("RAS", "LPS", "PIR", "SLA"):
+        turned = ras.as_reoriented(
+            nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(axes))
+        )
+        nib.save(turned, tmp_path / f"{axes}.nii.gz")
+        image = read_image(tmp_path / f"{axes}.nii.gz")
+        np.testing.assert_array_equal(image.numpy()[0], hu)
+        np.testing.assert_allclose(image.affine.numpy(), affine)
+
+
+def test_a_dicom_series_is_the_nifti_it_was_made_from(tmp_path):
+    hu, label = phantom(SHAPE)
+    affine = affine_of(SHAPE, SPACING)
+    write_dicom(tmp_path / "series", hu, affine)
+    image = read_image(tmp_path / "series")
+    np.testing.assert_array_equal(image.numpy()[0], hu)
+    np.testing.assert_allclose(image.affine.numpy(), affine, atol=1e-4)
+    flipped = nib.Nifti1Image(label, affine).as_reoriented(np.array([[0, -1], [2, 1], [1, -1]]))
+    nib.save(flipped, tmp_path / "label.nii.gz")
+    np.testing.assert_array_equal(read_label(tmp_path / "label.nii.gz", image).numpy()[0], label)
+
+
+def test_channels_last_become_channels_first(tmp_path):
+    array = np.random.default_rng(0).normal(size=(*SHAPE, 4)).astype(np.float32)
+    image = read_image(nifti(tmp_path / "m.nii.gz", array), channels=4)
+    np.testing.assert_array_equal(image.numpy(), np.moveaxis(array, 3, 0))
+    with pytest.raises(InputError, match="4D data of shape .* needs a 3D volume"):
+        read_image(tmp_path / "m.nii.gz")
+    with pytest.raises(InputError, match="needs 4D with 2 channels last"):
+        read_image(tmp_path / "m.nii.gz", channels=2)
+
+
+def test_window_maps_hu_linearly_and_clips(tmp_path):
+    image = read_image(nifti(tmp_path / "a.nii.gz"))
+    out, _ = Preprocessing(low=-175, high=250, foreground_threshold=None).apply(image)
+    wanted = ((image.as_tensor() + 175) / 425).clamp(0, 1)
+    torch.testing.assert_close(out.as_tensor(), wanted)
+
+
+def test_percentiles_and_zscore_are_per_case_and_channel(tmp_path):
+    array = np.abs(np.random.default_rng(0).normal(size=(*SHAPE, 2)).astype(np.float32)) * [10, 5000]
+    array[:5] = 0
+    image = read_image(nifti(tmp_path / "m.nii.gz", array.astype(np.float32)), channels=2)
+    settings = {"channels": 2, "foreground_threshold": None}
+    out, _ = Preprocessing(intensity="percentiles", low=1, high=99, **settings).apply(image)
+    assert out.min() == 0 and out.max() == 1
+    assert 0.005 < (out[1] == 1).float().mean() < 0.015
+    out, _ = Preprocessing(intensity="zscore", **settings).apply(image)
+    for channel, source in zip(out.as_tensor(), image.as_tensor()):
+        inside = channel[source != 0]
+        assert abs(inside.mean()) < 1e-4 and abs(inside.std() - 1) < 1e-3
+        assert (channel[source == 0] == 0).all()
+
+
+def test_foreground_box_is_the_images_with_its_margin_never_the_labels(tmp_path):
+    hu = np.full(SHAPE, -1000, np.int16)
+    hu[10:20, 12:25, 5:9] = 40
+    label = np.zeros(SHAPE, np.uint8)
+    label[0, 0, 0] = 1  # outside the box, where a crop by the label would keep it
+    image = read_image(nifti(tmp_path / "a.nii.gz", hu))
+    target = read_label(nifti(tmp_path / "l.nii.gz", label), image)
+    out, cut = Preprocessing(margin=3).apply(image, target)
+    assert out.shape == cut.shape == (1, 16, 19, 10)
+    assert not cut.any()
+    origin = image.affine @ torch.tensor([7.0, 9.0, 2.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(out.affine[:, 3], origin)  # the affine follows the crop
+    assert Preprocessing(margin=100).apply(image)[0].shape == image.shape
+
+
+def test_resampling_keeps_places(tmp_path):
+    image_file, label_file = labelled(tmp_path)
+    image = read_image(image_file)
+    label = read_label(label_file, image)
+    out, moved = Preprocessing(spacing=(4.0, 4.0, 4.0), foreground_threshold=None).apply(image, label)
+    assert out.shape == moved.shape and torch.allclose(out.pixdim, torch.tensor(4.0, dtype=torch.float64))
+
+    def centre(mask, affine):
+        voxel = torch.nonzero(mask[0]).double().mean(0)
+        return affine[:3, :3] @ voxel + affine[:3, 3]
+
+    for number in (1, 6):
+        before = centre(label.as_tensor() == number, label.affine)
+        after = centre(moved.as_tensor() == number, moved.affine)
+        assert (before - after).norm() < 2  # mm
+    assert set(moved.unique().tolist()) <= set(label.unique().tolist())
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda p, d: p.unlink(), "no such file"),
+        (lambda p, d: p.write_bytes(b""), "0 bytes"),
+        (lambda p, d: p.write_bytes(d[: len(d) // 2]), "gzip data is cut off"),
+        (lambda p, d: p.write_bytes(d[:-6]), "gzip data is cut off"),
+        (lambda p, d: p.write_bytes(d[:3000] + bytes(64) + d[3064:]), "damaged"),
+        (lambda p, d: p.write_bytes(b"<html>404</html>" * 100), "not gzip"),
+        (lambda p, d: p.write_bytes(gzip.compress(b"RIFF" + gzip.decompress(d)[4:])), "no NIfTI header"),
+        (lambda p, d: p.write_bytes(gzip.compress(gzip.decompress(d)[:-9])), "cut off"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_is_wrong(tmp_path, damage, said):
+    path = nifti(tmp_path / "bad.nii.gz")
+    damage(path, path.read_bytes())
+    with pytest.raises(InputError, match=said) as error:
+        read_image(path)
+    assert "bad.nii.gz" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "array, said",
+    [
+        (np.zeros((30, 30), np.int16), "2D"),
+        (np.zeros((30, 30, 1), np.int16), "one slice"),
+        (np.ones((9, 9, 9, 3), np.int16), "4D"),
+        (np.full(SHAPE, np.nan, np.float32), "NaN"),
+        (np.full(SHAPE, 7, np.int16), "one value"),
+    ],
+)
+def test_an_array_that_is_no_volume_is_refused(tmp_path, array, said):
+    with pytest.raises(InputError, match=said):
+        read_image(nifti(tmp_path / "bad.nii.gz", array))
+
+
+def test_a_label_that_does_not_fit_is_refused(tmp_path):
+    image_file, label_file = labelled(tmp_path)
+    image, label = read_image(image_file), np.asarray(nib.load(label_file).dataobj)
+    shifted = affine_of(SHAPE, SPACING)
+    shifted[0, 3] += 12
+    for array, affine, said in [
+        (label[:-1], None, "shape"),
+        (label, shifted, "12 mm off the grid"),
+        (label + np.float32(0.5) * (label > 0), None, "only whole numbers"),
+        (label.astype(np.int16) - 1, None, "-1.."),
+        (label.astype(np.int16) * 100, None, "allowed: 0..255"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            read_label(nifti(tmp_path / "l.nii.gz", array, affine), image)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda hu: hu / 1000, "scaled already"),
+        (lambda hu: hu * 1000.0, "implausible as HU"),
+        (lambda hu: hu + 1024.0 + 24, "rescale offset"),
+        (lambda hu: np.where(hu > -500, 5000, 4000), "hardly any"),
+    ],
+)
+def test_intensities_that_cannot_be_hu_are_refused(tmp_path, change, said):
+    image = read_image(nifti(tmp_path / "a.nii.gz", change(phantom(SHAPE)[0]).astype(np.float32)))
+    with pytest.raises(InputError, match=said):
+        Preprocessing().apply(image)
+
+
+def test_air_alone_has_no_foreground(tmp_path):
+    air = np.random.default_rng(0).integers(-1024, -950, SHAPE).astype(np.int16)
+    with pytest.raises(InputError, match="no foreground"):
+        Preprocessing().apply(read_image(nifti(tmp_path / "a.nii.gz", air)))
+
+
+def test_settings_that_mean_nothing_are_refused():
+    for settings in (
+        {"low": 5, "high": 5},
+        {"intensity": "percentiles", "low": 1, "high": 101},
+        {"spacing": (0, 1, 1)},
+    ):
+        with pytest.raises(InputError, match="found"):
+            Preprocessing(**settings)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_no_permission(tmp_path):
+    path = nifti(tmp_path / "a.nii.gz")
+    path.chmod(0)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_image(path)

@@ -1,0 +1,69 @@
+"""The demo as a user starts it, in its short form, on synthetic scans (so that no test needs a network)."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.data.volume_io import read_image
+from tests.helpers import ROOT, run_module
+
+
+def demo(folder, *args):
+    places = {"DATA": folder / "data", "CACHE": folder / "cache", "OUT": folder / "out"}
+    environment = os.environ | {"PYTHON": sys.executable} | {k: str(v) for k, v in places.items()}
+    done = subprocess.run(["bash", "scripts/demo.sh", *args], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, encoder", [("glmae", "77 of 77"), ("mim", "235 of 235")])
+def test_smoke_goes_from_scans_to_scores(tmp_path, method, encoder):
+    run_module("scripts.make_sample_data", "--out", tmp_path / "data", "--synthetic")
+    said = demo(tmp_path, "--smoke", "--method", method)
+    out = tmp_path / "out"
+    assert f"{encoder} encoder tensors" in said
+    assert "SYNTHETIC" in said.upper()  # loudly
+
+    label_map = nib.load(out / "predictions/abdomen_b.nii.gz")
+    scan = read_image(tmp_path / "data/imagesTs/abdomen_b")
+    assert label_map.shape == tuple(scan.meta["spatial_shape"])
+    np.testing.assert_allclose(label_map.affine, scan.meta["original_affine"], atol=1e-4)
+    assert set(np.unique(label_map.dataobj)) <= set(range(14))
+
+    with open(out / "scores/scores.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 13 and {row["case"] for row in rows} == {"abdomen_b"}
+    predicted = np.asarray(label_map.dataobj)
+    kidneys = {2: "right kidney", 3: "left kidney"}  # the second scan has none
+    for number, name in kidneys.items():
+        (row,) = [row for row in rows if row["name"] == name]
+        wanted = ("false positive", 0.0) if (predicted == number).any() else ("absent", None)
+        assert (row["status"], float(row["dice"]) if row["dice"] else None) == wanted
+    card = json.loads((out / "scores/scores.json").read_text())
+    assert card["counts"]["present"] == 11 and card["counts"]["absent"] + card["counts"]["false_positives"] == 2
+    pictures = list(out.rglob("*.png"))
+    assert {"pretrain", "predictions", "scores"} <= {p.relative_to(out).parts[0] for p in pictures}
+    assert all(np.asarray(Image.open(p)).std() > 0 for p in pictures)
+    content = torch.load(out / "pretrain/checkpoint-last.pth", weights_only=True)
+    assert {"student", "teacher", "dino_loss"} <= set(content) if method == "glmae" else "model" in content
+
+    if method == "glmae":
+        assert "0 made now" in demo(tmp_path, "--smoke")  # a second run reuses the cache
+
+
+def test_an_unknown_argument_is_named():
+    environment = os.environ | {"PYTHON": sys.executable}
+    for args in (["--smok"], ["--method", "foo"]):
+        done = subprocess.run(
+            ["bash", "scripts/demo.sh", *args], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and args[-1] in done.stderr and "allowed" in done.stderr

@@ -1,0 +1,98 @@
+"""The demo's data set: drawn without a network, checked with one, made once."""
+
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+from common.data.datalist import read_cases
+from common.data.volume_io import read_image, read_label
+from common.errors import InputError
+from scripts import make_sample_data
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    return make_sample_data.make(tmp_path_factory.mktemp("sample") / "sample_abdomen", synthetic=True)
+
+
+def test_layout(drawn):
+    a, b = read_cases(drawn)
+    assert (a.fold, b.fold) == (1, 0) and b.image.is_dir()  # the DICOM scan validates fold 0
+    pretraining = {case.image for case in read_cases(drawn, section="pretraining")}
+    assert a.image in pretraining and b.image not in pretraining and len(pretraining) == 2
+    for case, missing in ((a, set()), (b, {2, 3})):  # as in the real pair the second has no kidneys
+        image = read_image(case.image)
+        label = read_label(case.label, image)
+        assert set(label.unique().tolist()) == set(range(14)) - missing
+        liver, air = image[label == 6], image[label == 0]
+        assert 60 < liver.mean() < 150 and air.min() < -900
+    assert make_sample_data.is_synthetic(drawn.parent) and "NOT REAL CT" in (drawn.parent / "README.txt").read_text()
+
+
+def test_a_second_call_does_nothing(drawn, monkeypatch):
+    monkeypatch.setattr(make_sample_data, "draw", None)
+    monkeypatch.setattr(make_sample_data, "download", None)
+    before = drawn.stat().st_mtime_ns
+    assert make_sample_data.make(drawn.parent) == drawn and drawn.stat().st_mtime_ns == before
+
+
+def test_an_incomplete_folder_is_made_anew(tmp_path):
+    out = tmp_path / "s"
+    make_sample_data.make(out, synthetic=True)
+    (out / "labelsTs/abdomen_b.nii.gz").unlink()
+    make_sample_data.make(out, synthetic=True)
+    assert make_sample_data.is_complete(out) and [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_without_a_network_it_draws_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(make_sample_data, "download", lambda folder: None)
+    make_sample_data.make(tmp_path / "s")
+    assert "SYNTHETIC" in capsys.readouterr().out and make_sample_data.is_synthetic(tmp_path / "s")
+
+
+def test_a_failed_download_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_sample_data.sys, "executable", "/nowhere/python")
+    assert make_sample_data.download(tmp_path) is None
+
+
+def test_another_archive_is_refused_and_leaves_nothing(tmp_path):
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(InputError, match="SHA-256"):
+        make_sample_data.make(tmp_path / "s", archive=tmp_path / "x.tar.gz")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.tar.gz"]
+
+
+def test_ids_become_btcvs():
+    names = {1: "spleen", 2: "right kidney", 5: "liver", 7: "pancreas", 15: "oesophagus", 52: "aorta", 64: "portal"}
+    for theirs, name in names.items():
+        assert make_sample_data.ORGANS[make_sample_data.TO_BTCV[theirs]].startswith(name)
+    assert sorted(make_sample_data.TO_BTCV.values()) == sorted(make_sample_data.ORGANS) == list(range(1, 14))
+
+
+def test_the_drawn_dicom_scan_is_a_whole_series(drawn):
+    _, b = read_cases(drawn)
+    image = read_image(b.image)
+    assert torch.isfinite(image.as_tensor()).all() and image.shape[3] == len(list(b.image.iterdir()))
+    np.testing.assert_allclose(np.asarray(image.pixdim), [2, 2, 3], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_real_scans(tmp_path):
+    """Labels lie on their organs: the HU inside are those of a liver, of an aorta with and without contrast."""
+    listing = make_sample_data.make(tmp_path / "s")
+    if make_sample_data.is_synthetic(tmp_path / "s"):
+        pytest.skip("no network")
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]  # the download is gone
+    a, b = read_cases(listing)
+    for case, liver, aorta, organs in ((a, (20, 60), (25, 60), 12), (b, (70, 110), (140, 260), 8)):
+        image = read_image(case.image)
+        label = read_label(case.label, image)
+        hu = image.as_tensor()
+        assert liver[0] < hu[label.as_tensor() == 6].mean() < liver[1]
+        assert aorta[0] < hu[label.as_tensor() == 8].mean() < aorta[1]
+        found = set(label.unique().tolist()) - {0}
+        assert found <= set(make_sample_data.ORGANS) and len(found) >= organs
+    assert read_image(read_cases(listing, section="pretraining")[1].image).shape == (1, 233, 167, 191)
