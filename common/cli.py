@@ -1,23 +1,30 @@
-"""Command line of every program: flags from a settings dataclass, `--config FILE.yaml`, exit codes."""
+"""The command line of a program: flags to its settings, `--help`, exit codes.
 
-import argparse
-import dataclasses
-import difflib
+    python -m Pretrain.main_pretrain --config recipe.yaml --local_size 96 96 96 --no-norm_pix_loss --clip_grad none
+
+A flag is the name of a setting, and the words after it are its value, read as the same value in YAML is
+(common/config.py). Flags win over the file, later flags over earlier ones.
+"""
+
 import sys
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
-from common import signals
-from common.config import convert, from_dict, load_yaml
+from common import config, signals
+from common.config import Setting, shown
 from common.errors import InputError
 
 T = TypeVar("T")
+Settings = Mapping[str, Setting]
 
 
 def run_program(main: Callable[[], Any]) -> int:
-    """Run `main`; a bad input becomes one line on stderr and exit code 2, Ctrl-C becomes 130, SIGTERM and SIGUSR1
-    become 75 (common/signals.py)."""
+    """Run `main` and return the exit code of the program.
+
+    An InputError becomes one line on stderr and 2, Ctrl-C becomes 130. SIGTERM and SIGUSR1 raise `signals.Requeue`,
+    which ends the program with 75.
+    """
     signals.install_handlers()
     try:
         main()
@@ -34,75 +41,125 @@ def run_program(main: Callable[[], Any]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        flags = [o for a in self._actions for o in a.option_strings]
-        for word in message.split():
-            near = difflib.get_close_matches(word.split("=")[0], flags, n=1) if word.startswith("--") else []
-            if near and near[0] != word:
-                message += f" (did you mean {near[0]}?)"
-        raise InputError(message)
-
-
 def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
-    """The dataclass `cls` from command-line flags; `--config FILE.yaml` is read first and flags win.
+    """Return the dataclass `cls` made from the file that `--config` names and the flags, which win.
 
-    `--help` shows every setting with the value this call would use, so a recipe's `--help` shows the recipe's values.
+    `--help` prints the settings with the values that this call would use, `--help all` also those of groups that the
+    call does not use, and both exit. A file may hold settings of unused groups: that of another run is accepted.
+
+    Raises:
+        InputError: a flag is unknown, is required and missing, has a wrong value, or belongs to an unused group; or
+            the file cannot be used.
+        TypeError: a setting is called `config` or `help`, or as `settings_of`.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    hints = typing.get_type_hints(cls)
-    parser = _Parser(description=description or cls.__doc__, add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file of settings; flags win over it")
-    for field in dataclasses.fields(cls):
-        _add_flag(parser, field, hints[field.name])
-    wants_help = any(a in ("-h", "--help") for a in argv)
-    given = vars(parser.parse_args([a for a in argv if a not in ("-h", "--help")]))
-    config_file = given.pop("config")
-    values = (load_yaml(config_file) or {}) if config_file else {}
-    if not isinstance(values, dict):
-        raise InputError(f"{config_file}: found {type(values).__name__}, needs a mapping of settings")
-    values |= {key: value for key, value in given.items() if value is not _UNSET}
-    if wants_help:
-        print(_help_text(cls, values, parser.prog, description))
+    known = config.settings_of(cls)
+    words = _read_flags(sys.argv[1:] if argv is None else argv, known)
+    wants_help, file = words.pop("help", None), words.pop("config", None)
+    flags = {name: _value(words[name], name, known[name]) for name in words}
+    values = _read_file(file, cls) | flags
+    if wants_help is not None:
+        print(_help_text(known, values, description or cls.__doc__ or "", wants_help == ["all"]))
         raise SystemExit(0)
-    return from_dict(values, cls, config_file or "settings")
+    _check_used(flags, known, values)
+    if absent := config.missing(values, cls):
+        raise InputError(f"missing setting(s) {', '.join(f'--{name}' for name in absent)}")
+    return config.build(values, cls)
 
 
-_UNSET = object()
+# ---------------------------------------------------------------- flags
 
 
-def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: Any) -> None:
-    flag = f"--{field.name}"
-    inner = [a for a in typing.get_args(kind) if a is not type(None)] if type(None) in typing.get_args(kind) else [kind]
-    if inner == [bool]:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=_UNSET)
-    elif any(typing.get_origin(k) in (tuple, list) for k in inner):
-        parser.add_argument(flag, nargs="+", default=_UNSET)
-    else:
-        parser.add_argument(flag, default=_UNSET)
-
-
-def _help_text(cls: type, values: dict[str, Any], prog: str, description: str | None) -> str:
-    hints = typing.get_type_hints(cls)
-    lines = [
-        f"usage: {prog} [--config FILE.yaml] [--SETTING VALUE ...]",
-        "",
-        (description or cls.__doc__ or "").strip(),
-        "",
-    ]
-    for field in dataclasses.fields(cls):
-        if field.name in values:
-            default = convert(values[field.name], hints[field.name], field.name)
-        elif field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
+def _read_flags(argv: Sequence[str], known: Settings) -> dict[str, list[str]]:
+    flags = _flags(known)
+    given: dict[str, list[str]] = {}
+    words = None
+    for word in argv:
+        flag, equals, value = ("--help" if word == "-h" else word).partition("=")
+        if flag in flags:
+            name, first = flags[flag]
+            words = given[name] = [*first, value] if equals else [*first]
+        elif flag.startswith("--"):
+            near = config.nearest(flag[2:], [f[2:] for f in flags])
+            raise InputError(f"{flag}: unknown setting; {f'did you mean --{near}?' if near else '--help lists all'}")
+        elif words is None:
+            raise InputError(f"found '{word}', expected a setting such as --config")
         else:
-            default = field.default
-        shown = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
-        lines.append(f"  --{field.name:<24} {field.metadata.get('help', '')} [{shown}]")
+            words.append(word)
+    return given
+
+
+def _flags(known: Settings) -> dict[str, tuple[str, list[str]]]:
+    """The setting that each flag gives, and the first words of its value: `--no-x` is `--x false`."""
+    if taken := {"config", "help"} & set(known):
+        raise TypeError(f"a program cannot have a setting called {' or '.join(taken)}")
+    negations = {f"--no-{name}": (name, ["false"]) for name, entry in known.items() if entry.kind is bool}
+    return {f"--{name}": (name, []) for name in ("config", "help", *known)} | negations
+
+
+def _value(words: list[str], name: str, entry: Setting) -> Any:
+    if not words and entry.kind is bool:
+        return True
+    return config.convert_setting(words[0] if len(words) == 1 else words, entry, f"--{name}")
+
+
+def _read_file(words: list[str] | None, cls: type) -> dict[str, Any]:
+    if words is None:
+        return {}
+    if len(words) != 1:
+        raise InputError(f"--config: found {shown(words) or 'nothing'}, expected a YAML file")
+    return config.convert_all(config.load_mapping(words[0]), cls, words[0])
+
+
+# ---------------------------------------------------------------- groups
+
+
+def _current(name: str, known: Settings, values: Mapping[str, Any]) -> Any:
+    return values.get(name, known[name].default)
+
+
+def _used(entry: Setting, known: Settings, values: Mapping[str, Any]) -> bool:
+    return all(_current(selector, known, values) in allowed for selector, allowed in entry.when.items())
+
+
+def _check_used(flags: Mapping[str, Any], known: Settings, values: Mapping[str, Any]) -> None:
+    for name in flags:
+        if not _used(known[name], known, values):
+            run = " ".join(f"--{selector} {shown(_current(selector, known, values))}" for selector in known[name].when)
+            raise InputError(f"--{name}: is a setting of {_condition(known[name])}, this run has {run}")
+
+
+def _condition(entry: Setting) -> str:
+    return ", ".join(f"--{selector} {' or '.join(map(shown, allowed))}" for selector, allowed in entry.when.items())
+
+
+# ---------------------------------------------------------------- help
+
+
+def _help_text(known: Settings, values: Mapping[str, Any], description: str, everything: bool) -> str:
+    groups: dict[str, list[str]] = {}
+    hidden: dict[str, None] = {}
+    for name, entry in known.items():
+        heading = f"{entry.title} ({_condition(entry)})" if entry.when else entry.title
+        if everything or _used(entry, known, values):
+            groups.setdefault(heading, []).append(_help_line(name, entry, values))
+        else:
+            hidden[heading] = None
+    lines = [f"usage: {Path(sys.argv[0]).name} [--config FILE.yaml] [--SETTING VALUE ...]", "", description.strip()]
+    for heading, rows in groups.items():
+        lines += ["", f"{heading}:", *rows]
+    if hidden:
+        lines += ["", f"Not used by this call, shown by --help all: {'; '.join(hidden)}"]
     return "\n".join(lines)
 
 
+def _help_line(name: str, entry: Setting, values: Mapping[str, Any]) -> str:
+    metadata, allowed = entry.field.metadata, config.choices(entry.kind)
+    facts = [f"one of {', '.join(map(str, allowed))}"] if allowed else []
+    facts += [f"{words} {metadata[bound]}" for bound, (_, words) in config.BOUNDS.items() if bound in metadata]
+    facts += [f"this call {_shown(values[name])}"] if name in values else []
+    facts += ["required" if entry.required else f"default {_shown(entry.default)}"]
+    return f"  --{name:<24} {metadata.get('help', '')} [{'; '.join(facts)}]"
+
+
 def _shown(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value)) or "()"
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+    return shown(value) or repr(value)

@@ -1,5 +1,8 @@
-"""The one error of bad input, which every program reports as one line."""
+"""The error that a user can put right. Imports nothing, so that every module may import it."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message: the file or setting, what was found, what is allowed."""
+    """A file or a setting that the user gave cannot be used.
+
+    The message is one line: `FILE_OR_SETTING: found X, expected Y`, or `--SETTING VALUE: must be ...`.
+    """

@@ -268,8 +268,8 @@ def test_bad_settings_are_refused_in_words(tmp_path, spleen):
         (["--init", "nowhere.pth"], "nowhere.pth: no such checkpoint"),
         (["--scratch_twin"], "scratch_twin: needs --init FILE"),
         (["--modle", "unetr"], "did you mean --model"),
-        (["--workers", "-1"], "workers: found -1, needs at least 0"),
-        (["--clip_grad", "0"], "clip_grad: found 0.0, needs more than 0"),
+        (["--workers", "-1"], "workers -1: must be at least 0"),
+        (["--clip_grad", "0"], "clip_grad 0: must be more than 0"),
         (["--overlap", "1"], "overlap: found 1.0"),
         (["--select", "best", "--validate_every", "0"], "--select best: .* --validate_every 0 leaves out"),
     ):

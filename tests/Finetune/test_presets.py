@@ -69,7 +69,7 @@ def test_a_yaml_of_ones_own(tmp_path):
         ({"augmentation": {"flips": 0.5}}, "augmentation.*'flips'.*'flip'"),
         ({"roi": "removed"}, "missing setting.*roi"),
         ({"roi": [96, 96, 90]}, r"roi: found \(96, 96, 90\), the patch size \(16, 16, 16\)"),
-        ({"intensity": "windows"}, "intensity: found 'windows', allowed: window, percentiles, zscore"),
+        ({"intensity": "windows"}, "intensity: found 'windows', expected one of window, percentiles, zscore"),
         ({"labels": {0: "background", 2: "spleen"}}, r"labels: found the ids \[0, 2\]"),
         ({"low": 300}, "low: found 300"),
         ({"label_values": {0: 0, 205: 7}}, r"label_values: found the ids \[0, 7\], allowed: \[0, 1\]"),

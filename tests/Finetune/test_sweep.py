@@ -213,7 +213,7 @@ def test_settings_change_the_cell_and_bad_ones_are_refused(grid):
     for text, words in (
         ("epoch: 3", "settings.yaml: unknown setting 'epoch'; did you mean 'epochs'"),
         ("epochs: many", "settings.yaml: epochs: found 'many'"),
-        ("- epochs", "settings.yaml: found list, needs a mapping"),
+        ("- epochs", "settings.yaml: found list, expected a mapping"),
     ):
         (grid.path / "settings.yaml").write_text(text)
         with pytest.raises(InputError, match=words):

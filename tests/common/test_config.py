@@ -1,13 +1,13 @@
-"""Settings: flags, YAML, and messages that name what is wrong."""
+"""Settings from plain values and back: types, bounds, groups, and errors that name what is wrong."""
 
 import dataclasses
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
-from common.cli import parse, run_program
-from common.config import read_yaml, setting, to_dict
+from common.config import convert, from_dict, group, load_yaml, read_yaml, setting, settings_of, to_dict
 from common.errors import InputError
 
 
@@ -18,120 +18,259 @@ class Inner:
 
 
 @dataclasses.dataclass
-class Settings:
-    """A program."""
-
-    size: tuple[int, int, int] = setting((96, 96, 96), "voxels")
-    mode: Literal["a", "b"] = setting("a", "which")
-    rate: float | None = setting(None, "rate")
-    fast: bool = setting(True, "quick")
-    data: Path = setting(Path("data"), "folder")
-    ids: tuple[int, ...] = setting((), "numbers")
-    scale: tuple[float, float, float] | None = setting(None, "scale")
-
-
-@dataclasses.dataclass
 class Preset:
     name: str
     window: Inner
     labels: dict[int, str] = setting({})
 
 
-def test_flags_of_every_kind():
-    settings = parse(
-        Settings, ["--size", "48", "--mode", "b", "--rate", "1e-3", "--no-fast", "--data", "x/y", "--ids", "3", "4"]
-    )
-    assert settings == Settings((48, 48, 48), "b", 1e-3, False, Path("x/y"), (3, 4))
-    assert parse(Settings, ["--size", "1", "2", "3", "--rate", "none"]).size == (1, 2, 3)
-    assert parse(Settings, ["--scale", "1", "2", "3"]).scale == (1.0, 2.0, 3.0)
-    assert parse(Settings, ["--scale", "none"]).scale is None
-    assert parse(Settings, []) == Settings()
+@dataclasses.dataclass
+class Bounded:
+    share: float = setting(0.5, least=0, most=1)
+    ratio: float = setting(0.5, above=0, below=1)
+    sizes: tuple[int, int] = setting((1, 1), above=0)
+    rate: float | None = setting(None, above=0)
+    any: float = 0.0
+    limit: float = setting(0.0, finite=False)
 
 
-def test_flags_win_over_the_file(tmp_path):
-    (tmp_path / "s.yaml").write_text("size: 32\nmode: b\n")
-    settings = parse(Settings, ["--config", str(tmp_path / "s.yaml"), "--mode", "a"])
-    assert settings.size == (32, 32, 32) and settings.mode == "a"
+@dataclasses.dataclass
+class Base:
+    epochs: int = setting(100, "passes", least=1)
 
 
-def test_later_flags_win_so_a_recipe_can_be_overridden():
-    assert parse(Settings, ["--size", "96", "--size", "48"]).size == (48, 48, 48)
+@dataclasses.dataclass
+class ViT:
+    patch: tuple[int, int, int] = setting((16, 16, 16), "voxels", least=1)
+
+
+@dataclasses.dataclass
+class First:
+    ratio: float = setting(0.75, "share", above=0, below=1)
+
+
+@dataclasses.dataclass
+class Second:
+    parts: int = setting(4, "number", least=1)
+    vit: ViT = group(ViT, "ViT")
+
+
+@dataclasses.dataclass
+class Loop:
+    out_dir: Path = setting(help="folder")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Program(Base):
+    method: Literal["first", "second"] = "first"
+    first: First = group(First, "First", method="first")
+    second: Second = group(Second, "Second", method="second")
+    loop: Loop = group(Loop, "Loop")
+
+
+def said(error: pytest.ExceptionInfo, *words: str) -> bool:
+    """Does the message, of one line, have these words in this order?"""
+    text, start = str(error.value), 0
+    for word in words:
+        start = text.index(word, start) + len(word)
+    return "\n" not in text
 
 
 @pytest.mark.parametrize(
-    "argv, message",
+    "value, kind, expected",
     [
-        (["--sice", "3"], "--size"),
-        (["--mode", "c"], "mode: found 'c', allowed: a, b"),
-        (["--size", "1", "2"], "size: found 2 values"),
-        (["--rate", "fast"], "rate: found 'fast', needs float"),
-        (["--size", "1.5"], "size: found '1.5', needs int"),
+        (48, tuple[int, int, int], (48, 48, 48)),
+        ([1, "2", 3], tuple[int, int, int], (1, 2, 3)),
+        ([], tuple[int, ...], ()),
+        ("1e-3", float, 1e-3),
+        (2.0, int, 2),
+        ("none", float | None, None),
+        (None, tuple[int, int] | None, None),
+        ([4, 5], tuple[int, int] | None, (4, 5)),
+        (3, int | str, 3),
+        ("x", int | str, "x"),
+        ("true", bool, True),
+        (False, Literal["auto", "off"], "off"),
+        ("2", Literal[1, 2], 2),
+        ("a/b", Path, Path("a/b")),
+        (7, str, "7"),
+        (1, list[float], [1.0]),
+        ({"0": "air"}, dict[int, str], {0: "air"}),
+        ({"x": [1]}, Any, {"x": [1]}),
     ],
 )
-def test_wrong_flags_are_named(argv, message):
-    with pytest.raises(InputError, match=message.replace("[", r"\[")):
-        parse(Settings, argv)
+def test_values_are_converted_to_their_type(value, kind, expected):
+    converted = convert(value, kind, "x")
+    assert converted == expected and type(converted) is type(expected)
 
 
-def test_wrong_keys_name_the_nearest_right_one(tmp_path):
-    (tmp_path / "p.yaml").write_text("name: x\nwindow: {low: 1, hihg: 2}\n")
-    with pytest.raises(InputError, match="p.yaml.*hihg.*did you mean 'high'"):
-        read_yaml(tmp_path / "p.yaml", Preset)
-    (tmp_path / "p.yaml").write_text("window: {low: 1}\n")
-    with pytest.raises(InputError, match="missing setting.*name"):
-        read_yaml(tmp_path / "p.yaml", Preset)
-    (tmp_path / "p.yaml").write_text("name: x\nwindow: {low: true}\n")
-    with pytest.raises(InputError, match="low: found True, needs float"):
-        read_yaml(tmp_path / "p.yaml", Preset)
-    (tmp_path / "p.yaml").write_text("a: [")
-    with pytest.raises(InputError, match="not YAML"):
-        read_yaml(tmp_path / "p.yaml", Preset)
-    with pytest.raises(InputError, match="none.yaml: cannot be read"):
-        read_yaml(tmp_path / "none.yaml", Preset)
+@pytest.mark.parametrize(
+    "value, kind, words",
+    [
+        ("fast", float, ["'fast'", "number"]),
+        ("fast", float | None, ["'fast'", "number"]),
+        (True, int, ["True", "whole number"]),
+        (1.5, int, ["1.5", "whole number"]),
+        (math.inf, int, ["inf", "whole number"]),
+        (None, str, ["None", "text"]),
+        ([1, 2], float, ["2 values 1 2", "number"]),
+        ([], Path, ["nothing", "path"]),
+        ("yes", bool, ["'yes'", "true or false"]),
+        ("c", Literal["a", "b"], ["'c'", "a, b"]),
+        (None, Literal["none"], ["None", "none"]),
+        ([1, 2], tuple[int, int, int], ["2 values 1 2", "3"]),
+        ("x", dict[int, str], ["'x'", "mapping"]),
+        ({1: 2}, dict[int, bool], ["2", "true or false"]),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(value, kind, words):
+    with pytest.raises(InputError) as error:
+        convert(value, kind, "the.yaml: size")
+    assert said(error, "the.yaml: size", "found", words[0], "expected", *words[1:])
 
 
-def test_yaml_makes_nested_settings(tmp_path):
+def test_a_type_without_conversion_is_a_programming_error():
+    with pytest.raises(TypeError, match="set"):
+        convert(1, set[int], "x")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("name: x\nwindow: {low: 1, hihg: 2}", ["window", "hihg", "did you mean", "high"]),
+        ("name: x\nwindow: {low: 1}\nzzzz: 2", ["zzzz", "name, window, labels"]),
+        ("window: {low: 1}", ["missing", "name"]),
+        ("name: x\nwindow: {low: true}", ["window", "low", "found True", "expected"]),
+        ("name: x\nwindow: 3", ["window", "found int", "expected"]),
+        ("- 1", ["found list", "expected"]),
+        ("a: [", ["not YAML"]),
+    ],
+)
+def test_a_wrong_file_names_itself_and_the_setting(tmp_path, text, words):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(InputError) as error:
+        read_yaml(tmp_path / "p.yaml", Preset)
+    assert said(error, "p.yaml: ", *words)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(InputError, match="none.yaml: "):
+        load_yaml(tmp_path / "none.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(InputError, match="bytes.yaml: "):
+        load_yaml(tmp_path / "bytes.yaml")
+
+
+def test_nested_settings_come_from_nested_yaml(tmp_path):
     (tmp_path / "p.yaml").write_text("name: x\nwindow: {low: -175}\nlabels: {0: air, 1: liver}\n")
-    assert read_yaml(tmp_path / "p.yaml", Preset) == Preset("x", Inner(-175.0), {0: "air", 1: "liver"})
+    preset = read_yaml(tmp_path / "p.yaml", Preset)
+    assert preset == Preset("x", Inner(-175.0), {0: "air", 1: "liver"})
+    assert from_dict(to_dict(preset), Preset) == preset
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path):
+    (tmp_path / "p.yaml").write_text("# nothing\n")
+    assert read_yaml(tmp_path / "p.yaml", Bounded) == Bounded()
 
 
 @pytest.mark.parametrize(
-    "argv, message",
+    "name, value, bound",
     [
-        (["--share", "-0.1"], "share: found -0.1, needs at least 0"),
-        (["--sizes", "4", "0"], r"sizes: found \(4, 0\), needs more than 0"),
-        (["--rate", "nan"], "rate: found nan, needs more than 0"),
+        ("share", -0.1, "at least 0"),
+        ("share", 1.1, "at most 1"),
+        ("ratio", 0, "more than 0"),
+        ("ratio", 1, "less than 1"),
+        ("sizes", [4, 0], "more than 0"),
+        ("sizes", 0, "more than 0"),
+        ("rate", 0, "more than 0"),
+        ("rate", "nan", "finite"),
+        ("any", "inf", "finite"),
+        ("any", math.nan, "finite"),
     ],
 )
-def test_numbers_out_of_bounds_are_named(argv, message):
-    @dataclasses.dataclass
-    class Bounded:
-        share: float = setting(0.5, least=0)
-        sizes: tuple[int, int] = setting((1, 1), above=0)
-        rate: float | None = setting(None, above=0)
-
-    assert parse(Bounded, ["--share", "0"]).share == 0.0 and parse(Bounded, []).rate is None
-    with pytest.raises(InputError, match=message):
-        parse(Bounded, argv)
+def test_numbers_out_of_bounds_are_named(name, value, bound):
+    with pytest.raises(InputError) as error:
+        from_dict({name: value}, Bounded, "recipe.yaml")
+    given = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    assert said(error, "recipe.yaml: ", f"{name} {given}: ", bound)
 
 
-def test_help_shows_every_setting_with_the_value_in_force(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(Settings, ["--size", "48", "--help"])
-    shown = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"--{f.name}" in shown for f in dataclasses.fields(Settings))
-    assert "48" in shown and "[default true]" in shown and "[default none]" in shown
+def test_bounds_themselves_and_allowed_infinity_are_kept():
+    settings = from_dict({"share": 0, "sizes": 1, "limit": "inf", "rate": None}, Bounded)
+    assert (settings.share, settings.sizes, settings.limit, settings.rate) == (0.0, (1, 1), math.inf, None)
+    assert from_dict({"share": 1}, Bounded).share == 1.0
 
 
 def test_settings_become_plain_types():
-    plain = to_dict(Settings(data=Path("a/b")))
-    assert plain["data"] == "a/b" and plain["size"] == [96, 96, 96]
+    plain = to_dict(Program(loop=Loop(Path("a/b"))))
+    assert plain["out_dir"] == "a/b" and plain["patch"] == [16, 16, 16]
 
 
-def test_a_bad_input_is_one_line_and_exit_code_2(capsys):
-    def main():
-        raise InputError("file x: found 3, allowed 2")
+def test_a_mutable_default_is_not_shared():
+    first = Preset("x", Inner(0.0))
+    first.labels[1] = "liver"
+    assert Preset("y", Inner(0.0)).labels == {}
 
-    assert run_program(main) == 2
-    assert capsys.readouterr().err == "error: file x: found 3, allowed 2\n"
-    assert run_program(lambda: None) == 0
+
+# ---------------------------------------------------------------- groups
+
+
+def test_groups_keep_flat_names():
+    flat = {"out_dir": "runs/x", "epochs": 3, "method": "second", "ratio": 0.5, "parts": 2, "patch": 8}
+    settings = from_dict(flat, Program)
+    assert settings == Program(
+        epochs=3,
+        method="second",
+        first=First(0.5),
+        second=Second(2, ViT((8, 8, 8))),
+        loop=Loop(Path("runs/x")),
+    )
+    assert to_dict(settings) == flat | {"patch": [8, 8, 8]}
+    assert from_dict(to_dict(settings), Program) == settings
+
+
+def test_settings_of_groups_are_named_like_the_others():
+    with pytest.raises(InputError, match="partz.*parts"):
+        from_dict({"out_dir": "x", "partz": 2}, Program)
+    with pytest.raises(InputError, match="out_dir"):
+        from_dict({}, Program)
+    with pytest.raises(InputError, match="r.yaml: patch 8 0 8: "):
+        from_dict({"out_dir": "x", "patch": [8, 0, 8]}, Program, "r.yaml")
+    with pytest.raises(InputError, match="unknown setting 'second'"):
+        from_dict({"out_dir": "x", "second": {"parts": 2}}, Program)
+
+
+def test_a_group_within_a_group_has_the_condition_of_both():
+    assert settings_of(Program)["patch"].when == {"method": ("second",)}
+    assert settings_of(Program)["patch"].title == "ViT" and not settings_of(Program)["epochs"].when
+
+
+def test_two_settings_of_one_name_are_a_programming_error():
+    @dataclasses.dataclass
+    class Twice:
+        patch: int = 1
+        vit: ViT = group(ViT, "ViT")
+
+    with pytest.raises(TypeError, match="patch"):
+        settings_of(Twice)
+
+
+@pytest.mark.parametrize("when", [{"method": "third"}, {"model": "first"}])
+def test_a_condition_that_cannot_hold_is_a_programming_error(when):
+    @dataclasses.dataclass
+    class Never:
+        method: Literal["first", "second"] = "first"
+        vit: ViT = group(ViT, "ViT", **when)
+
+    with pytest.raises(TypeError, match="patch"):
+        settings_of(Never)
+
+
+def test_a_required_setting_cannot_lie_in_an_unused_group():
+    @dataclasses.dataclass
+    class Needed:
+        method: Literal["first", "second"] = "first"
+        loop: Loop = group(Loop, "Loop", method="second")
+
+    with pytest.raises(TypeError, match="out_dir"):
+        settings_of(Needed)
