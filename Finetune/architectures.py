@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from common import checkpoint
 from common.config import from_dict, setting
-from common.errors import InputError
+from common.errors import InputError, one_line
 from Finetune.models_3dvit import VisionTransformer3D, grid_of, read_checkpoint
 from Finetune.models_classifier import Classifier
 from Finetune.models_convvit3d import STRIDE, ConvViT3D
@@ -254,7 +254,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str | Path) ->
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"{where}: does not fit the model: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"{where}: does not fit the model: {one_line(error)}") from None
 
 
 # ---------------------------------------------------------------- networks

@@ -22,17 +22,14 @@ has a CRC32, which is verified when it is read. How and when they are written: c
 """
 
 import argparse
-import contextlib
-import os
-import uuid
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.errors import InputError
-from common.files import sync
+from common.errors import InputError, one_line
+from common.files import replacing
 
 LAST = "checkpoint-last.pth"
 PREVIOUS = "checkpoint-previous.pth"
@@ -43,26 +40,14 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
 
     Raises InputError when the place cannot be written; TypeError for a value that `weights_only` loading would refuse.
     """
-    path = Path(path)
     _check_plain(content, "checkpoint")
-    temporary = temporary_name(path)
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise InputError(f"{path}: the checkpoint cannot be written ({_first_line(error)})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def temporary_name(path: Path) -> Path:
-    """Beside `path`, hidden, and known to `remove_temporary`."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with replacing(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:
+            # torch reports a full disk as a RuntimeError
+            raise InputError(f"{path}: cannot be written ({one_line(error)})") from None
 
 
 def remove_temporary(folder: Path) -> None:
@@ -81,7 +66,7 @@ def verify(path: str | Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # zipfile, too, has a type for each way a file can be broken
-        raise InputError(f"{path}: damaged ({_first_line(error)})") from None
+        raise InputError(f"{path}: damaged ({one_line(error)})") from None
     if damaged:
         raise InputError(f"{path}: damaged (checksum of record {damaged} does not match)")
 
@@ -102,14 +87,10 @@ def load(path: str | Path, check: bool = True) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:  # torch raises a different type for each way a file can be broken
-        raise InputError(f"{path}: not a readable checkpoint ({_first_line(error)})") from None
+        raise InputError(f"{path}: not a readable checkpoint ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: found {type(content).__name__}, needs a dict")
     return content
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _check_plain(value: Any, where: str) -> None:

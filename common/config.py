@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from common.errors import InputError
+from common.errors import InputError, one_line
 
 T = TypeVar("T")
 BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -323,7 +323,7 @@ def load_yaml(path: str | Path) -> Any:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        raise InputError(f"{path}: not YAML ({one_line(error)})") from None
 
 
 def load_mapping(path: str | Path) -> dict[str, Any]:

@@ -19,24 +19,41 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of a file system that 
 
 @contextlib.contextmanager
 def naming_errors(path: Path) -> Iterator[None]:
-    """What the system says against writing `path`, as InputError with its name."""
+    """Turn an OSError within the block into an InputError that says that `path` cannot be written, and why."""
     try:
         yield
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def save_bytes(path: Path, content: bytes) -> None:
-    """Write so that `path` holds all of `content` or what it held before. InputError when it cannot be written."""
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give the block a temporary path beside `path`, and rename what it wrote there to `path` at the end.
+
+    So `path` holds all of the new content or what it held before, also after a crash or a power cut. The folder is made
+    where it is missing. When the block fails, the temporary file is removed.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with naming_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
+            yield temporary
+            sync(temporary)
             os.replace(temporary, path)
+            sync(path.parent)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def save_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all. InputError when it cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def sync(path: Path) -> None:
@@ -86,7 +103,7 @@ def check_writable(folder: Path) -> None:
 
 
 def file_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, as hex."""
+    """Return the SHA-256 of a file as hex digits. OSError when it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -19,6 +19,7 @@ from common.cli import parse, run_program
 from common.config import setting
 from common.data.datalist import Case, read_cases
 from common.errors import InputError
+from common.files import save_bytes
 from common.runlog import print_main, progress
 from Finetune.cases import find_cases, split
 from Finetune.leakage import overlap, pretrained_hashes
@@ -125,13 +126,8 @@ def common_folder(cases: Sequence[Case]) -> str:
 
 
 def write_list(path: Path, cases: Sequence[Case]) -> None:
-    """A text file of absolute paths, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text("".join(f"{case.image.absolute()}\n" for case in cases))
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    """Write a text file of absolute paths, one per line. InputError when it cannot be written."""
+    save_bytes(path, "".join(f"{case.image.absolute()}\n" for case in cases).encode())
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ Real CT, taken by package name from the sample files of TotalSegmentator (Apache
 not by hand. Without a network it makes labelled synthetic volumes instead, and says so. A second call does nothing.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +18,7 @@ from pathlib import Path
 from common.cli import parse, run_program
 from common.config import setting
 from common.errors import InputError
+from common.files import file_sha256, save_bytes
 from common.runlog import print_main
 
 PACKAGE, VERSION = "TotalSegmentator", "2.18.0"
@@ -144,8 +143,7 @@ def download(folder: Path) -> Path | None:
 def unpack(archive: Path, folder: Path) -> Path:
     """The wanted files of the archive, its hash checked; returns the folder that holds them."""
     try:
-        with open(archive, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_sha256(archive)
     except OSError as error:
         raise InputError(f"{archive}: cannot be read ({error.strerror})") from None
     if found != SHA256:
@@ -247,9 +245,7 @@ Labels:  made by {labels_by}; BTCV's 13 ids. Say so wherever a score on them is 
 dataset.json               these as a list in the Decathlon's layout
 """
     for name, text in (("README.txt", readme), ("dataset.json", json.dumps(listing, indent=1) + "\n")):
-        with open(out / name, "w") as file:
-            file.write(text)
-            os.fsync(file.fileno())
+        save_bytes(out / name, text.encode())
 
 
 if __name__ == "__main__":

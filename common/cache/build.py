@@ -40,7 +40,7 @@ from common.cache.volume import FORMAT, CachedVolume, open_volume, volume_key
 from common.data.datalist import Case
 from common.data.preprocessing import Preprocessing
 from common.data.volume_io import read_image, read_label
-from common.errors import InputError
+from common.errors import InputError, one_line
 from common.runlog import print_main, progress
 
 MAX_POINTS = 2000  # sampled voxels per label class
@@ -285,7 +285,7 @@ def _build_case(case: Case, preprocessing: Preprocessing, cache_dir: Path) -> _B
     except InputError as error:
         return Failure(case, str(error))
     except Exception as error:  # a library met what nobody foresaw: this volume is left out, the run goes on
-        return Failure(case, f"{case.image}: {type(error).__name__}: {' '.join(str(error).split())}")
+        return Failure(case, f"{case.image}: {type(error).__name__}: {one_line(error)}")
 
 
 @contextmanager

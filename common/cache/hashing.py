@@ -13,6 +13,7 @@ import torch
 
 from common.data import dicom
 from common.errors import InputError
+from common.files import file_sha256
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ def file_hash(path: Path) -> str:
     if path.is_dir():
         hashes = sorted(file_hash(slice_) for slice_ in dicom.series_files(path))
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 def content_hash(image: torch.Tensor) -> str:

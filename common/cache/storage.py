@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from common.data.preprocessing import Preprocessing
-from common.errors import InputError
+from common.errors import InputError, one_line
+from common.files import sync
 
 CHUNK, BLOCK = 64, 32
 MAX_LEVELS = 3  # full, 2x, 4x
@@ -120,11 +121,7 @@ def write(path: Path, numbers: np.ndarray, codec: blosc2.Codec = blosc2.Codec.LZ
 def publish(temporary: Path, folder: Path) -> None:
     """Flush the files of a finished entry to disk and give it its name. Another process may have been faster: fine."""
     for path in temporary.iterdir():
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(path)
     try:
         os.rename(temporary, folder)
     except OSError:
@@ -190,7 +187,7 @@ def _open(path: Path) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
-    what = "is missing" if not path.exists() else f"is damaged ({' '.join(str(error).split())})"
+    what = "is missing" if not path.exists() else f"is damaged ({one_line(error)})"
     return InputError(f"{path}: this part of the cache {what}; delete {path.parent} to have it made anew")
 
 

@@ -8,7 +8,7 @@ import pydicom
 from pydicom.misc import is_dicom
 
 from common.data.geometry import check_size
-from common.errors import InputError
+from common.errors import InputError, one_line
 
 TAGS = [
     "SeriesInstanceUID",
@@ -67,7 +67,7 @@ def _header(path: Path) -> pydicom.Dataset:
     try:
         return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
     except Exception as error:  # pydicom raises what struct, its parsers and the file system raise
-        raise InputError(f"{path}: the DICOM header cannot be read ({' '.join(str(error).split())})") from None
+        raise InputError(f"{path}: the DICOM header cannot be read ({one_line(error)})") from None
 
 
 def _check_positions(folder: Path, headers: list[pydicom.Dataset]) -> None:

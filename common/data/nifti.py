@@ -14,7 +14,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from common.data.geometry import check_size, check_spacing
-from common.errors import InputError
+from common.errors import InputError, one_line
 from common.files import save_bytes
 
 MAX_TAIL = 2**28  # of what may follow the image in a gzipped file
@@ -31,7 +31,7 @@ def read(path: Path) -> tuple[np.ndarray, dict]:
     try:
         return reader.get_data(kind.from_bytes(data))
     except (ValueError, OSError, TypeError, HeaderDataError, ImageFileError) as error:
-        raise InputError(f"{path}: not a NIfTI volume that can be read ({_words(error)})") from None
+        raise InputError(f"{path}: not a NIfTI volume that can be read ({one_line(error)})") from None
 
 
 def _decompress(path: Path) -> bytes:
@@ -57,7 +57,7 @@ def _decompress(path: Path) -> bytes:
     except (zlib.error, gzip.BadGzipFile):
         raise InputError(f"{path}: the gzip data is damaged") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({_words(error)})") from None
+        raise InputError(f"{path}: cannot be read ({one_line(error)})") from None
     return data
 
 
@@ -94,10 +94,6 @@ def _parse(head: bytes, path: Path) -> nib.Nifti1Header:
             if len(head) >= size and int.from_bytes(head[:4], order) == size:
                 return kind(head[:size], endianness=endianness, check=False)
     raise InputError(f"{path}: found no NIfTI header (wrong first bytes), needs a .nii or .nii.gz file")
-
-
-def _words(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ---------------------------------------------------------------- files

@@ -15,7 +15,7 @@ from monai.transforms import (
 )
 
 from common.data import dicom, geometry, nifti
-from common.errors import InputError
+from common.errors import InputError, one_line
 
 warnings.filterwarnings("ignore", message=".*nvImageCodec.*")  # an optional decoder of pydicom's for GPUs
 
@@ -121,7 +121,7 @@ def _read_dicom(path: Path) -> tuple[np.ndarray, dict]:
             reader.has_series, reader.filenames = True, [files]  # what it sets itself when given the folder
             return reader.get_data(datasets)
         except Exception as error:  # pydicom's decoders raise what their libraries raise
-            raise InputError(f"{path}: the DICOM series cannot be decoded ({_words(error)})") from None
+            raise InputError(f"{path}: the DICOM series cannot be decoded ({one_line(error)})") from None
 
 
 def _read_other(path: Path) -> tuple[np.ndarray, dict]:
@@ -130,13 +130,9 @@ def _read_other(path: Path) -> tuple[np.ndarray, dict]:
     except Exception as error:  # MONAI tries all its readers: RuntimeError, OptionalImportError, ...
         raise InputError(
             f"{path}: cannot be read; needs .nii, .nii.gz, a folder with a DICOM series, or what else MONAI's "
-            f"installed readers know (pynrrd: .nrrd) ({_words(error)})"
+            f"installed readers know (pynrrd: .nrrd) ({one_line(error)})"
         ) from None
     return np.asarray(image), {"affine": image.affine.numpy()}
-
-
-def _words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # ---------------------------------------------------------------- preprocessing

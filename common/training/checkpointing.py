@@ -25,7 +25,7 @@ from common import checkpoint, distributed
 from common.config import load_yaml
 from common.distributed import Run
 from common.errors import InputError
-from common.files import naming_errors, sync
+from common.files import naming_errors, replacing
 from common.runlog import print_main
 from common.signals import saved_when_stopped
 from common.training.fsdp import full_tensor
@@ -88,18 +88,12 @@ class Saver:
 def second_name(path: Path, name: Path) -> None:
     """Let `name` mean the file at `path` too, whole or not at all; it stays when `path` is replaced. Costs no disk
     space."""
-    temporary = checkpoint.temporary_name(name)
-    try:
+    with replacing(name) as temporary:
         try:
             os.link(path, temporary)
-        except OSError:  # a file system without hard links
+        except OSError:
+            # a file system without hard links
             checkpoint.save(temporary, checkpoint.load(path, check=False))
-        os.replace(temporary, name)
-        sync(name.parent)
-    except OSError as error:
-        raise InputError(f"{name}: the checkpoint cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def host_copy(value: Any, keep: bool = True) -> Any:

@@ -15,7 +15,7 @@ from common.config import to_dict
 from common.data.loader import build_loader
 from common.data.sampler import StreamSampler, mix
 from common.distributed import Run
-from common.errors import InputError
+from common.errors import InputError, one_line
 from common.files import lock_folder, naming_errors, save_bytes
 from common.runlog import RunLog, print_main
 from common.signals import MARKER, Requeue, clear_requeue, mark_requeue
@@ -239,7 +239,7 @@ class TrainingState:
                 for kind in ("epoch", "recent")
             )
         except (KeyError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise InputError(f"{path}: not a checkpoint of this run ({reason}); --resume none starts anew") from None
 
     def _invariants(self) -> dict[str, int]:
