@@ -12,6 +12,7 @@ from common.cache.volume import CachedVolume
 from common.distributed import Run
 from common.errors import InputError
 from common.runlog import progress
+from common.training.method import Method
 from common.training.optim import build_optimizer
 from common.training.parallel import autocast_dtype
 from common.training.preemption import until_stopped
@@ -27,7 +28,7 @@ from Finetune.presets import Preset
 Losses = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
 
-class Finetuning(nn.Module):
+class Finetuning(Method):
     """A network and what it is trained for: forward(batch, step) -> named losses, `losses(model, batch)`."""
 
     def __init__(self, model: nn.Module, losses: Losses, freeze: bool = False):
@@ -36,7 +37,7 @@ class Finetuning(nn.Module):
         if freeze:
             freeze_encoder(model)
 
-    def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor], step: int = 0, part: int = 0) -> dict[str, Tensor]:
         return self.losses(self.model, batch)
 
     def train(self, mode: bool = True) -> "Finetuning":

@@ -18,15 +18,16 @@ import torch
 from common import checkpoint, distributed, files, signals
 from common.cache import build, volume
 from common.cli import parse, run_program
-from common.config import setting, to_dict
+from common.config import group, setting, to_dict
 from common.distributed import Run
 from common.errors import InputError
 from common.files import check_writable, digest
 from common.runlog import RunLog, print_main
-from common.training.loop import fit
+from common.training.checkpointing import CheckpointSettings
+from common.training.optim import OptimSettings
 from common.training.schedules import warmup_cosine
 from common.training.settings import LoopSettings, plan_updates
-from common.training.state import TrainingState
+from common.training.trainer import Trainer
 from common.watchdog import Watchdog
 from Finetune import leakage
 from Finetune.architectures import ENCODERS, Architecture, ModelSettings, build_model, load_encoder, resolve
@@ -39,6 +40,26 @@ from Finetune.presets import Preset, load_preset
 
 CROPS_AT_BLR = 16
 BEST = "checkpoint-best.pth"
+
+
+@dataclass(kw_only=True)
+class FinetuneOptimSettings(OptimSettings):
+    """Settings of AdamW in fine-tuning."""
+
+    blr: float = setting(1e-4, "learning rate at 16 crops per update, scaled linearly", least=0)
+    warmup_epochs: float = setting(50.0, "epochs of linear warm-up", least=0)
+    weight_decay: float = setting(1e-5, "weight decay, not applied to biases, norms and tokens", least=0)
+    clip_grad: float | None = setting(1.0, "largest norm of the gradient; none: no clipping", above=0)
+    layer_decay: float | None = setting(
+        None, "factor of the learning rate per encoder block towards the input", above=0, most=1
+    )
+
+
+@dataclass(kw_only=True)
+class FinetuneCheckpointSettings(CheckpointSettings):
+    """Settings of checkpoints in fine-tuning."""
+
+    save_every: int = setting(500, "epochs between the checkpoints that are kept", least=1)
 
 
 @dataclass(kw_only=True)
@@ -61,18 +82,14 @@ class FinetuneSettings(ModelSettings, LoopSettings):
     checkpoint: Path | None = setting(None, "the same as --init FILE")
     scratch_twin: bool = setting(False, "the same run and architecture with random weights instead of the checkpoint's")
     freeze: bool = setting(False, "train the head alone; always so for --model linear")
-    layer_decay: float | None = setting(None, "learning rate falls by this factor per block towards the input")
 
     epochs: int = setting(3000, "passes over the data", least=1)
     batch_size: int = setting(4, "volumes per update, over all processes together", least=1)
     micro_batch_size: int | None = setting(1, "volumes per process and forward pass; the rest is accumulated", least=1)
     crops: int = setting(4, "crops per volume", least=1)
-    blr: float = setting(1e-4, "learning rate at 16 crops per update, scaled linearly", least=0)
-    lr: float | None = setting(None, "learning rate as it is, instead of blr", least=0)
-    weight_decay: float = setting(1e-5, "AdamW's, not on biases, norms and tokens", least=0)
-    warmup_epochs: float = setting(50.0, "linear warm-up", least=0)
-    clip_grad: float | None = setting(1.0, "largest norm of the gradient; none: not clipped", above=0)
-    save_every: int = setting(500, "epochs between the checkpoints that are kept", least=1)
+
+    optim: FinetuneOptimSettings = group(FinetuneOptimSettings, "Optimiser")
+    checkpoints: FinetuneCheckpointSettings = group(FinetuneCheckpointSettings, "Checkpoints")
 
     validate_every: int = setting(50, "epochs between two validations; 0: never", least=0)
     overlap: float = setting(0.5, "overlap of the sliding window")
@@ -97,8 +114,13 @@ def main(argv: list[str] | None = None) -> Path:
         raise InputError("--select best: picked by validation, which --validate_every 0 leaves out")
     init = initial_checkpoint(config)
     if config.model not in ENCODERS:
-        for name in ("freeze", "layer_decay", "grad_checkpointing"):
-            if getattr(config, name):
+        encoder_only = {
+            "freeze": config.freeze,
+            "layer_decay": config.optim.layer_decay,
+            "grad_checkpointing": config.precision.grad_checkpointing,
+        }
+        for name, value in encoder_only.items():
+            if value:
                 raise InputError(
                     f"--{name}: --model {config.model} has none of our encoders, allowed: {', '.join(ENCODERS)}"
                 )
@@ -118,15 +140,15 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
     model = build_model(architecture)  # head and encoder from the seed, so that a scratch twin has the same head
     if init and not config.scratch_twin:
         load_encoder(model, init)
-    if config.grad_checkpointing:
+    if config.precision.grad_checkpointing:
         model.backbone.set_grad_checkpointing()
     if run.world_size > 1 and run.device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # MiM's stride-32 map, as the authors'
     losses = classification_losses if preset.task == "classification" else segmentation_losses(preset)
     method = Finetuning(model, losses, freeze=config.freeze or config.model == "linear")
     plan = plan_updates(config, len(training), run.world_size)
-    peak = config.lr if config.lr is not None else config.blr * plan.batch * config.crops / CROPS_AT_BLR
-    warmup = round(min(config.warmup_epochs, config.epochs / 2) * plan.steps_per_epoch)
+    peak = config.optim.peak_lr(plan.batch * config.crops, CROPS_AT_BLR)
+    warmup = round(min(config.optim.warmup_epochs, config.epochs / 2) * plan.steps_per_epoch)
     start = "random weights" if init is None or config.scratch_twin else str(init)
     cases = f"{len(training)} cases train, {len(validation)} validate"
     print_main(f"{preset.name} fold {config.fold}: {cases}; encoder from {start}")
@@ -148,9 +170,11 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         best = best_so_far(config.out_dir) if best is None else best
         if preset.task == "classification":
             name, out = "accuracy", config.out_dir if last else None
-            scores = validate_classes(method.model, validation, preset, architecture.roi, run, config.amp, out)
+            scores = validate_classes(
+                method.model, validation, preset, architecture.roi, run, config.precision.amp, out
+            )
         else:
-            name, scores = "dice", validate(method.model, validation, preset, window, run, config.amp)
+            name, scores = "dice", validate(method.model, validation, preset, window, run, config.precision.amp)
         log.scalars(scores, (epoch + 1) * plan.steps_per_epoch - 1)
         print_main(f"epoch {epoch + 1}: validation {name} {scores[f'val/{name}']:.4f}")
         if config.select == "best" and scores[f"val/{name}"] > best:
@@ -165,23 +189,27 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         dataset = VolumeDataset(training, preset, architecture.roi, config.seed)
     else:
         dataset = CropDataset(training, architecture.roi, preset.augmentation, config.crops, config.seed)
-    training_run = TrainingState(
+    trainer = Trainer(
         method,
         dataset,
         config,
         run,
         plan,
         learning_rate=lambda step: warmup_cosine(step, plan.total_steps, warmup, peak),
-        weights=lambda step: {"dice": 1.0, "ce": 1.0},
+        loss_weights=lambda step: {"dice": 1.0, "ce": 1.0},
         args=args,
         data_fingerprint={
             "training data": digest([*(e.content_hash for e in training), preset.preprocessing]),
             "validation data": digest([e.content_hash for e in validation]),
             "crops": [config.crops, *architecture.roi],
         },
-        make_optimizer=partial(make_optimizer, weight_decay=config.weight_decay, layer_decay=config.layer_decay),
+        make_optimizer=partial(
+            make_optimizer, weight_decay=config.optim.weight_decay, layer_decay=config.optim.layer_decay
+        ),
+        recorded=to_dict(config),
+        after_epoch=after_epoch,
     )
-    path = fit(training_run, after_epoch)
+    path = trainer.fit()
     print_main(f"done: {path}")
     return path
 

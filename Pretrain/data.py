@@ -1,4 +1,4 @@
-"""Samples for pretraining: views of cached volumes, every draw a function of (seed, position in the stream)."""
+"""Samples for pretraining: views of cached volumes, drawn from (seed, position in the stream) alone."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.data.sampler import generator, mix
-from Pretrain.views import ViewSpec, Volume, cut, draw_box
+from Pretrain.views import ViewSpec, Volume, crop, draw_box
 
 
 class ViewDataset(Dataset):
-    """Views of each volume: {kind: (count, C, D, H, W) float32} for every kind of `specs`, and `key`, its masks' seed.
+    """Views of each volume: {kind: (count, C, D, H, W) float32} for every kind of `specs`, and `key`, the masks' seed.
 
-    Takes (position, index) from `common.data.sampler.StreamSampler`. Views are drawn independently: a local view need
-    not lie in a global one, as in the paper's figure. Crop and flip are drawn once per view, so teacher and student see
-    the same voxels.
+    Indexed by (position, index) from `common.data.sampler.StreamSampler`. Views are drawn independently: a local view
+    need not lie in a global one, as in the paper's figure. Crop and flip are drawn once per view, so that teacher and
+    student see the same voxels.
     """
 
     def __init__(self, volumes: Sequence[Volume], specs: dict[str, ViewSpec], seed: int = 0):
@@ -33,5 +33,5 @@ class ViewDataset(Dataset):
         sample = {}
         for kind, spec in self.specs.items():
             boxes = [draw_box(volume.levels[0], spec, rng) for _ in range(spec.count)]
-            sample[kind] = torch.stack([cut(volume, box, spec.size) for box in boxes])
+            sample[kind] = torch.stack([crop(volume, box, spec.size) for box in boxes])
         return sample | {"key": torch.tensor(mix(self.seed, position, 1))}

@@ -1,4 +1,4 @@
-"""Losses of the pretraining methods, all in float32.
+"""Losses of the pretraining methods, all computed in float32.
 
 B batch   N patches   P voxels of a patch (times channels)   p, s views of teacher, student   K prototypes
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def patchify(x: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """Volumes (B, C, D, H, W) to patches (B, N, pd*ph*pw*C): raster order of the grid, inside (pd, ph, pw, C)."""
+    """Cut volumes (B, C, D, H, W) into patches (B, N, pd*ph*pw*C) in raster order, each laid out as (pd, ph, pw, C)."""
     batch, chans = x.shape[:2]
     (pd, ph, pw), (d, h, w) = patch_size, [s // p for s, p in zip(x.shape[2:], patch_size)]
     x = x.reshape(batch, chans, d, pd, h, ph, w, pw)
@@ -20,7 +20,7 @@ def patchify(x: Tensor, patch_size: Sequence[int]) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: Sequence[int], grid: Sequence[int]) -> Tensor:
-    """The inverse of `patchify` for the grid (d, h, w)."""
+    """Invert `patchify` for the grid (d, h, w)."""
     (pd, ph, pw), (d, h, w) = patch_size, grid
     chans = patches.shape[2] // (pd * ph * pw)
     x = patches.reshape(len(patches), d, h, w, pd, ph, pw, chans)
@@ -28,42 +28,48 @@ def unpatchify(patches: Tensor, patch_size: Sequence[int], grid: Sequence[int]) 
 
 
 def norm_pix(patches: Tensor) -> Tensor:
-    """Each patch with mean 0 and variance 1 (unbiased variance + 1e-6, as in MAE); a constant patch becomes 0."""
+    """Normalise patches to mean 0 and variance 1 (unbiased variance + 1e-6, as in MAE). A constant one becomes 0."""
     patches = patches.float()
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error over the removed patches alone: prediction, target (B, N, P), mask (B, N) with 1 = removed."""
+    """Mean squared error over the removed patches: prediction and target (B, N, P), mask (B, N) with 1 = removed."""
     error = (prediction.float() - target.float()).square().mean(dim=-1)
     return (error * mask).sum() / mask.sum()
 
 
 def cross_entropy_pairs(teacher: Tensor, student: Tensor) -> Tensor:
-    """Cross-entropy of every student view with every teacher view, (p, s), averaged over the batch.
+    """Return the cross-entropy of every student view with every teacher view, (p, s), averaged over the batch.
 
-    teacher (p, B, K): probabilities, no gradient; student (s, B, K): log-probabilities.
+    Args:
+        teacher: (p, B, K) probabilities, without gradient.
+        student: (s, B, K) log-probabilities.
     """
     return -_pairs(teacher, student)
 
 
 def cosine_pairs(teacher: Tensor, student: Tensor) -> Tensor:
-    """2 - 2 cos of embeddings (p, B, E) and (s, B, E), every view with every view: (p, s), averaged over the batch."""
+    """Return 2 - 2 cos of embeddings (p, B, E) and (s, B, E) for all pairs of views, (p, s), as batch means."""
     teacher, student = F.normalize(teacher.float(), dim=-1), F.normalize(student.float(), dim=-1)
     return 2.0 - 2.0 * _pairs(teacher, student)
 
 
 def _pairs(a: Tensor, b: Tensor) -> Tensor:
-    """Products (p, B, K) x (s, B, K) -> (p, s), summed over K, averaged over B. An einsum would go to bf16."""
+    """Multiply (p, B, K) x (s, B, K) -> (p, s), summed over K, averaged over B. Autocast would lower an einsum."""
     return (a.float().unsqueeze(1) * b.float().unsqueeze(0)).sum(dim=-1).mean(dim=-1)
 
 
 def collapse_monitors(teacher: Tensor, student: Tensor) -> dict[str, Tensor]:
-    """Signs of collapse, in shares of ln K: teacher (p, B, K) probabilities, student (s, B, K) log-probabilities.
+    """Return values that show a collapse of the teacher, as fractions of ln K, over the batch of this process.
 
-    Over the batch of this process. `entropy_of_mean` near 0: one prototype takes all. `entropy` near 1 with `kl` near
-    0: the output is uniform and says nothing.
+    `entropy_of_mean` near 0: one prototype is assigned to everything. `entropy` near 1 and `kl` near 0: the output is
+    uniform and carries no information.
+
+    Args:
+        teacher: (p, B, K) probabilities.
+        student: (s, B, K) log-probabilities.
     """
     scale = math.log(teacher.shape[-1])
     entropy = -(teacher * teacher.clamp_min(1e-12).log()).sum(-1).mean()

@@ -1,23 +1,24 @@
-"""Pretrain an encoder on unlabelled volumes: plain MAE, GL-MAE or MiM.
+"""Pretrain an encoder on unlabelled volumes with plain MAE, GL-MAE or MiM.
 
     python -m Pretrain.main_pretrain --method glmae --datalist /data/my_ct --out_dir runs/mine
     torchrun --nproc_per_node=8 -m Pretrain.main_pretrain ...
 
-Recipes: scripts/pretrain_*.sh. The checkpoints' layout: common/checkpoint.py.
+Recipes: scripts/pretrain_*.sh. The layout of the checkpoints: common/checkpoint.py.
 """
 
 import io
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from common import distributed, signals
 from common.cache.build import build_cache
+from common.cache.volume import CachedVolume
 from common.cli import parse, run_program
 from common.config import to_dict
 from common.data.loader import build_loader, measure_loader, to_device
@@ -25,19 +26,19 @@ from common.data.sampler import StreamSampler
 from common.errors import InputError
 from common.files import check_writable, digest, save_bytes
 from common.runlog import RunLog, print_main
-from common.training.loop import fit
+from common.training.method import Method
 from common.training.optim import build_optimizer
 from common.training.schedules import warmup_cosine
 from common.training.settings import BatchPlan, plan_updates
-from common.training.state import TrainingState
+from common.training.trainer import Trainer
 from common.watchdog import Watchdog
-from Pretrain.build import PretrainSettings, build_task
+from Pretrain.build import PretrainSettings, build_task, settings_class
 from Pretrain.data import ViewDataset
 from Pretrain.visualize import picture
 
 
 def main() -> None:
-    settings = parse(PretrainSettings, description=__doc__)
+    settings = parse(settings_class(), description=__doc__)
     signals.mark_when_stopped(settings.out_dir)
     run = distributed.setup(settings.device)
     try:
@@ -47,76 +48,105 @@ def main() -> None:
 
 
 def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path | None:
-    """The whole run; returns its last checkpoint, None where only the loader was measured."""
+    """Run the whole program. Returns the last checkpoint, or None with `--loader_only`."""
     check_writable(settings.out_dir)
-    with distributed.main_first(), Watchdog(settings.hang_minutes):
-        volumes = build_cache(
-            settings.cases(),
-            settings.preprocessing(),
-            settings.cache_dir,
-            settings.workers,
-            skip_failures=settings.allow_failures,
-        )
+    volumes = prepare_volumes(settings)
     plan = plan_updates(settings, len(volumes), run.world_size)
     torch.manual_seed(settings.seed)
     task = build_task(settings, plan)
-    encoder = task.method.encoder
-    encoder.set_grad_checkpointing(settings.grad_checkpointing)
-    views = plan.batch * task.views
-    peak = settings.lr if settings.lr is not None else settings.blr * views / 256
-    print_main(
-        f"{settings.method}: {len(volumes)} volumes, {plan.total_steps} updates ({plan.steps_per_epoch} per epoch), "
-        f"effective batch {plan.batch} volumes = {views} views ({run.world_size} process(es) x {plan.micro_batch} "
-        f"x {plan.accum} accumulated), learning rate {peak:.3g}, on {run.device}"
-    )
     dataset = ViewDataset(volumes, task.specs, settings.seed)
+    peak_lr = settings.optim.peak_lr(plan.batch * task.views)
+    print_main(summary(settings, run, plan, len(volumes), task.views, peak_lr))
     if settings.loader_only:
         return measure(settings, run, plan, dataset, task.views)
-    warmup = round(settings.warmup_epochs * plan.steps_per_epoch)
-    training = TrainingState(
+    encoder = task.method.encoder
+    encoder.set_grad_checkpointing(settings.precision.grad_checkpointing)
+    fingerprint = {"data": digest([v.content_hash for v in volumes]), "views": digest([task.specs])}
+    recorded = to_dict(settings)
+    draw = Reconstructions(settings, plan, dataset, encoder.patch_size)
+    trainer = Trainer(
         task.method,
         dataset,
         settings,
         run,
         plan,
-        learning_rate=partial(warmup_cosine, total=plan.total_steps, warmup=warmup, peak=peak),
-        weights=task.weights,
-        args=to_dict(settings) | {"grid_size": list(encoder.grid_size), "data": [v.content_hash for v in volumes]},
-        data_fingerprint={"data": digest([v.content_hash for v in volumes]), "views": digest([task.specs])},
-        make_optimizer=partial(build_optimizer, weight_decay=settings.weight_decay),
+        learning_rate=partial(
+            warmup_cosine,
+            total=plan.total_steps,
+            warmup=round(settings.optim.warmup_epochs * plan.steps_per_epoch),
+            peak=peak_lr,
+        ),
+        loss_weights=task.loss_weights,
+        make_optimizer=partial(build_optimizer, weight_decay=settings.optim.weight_decay),
+        args=recorded | {"grid_size": list(encoder.grid_size), "data": [v.content_hash for v in volumes]},
+        data_fingerprint=fingerprint,
+        recorded=recorded,
+        **({"after_epoch": draw} if run.rank == 0 else {}),
     )
-    return fit(training, partial(draw_reconstructions, settings, plan, dataset) if run.rank == 0 else None)
+    return trainer.fit()
+
+
+def prepare_volumes(settings: PretrainSettings) -> list[CachedVolume]:
+    """Return the cached volumes. The first process builds what is missing, the others wait."""
+    data = settings.data
+    with distributed.main_first(), Watchdog(settings.hang_minutes):
+        return build_cache(
+            data.cases(), data.preprocessing(), data.cache_dir, settings.workers, skip_failures=data.allow_failures
+        )
+
+
+def summary(
+    settings: PretrainSettings, run: distributed.Run, plan: BatchPlan, volumes: int, views: int, peak_lr: float
+) -> str:
+    """Return what is printed at the start."""
+    return (
+        f"{settings.method}: {volumes} volumes, {plan.total_steps} updates ({plan.steps_per_epoch} per epoch), "
+        f"effective batch {plan.batch} volumes = {plan.batch * views} views ({run.world_size} process(es) x "
+        f"{plan.micro_batch} x {plan.accum} accumulated), learning rate {peak_lr:.3g}, on {run.device}"
+    )
 
 
 def measure(
     settings: PretrainSettings, run: distributed.Run, plan: BatchPlan, dataset: ViewDataset, views: int
 ) -> None:
-    """`--loader_only`: this rank's batches of the first epoch, without a model."""
+    """Load this rank's batches of the first epoch without a model, and print the speed (`--loader_only`)."""
     sampler = StreamSampler(len(dataset), plan.micro_batch, plan.accum, run.rank, run.world_size, settings.seed)
     sampler.stop = plan.steps_per_epoch
     loader = build_loader(dataset, sampler, settings.workers, run.device)
     print_main(str(measure_loader(loader, lambda batch: (len(batch["key"]), len(batch["key"]) * views))))
 
 
-def draw_reconstructions(
-    settings: PretrainSettings, plan: BatchPlan, dataset: ViewDataset, epoch: int, log: RunLog, method: nn.Module
-) -> dict[str, float]:
-    """One view of each kind with its reconstruction, always the same: reconstruction-{epoch}.png and TensorBoard."""
-    if (epoch + 1) % settings.save_every and epoch + 1 != settings.epochs:
+@dataclass(frozen=True)
+class Reconstructions:
+    """Draws one view of each kind and its reconstruction, always the same views, after some epochs.
+
+    Writes reconstruction-{epoch}.png, and an image to TensorBoard.
+    """
+
+    settings: PretrainSettings
+    plan: BatchPlan
+    dataset: ViewDataset
+    patch_size: tuple[int, int, int]
+
+    def __call__(self, epoch: int, log: RunLog, method: Method) -> dict[str, float]:
+        settings = self.settings
+        if (epoch + 1) % settings.checkpoints.save_every == 0 or epoch + 1 == settings.epochs:
+            self.draw(epoch, log, method)
         return {}
-    sample = torch.utils.data.default_collate([dataset[(0, 0)]])
-    method.eval()
-    with torch.no_grad():
-        rows = method.reconstructions(to_device(sample, method.encoder.pos_embed.device))
-    if rows:
-        pixels = picture(rows, method.encoder.patch_size, settings.norm_pix_loss)
-        save_picture(settings.out_dir / f"reconstruction-{epoch}.png", pixels)
-        log.image("reconstruction", pixels, (epoch + 1) * plan.steps_per_epoch - 1)
-    return {}
+
+    def draw(self, epoch: int, log: RunLog, method: Method) -> None:
+        sample = torch.utils.data.default_collate([self.dataset[(0, 0)]])
+        method.eval()
+        with torch.no_grad():
+            rows = method.reconstructions(to_device(sample, next(method.parameters()).device))
+        if rows:
+            pixels = picture(rows, self.patch_size, self.settings.encoder.norm_pix_loss)
+            save_picture(self.settings.out_dir / f"reconstruction-{epoch}.png", pixels)
+            log.image("reconstruction", pixels, (epoch + 1) * self.plan.steps_per_epoch - 1)
 
 
 def save_picture(path: Path, pixels: np.ndarray) -> None:
-    """As PNG. A run can do without: on a full disk it says so and goes on."""
+    """Write a PNG. A full disk must not end the run: it is reported."""
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, format="PNG")
     try:

@@ -1,7 +1,7 @@
-"""Which patches an autoencoder sees.   B batch   N patches   K kept.   In a mask 1 means removed.
+"""Random masks of patches.   B batch   N patches   K kept.   In a mask 1 means removed.
 
-Randomness comes from a key per sample (int64, in the batch), not from a generator per process: a sample's mask is then
-the same on any number of ranks, in any micro-batch, on CPU and CUDA, and after any restart. Our choice.
+Randomness comes from a key per sample (int64, in the batch) instead of a generator per process. The mask of a sample is
+then the same on any number of ranks, in any micro-batch, on CPU and CUDA, and after a restart. Our choice.
 """
 
 import torch
@@ -9,27 +9,28 @@ from torch import Tensor
 
 
 def checked_ratio(mask_ratio: float) -> float:
-    """The ratio, if it can be one."""
+    """Return the ratio. ValueError unless 0 <= ratio < 1."""
     if not 0.0 <= mask_ratio < 1.0:
-        raise ValueError(f"mask_ratio {mask_ratio} is outside [0, 1)")
+        raise ValueError(f"mask_ratio {mask_ratio}: must be at least 0 and less than 1")
     return mask_ratio
 
 
 def num_keep(num_patches: int, mask_ratio: float) -> int:
-    """Kept patches: N*(1-ratio) rounded down, safe from floats that fall just short (`int(1000*(1-0.9))` is 99)."""
+    """Return the number of kept patches, N*(1-ratio) rounded down; 1e-6 because `int(1000*(1-0.9))` is 99."""
     return max(1, int(num_patches * (1.0 - mask_ratio) + 1e-6))
 
 
 def derive(keys: Tensor, stream: int) -> Tensor:
-    """Keys (B,) int64 for another purpose (view 3, level 2) of the same samples, unrelated to `keys`."""
+    """Return keys (B,) int64 of the same samples for another purpose (a view, a level), independent of `keys`."""
     return _splitmix64(_splitmix64(keys) + _signed((stream + 1) * _GOLDEN))
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
-    """Noise (B, count) in [0, 1), a pure function of the keys (B,): splitmix64 (Steele et al. 2014) in counter mode."""
+    """Return noise (B, count) in [0, 1), a function of the keys (B,): splitmix64 (Steele et al. 2014) of a counter."""
     counter = torch.arange(1, count + 1, device=keys.device) * _GOLDEN
     bits = _splitmix64(keys.unsqueeze(1) + counter)  # (B, count)
-    return _shift(bits, 40).float() / (1 << 24)  # the top 24 bits: exact in float32
+    # the top 24 bits are exact in float32
+    return _shift(bits, 40).float() / (1 << 24)
 
 
 def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +46,7 @@ def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _signed(number: int) -> int:
-    """Modulo 2^64 as a signed number: int64 tensors wrap around, as splitmix64 wants."""
+    """Return a number modulo 2^64 as a signed one. int64 tensors wrap around as splitmix64 requires."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
@@ -53,7 +54,7 @@ _GOLDEN = _signed(0x9E3779B97F4A7C15)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift: an int64 tensor's own shift would drag the sign along."""
+    """Logical right shift. The shift of an int64 tensor would copy the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -2,14 +2,15 @@
 
     B volumes   p global and q local views of each, view-major   K prototypes   E embedding
 
-A student encodes the visible patches of masked global and local views and reconstructs the rest; a teacher, its moving
-average, sees the intact global views. The student's CLS tokens are pulled towards the teacher's. The structure (views,
-masking, four terms, intact teacher) is the paper's figure; head, temperatures, centre, momentum and weights are printed
-in no source we could read and follow DINO (Caron et al., ICCV 2021): our choice.
+A student encodes the visible patches of masked global and local views and reconstructs the rest. A teacher, its moving
+average, encodes the full global views. Consistency losses pull the student's CLS tokens towards the teacher's. The
+structure (views, masking, four losses, unmasked teacher) is that of the paper's figure. Head, temperatures, centre,
+momentum and weights are in no source that we could read; they follow DINO (Caron et al., ICCV 2021): our choice.
 """
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,19 +18,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from common.config import setting
 from common.distributed import all_reduce_mean
+from common.training.method import Batch, Method, Reconstruction
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain.losses import collapse_monitors, cosine_pairs, cross_entropy_pairs
 from Pretrain.masking import checked_ratio
-from Pretrain.models_mae import Reconstructed, Visible, encode_visible, reconstruct, view_keys, view_major
+from Pretrain.models_mae import Visible, encode_visible, reconstruct, view_keys, view_major
 
 TERMS = ("rec_global", "rec_local", "global_global", "global_local")
+
+
+@dataclass(kw_only=True)
+class GLMAESettings:
+    """Settings of GL-MAE. The recipe scripts/pretrain_glmae.sh says which of the defaults are the paper's."""
+
+    global_views: int = setting(2, "p: global views per volume", least=0)
+    global_size: tuple[int, int, int] = setting((160, 160, 160), "voxels of a global view (D H W)", least=1)
+    mask_ratio_global: float = setting(0.6, "share of patches removed from global views", least=0, below=1)
+
+    weight_rec_global: float = setting(1.0, "weight of the global reconstruction; 0 omits the loss", least=0)
+    weight_rec_local: float = setting(1.0, "weight of the local reconstruction", least=0)
+    weight_global_global: float = setting(1.0, "weight of the global-to-global consistency", least=0)
+    weight_global_local: float = setting(1.0, "weight of the global-to-local consistency", least=0)
+    consistency: Literal["ce", "byol"] = setting(
+        "ce", "ce: cross-entropy over prototypes; byol: 2 - 2 cos with a predictor"
+    )
+    gg_pairs: Literal["all", "same"] = setting(
+        "all", "global-to-global: all pairs of views, or each view with its own masked copy"
+    )
+
+    out_dim: int = setting(4096, "prototypes of the projection head", least=1)
+    hidden_dim: int = setting(2048, "hidden width of the projection head", least=1)
+    bottleneck_dim: int = setting(256, "width of the embedding before the prototypes", least=1)
+    student_temp: float = setting(0.1, "temperature of the student", above=0)
+    teacher_temp: tuple[float, float] = setting(
+        (0.04, 0.07), "temperature of the teacher at the start and after its warm-up", above=0
+    )
+    teacher_temp_epochs: float = setting(30.0, "epochs of that warm-up", least=0)
+    momentum: tuple[float, float] = setting(
+        (0.996, 1.0), "EMA momentum of the teacher at the start and at the end", least=0, most=1
+    )
+    center_momentum: float = setting(0.9, "momentum of the teacher's centre", least=0, most=1)
+    freeze_last_layer: float = setting(1.0, "epochs during which the prototypes are not trained", least=0)
 
 
 class PrototypeLayer(nn.Module):
     """Weight-normalised linear layer without bias: (..., E) -> (..., K). Its norms `weight_g` are fixed at 1 (DINO).
 
-    Not torch's `weight_norm`: its parameter names are not those that the published checkpoints have.
+    torch's `weight_norm` is not used because the published checkpoints have other parameter names.
     """
 
     def __init__(self, in_dim: int, out_dim: int):
@@ -43,7 +80,7 @@ class PrototypeLayer(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """DINO's head: three linear layers, a unit vector (..., E), and K prototypes. `embed` stops at the unit vector."""
+    """DINO's head: three linear layers, a unit vector (..., E), and K prototypes. Without `out_dim` it ends there."""
 
     def __init__(self, in_dim: int, hidden_dim: int, bottleneck_dim: int, out_dim: int):
         super().__init__()
@@ -53,36 +90,38 @@ class ProjectionHead(nn.Module):
             nn.Linear(hidden_dim, bottleneck_dim),
         )  # fmt: skip
         for layer in self.mlp[::2]:
-            nn.init.xavier_uniform_(layer.weight)  # about DINO's N(0, 0.02) at its widths; narrow heads need more
+            # about DINO's N(0, 0.02) at its widths; narrow heads need more
+            nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.last_layer = PrototypeLayer(bottleneck_dim, out_dim) if out_dim else None
 
-    def embed(self, x: Tensor) -> Tensor:
-        return F.normalize(self.mlp(x).float(), dim=-1)
-
     def forward(self, x: Tensor) -> Tensor:
-        embedding = self.embed(x)
+        embedding = F.normalize(self.mlp(x).float(), dim=-1)
         return embedding if self.last_layer is None else self.last_layer(embedding)
 
 
-class GLMAE(nn.Module):
+class GLMAE(Method):
     """Masked autoencoding of global and local views with global-to-global and global-to-local consistency.
 
-    `forward` takes batch["global"] (B, p, C, D, H, W), batch["local"] (B, q, C, d, h, w) and batch["key"] (B,) int64,
-    which seeds the masks, and gives the losses `rec_global`, `rec_local`, `global_global`, `global_local` and the
-    monitors of collapse.
+    `forward` reads batch["global"] (B, p, C, D, H, W), batch["local"] (B, q, C, d, h, w) and batch["key"] (B,) int64,
+    the seeds of the masks. It returns the losses `rec_global`, `rec_local`, `global_global`, `global_local`, and values
+    that show a collapse (`monitor/...`).
 
     Args:
-        vit: an encoder with its decoder, the student's backbone; without a decoder the reconstruction terms must be
-            left out.
-        terms: the losses to compute; what none of them needs is not built (so DDP meets no unused parameter).
-        mask_ratio_global, mask_ratio_local: shares of removed patches in the student's views. The teacher's are never
-            masked.
+        vit: an encoder with its decoder, the student's backbone. Without a decoder there can be no reconstruction loss.
+        terms: the losses to compute. Modules that none of them needs are not built, since DDP allows no unused
+            parameter.
+        mask_ratio_global, mask_ratio_local: shares of removed patches in the student's views. The teacher's views are
+            never masked.
+        norm_pix_loss: normalise the target of each patch.
         consistency: `ce`, cross-entropy over prototypes with a centred, sharpened teacher; `byol`, 2 - 2 cos with a
             predictor on the student.
-        gg_pairs: `all` pairs of global views, or each view with its own masked copy only (`same`).
+        gg_pairs: `all` pairs of global views, or only each view with its own masked copy (`same`).
+        hidden_dim, bottleneck_dim, out_dim: widths of the projection head.
+        student_temp: temperature of the student.
         momentum, teacher_temp: functions of the step.
-        freeze_last_layer: updates during which the prototypes stay as they are.
+        center_momentum: momentum of the centre that is subtracted from the teacher's logits.
+        freeze_last_layer: number of first updates in which the prototypes are not trained.
     """
 
     def __init__(
@@ -122,7 +161,8 @@ class GLMAE(nn.Module):
             self.teacher["backbone"] = encoder_copy(vit)
             self.teacher["head"] = copy.deepcopy(self.student["head"])
             self.teacher.requires_grad_(False)
-            if consistency == "byol":  # without it the student could agree by going constant
+            # without a predictor the student could agree by becoming constant
+            if consistency == "byol":
                 self.student["predictor"] = nn.Sequential(
                     nn.Linear(bottleneck_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim)
                 )
@@ -136,77 +176,79 @@ class GLMAE(nn.Module):
 
     @property
     def encoder(self) -> VisionTransformer3D:
-        """The encoder that is trained."""
+        """The student's encoder."""
         return self.student["backbone"]
 
     @property
-    def probe(self) -> nn.Parameter:
+    def grad_norm_parameter(self) -> nn.Parameter:
         return self.encoder.norm.weight
 
     # ------------------------------------------------------------ forward
 
-    def forward(self, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, step: int = 0, part: int = 0) -> dict[str, Tensor]:
         values, student = {}, {}
         for kind in ("global", "local"):
             if f"rec_{kind}" in self.terms or f"global_{kind}" in self.terms:
                 cls_tokens = self._student_pass(batch, kind, values)  # (views*B, C)
                 if f"global_{kind}" in self.terms:
                     student[kind] = self._project(cls_tokens).unflatten(0, (-1, len(batch["key"])))  # (views, B, K)
-        if student:
-            teacher = self._teach(batch["global"], step)  # (p, B, K)
-            pairs = cross_entropy_pairs if self.consistency == "ce" else cosine_pairs
-            if "global" in student:
-                matrix = pairs(teacher, student["global"])  # (p, p), the diagonal: a view and its own masked copy
-                values["global_global"] = matrix.mean() if self.gg_pairs == "all" else matrix.diagonal().mean()
-            if "local" in student:
-                values["global_local"] = pairs(teacher, student["local"]).mean()
-            if self.consistency == "ce":
-                seen = next(iter(student.values())).detach()
-                values |= {f"monitor/{name}": value for name, value in collapse_monitors(teacher, seen).items()}
-                values["monitor/center_norm"] = self.center.norm()
+        return values | self._consistency(batch, step, student) if student else values
+
+    def _consistency(self, batch: Batch, step: int, student: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the consistency losses of the student's projections (views, B, K), and the collapse monitors."""
+        values, teacher = {}, self._teacher_targets(batch["global"], step)  # (p, B, K)
+        pairs = cross_entropy_pairs if self.consistency == "ce" else cosine_pairs
+        if "global" in student:
+            matrix = pairs(teacher, student["global"])  # (p, p); on the diagonal a view and its own masked copy
+            values["global_global"] = matrix.mean() if self.gg_pairs == "all" else matrix.diagonal().mean()
+        if "local" in student:
+            values["global_local"] = pairs(teacher, student["local"]).mean()
+        if self.consistency == "ce":
+            monitors = collapse_monitors(teacher, next(iter(student.values())).detach())
+            values |= {f"monitor/{name}": value for name, value in monitors.items()}
+            values["monitor/center_norm"] = self.center.norm()
         return values
 
-    def _student_pass(self, batch: dict[str, Tensor], kind: str, values: dict[str, Tensor]) -> Tensor:
-        """CLS tokens (views*B, C) of the masked views of one kind, in one pass; their loss goes to `values`."""
+    def _student_pass(self, batch: Batch, kind: str, values: dict[str, Tensor]) -> Tensor:
+        """Return the CLS tokens (views*B, C) of the masked views of one kind, and add their loss to `values`."""
         x, visible = self._masked_views(batch, kind)
         if f"rec_{kind}" in self.terms:
             values[f"rec_{kind}"], _ = reconstruct(self.encoder, x, visible, self.norm_pix_loss)
         return visible.tokens[:, 0]
 
-    def _masked_views(self, batch: dict[str, Tensor], kind: str) -> tuple[Tensor, Visible]:
+    def _masked_views(self, batch: Batch, kind: str) -> tuple[Tensor, Visible]:
         x, keys = view_major(batch[kind]), view_keys(batch["key"], batch[kind].shape[1], kind=int(kind == "global"))
         return x, encode_visible(self.encoder, x, keys, self.mask_ratio[kind])
 
-    def reconstructions(self, batch: dict[str, Tensor]) -> dict[str, Reconstructed]:
-        """For pictures: views, masks and predictions, under the name of each kind that is reconstructed."""
+    def reconstructions(self, batch: Batch) -> dict[str, Reconstruction]:
         rows = {}
         for kind in ("global", "local"):
             if f"rec_{kind}" in self.terms:
                 x, visible = self._masked_views(batch, kind)
                 _, prediction = reconstruct(self.encoder, x, visible, self.norm_pix_loss)
-                rows[kind] = Reconstructed(x, visible.mask, prediction)
+                rows[kind] = Reconstruction(x, visible.mask, prediction)
         return rows
 
     def _project(self, cls_tokens: Tensor) -> Tensor:
-        """Student's log-probabilities (M, K), or its predicted embeddings (M, E)."""
+        """Return the student's log-probabilities (M, K), or with byol its predicted embeddings (M, E)."""
         projected = self.student["head"](cls_tokens)
         if self.consistency == "byol":
             return self.student["predictor"](projected)
         return F.log_softmax(projected.float() / self.student_temp, dim=-1)
 
     @torch.no_grad()
-    def _teach(self, views: Tensor, step: int) -> Tensor:
-        """Teacher's centred, sharpened probabilities (p, B, K) of the intact views, or its embeddings (p, B, E)."""
+    def _teacher_targets(self, views: Tensor, step: int) -> Tensor:
+        """Return the teacher's centred, sharpened probabilities (p, B, K), or with byol its embeddings (p, B, E)."""
         projected = self.teacher["head"](self.teacher["backbone"](view_major(views))).float()
         if self.consistency == "ce":
             if self.training:
-                self._collect(projected.mean(dim=0, keepdim=True))
+                self._add_to_center(projected.mean(dim=0, keepdim=True))
             projected = F.softmax((projected - self.center) / self.teacher_temp(step), dim=-1)
         return projected.unflatten(0, (views.shape[1], -1))
 
     # ------------------------------------------------------------ around the optimiser step
 
-    def _collect(self, mean_logits: Tensor) -> None:
+    def _add_to_center(self, mean_logits: Tensor) -> None:
         self._center_sum = mean_logits if self._center_sum is None else self._center_sum + mean_logits
         self._center_count += 1
 
@@ -216,7 +258,10 @@ class GLMAE(nn.Module):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """The teacher follows the student, by name; the centre the teacher's mean output over the global batch."""
+        """Move the teacher towards the student, and the centre towards the teacher's mean logits of the global batch.
+
+        Parameters are paired by name, since the teacher has no decoder.
+        """
         if not self.is_consistent:
             return
         student = dict(self.student.named_parameters())
@@ -224,7 +269,8 @@ class GLMAE(nn.Module):
         get_ema_multi_avg_fn(self.momentum(step))([mine for mine, _ in pairs], [theirs for _, theirs in pairs], None)
         if self._center_count:
             mean = all_reduce_mean(self._center_sum / self._center_count)
-            mean = torch.where(mean.isfinite(), mean, self.center)  # a skipped update must not poison the centre
+            # the logits of a skipped update may not be finite
+            mean = torch.where(mean.isfinite(), mean, self.center)
             self.center.lerp_(mean, 1.0 - self.center_momentum)
             self._center_sum, self._center_count = None, 0
 
@@ -234,7 +280,7 @@ class GLMAE(nn.Module):
     # ------------------------------------------------------------ checkpoint
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """`student` with the `module.` that the authors' loaders expect, `teacher` without it, and the centre."""
+        """Return `student` with the prefix `module.` that the authors' loaders expect, `teacher` and the centre."""
         state = {"student": {f"module.{name}": value for name, value in self.student.state_dict().items()}}
         if self.is_consistent:
             state |= {"teacher": self.teacher.state_dict(), "dino_loss": {"center": self.center}}
@@ -250,7 +296,7 @@ class GLMAE(nn.Module):
 
 
 def encoder_copy(vit: VisionTransformer3D) -> VisionTransformer3D:
-    """A copy of the encoder without its decoder: same weights, no gradient."""
+    """Return a copy of the encoder without its decoder and without gradients."""
     twin = copy.deepcopy(vit)
     twin.remove_decoder()
     return twin.requires_grad_(False)

@@ -3,20 +3,24 @@
     B volumes of g*s voxels per axis   s: size of every encoder input (96)   T = d*h*w tokens of 16^3 voxels per input
     S mid volumes per volume   Q down volumes per mid volume   E decoder width
 
-    up     the whole volume, averaged down to s                       masked in whole units: the g^3 regions that become
-    mid volumes mid    S of its removed units, each s voxels wide as they are     masked token by token
-    down   Q removed tokens of each mid volume, 16 -> s voxels        masked token by token
+    level  input                                                   masking
+    up     the volume, averaged down to s voxels per axis          by units: the g^3 places of mid volumes
+    mid    S of the removed units, s voxels per axis, as they are  by tokens
+    down   Q removed tokens of each mid volume, 16 -> s voxels     by tokens
 
-One encoder and one decoder serve all levels. Each level reconstructs its removed tokens; a child's mean decoded token
-is pulled towards its parent's decoded token at the place the child was cut from. Structure: the authors' code; where
-that is at odds with itself (flat 27-token chunks for octants, level 2 aligned with itself, a parent's mean for a
-parent's patch) we build what it says it does, and keep what it does as `align="published"`. The body of the paper was
-not readable to us: the temperature and the default alignment are our choice.
+All levels share one encoder and one decoder. Each level reconstructs its removed tokens. The alignment losses pull the
+mean decoded token of a child towards the decoded token of its parent at the place the child was cut from.
+
+The structure is that of the authors' code. Where that code contradicts itself (flat chunks of 27 tokens for octants,
+level 2 aligned with itself, a parent's mean instead of its patch), this module implements what it is meant to do, and
+`align="published"` what it does. We could not read the body of the paper: the temperature and the default alignment
+are our choice.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -26,11 +30,12 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from common.config import setting
+from common.training.method import Batch, Method, Reconstruction
 from Finetune.models_3dvit import Grid, get_3d_sincos_pos_embed, load_matching, read_checkpoint, take
 from Finetune.models_convvit3d import ConvViT3D, convvit3d_base_patch16, convvit3d_tiny_patch16, to_map, to_tokens
 from Pretrain.losses import masked_mse, norm_pix, patchify
 from Pretrain.masking import derive, num_keep, random_masking, uniform
-from Pretrain.models_mae import Reconstructed
 
 LEVELS = ("up", "mid", "down")
 Align = Literal["none", "cosine", "infonce", "published"]
@@ -42,42 +47,79 @@ HEADS = {
 }
 
 
+@dataclass(kw_only=True)
+class MiMSettings:
+    """Settings of MiM. The recipe scripts/pretrain_mim.sh says which of the defaults are the authors'."""
+
+    embed_dims: tuple[int, int, int, int] | None = setting(
+        None, "widths of the encoder's stages; none: those of the model", least=1
+    )
+    depths: tuple[int, int, int, int] | None = setting(
+        None, "blocks of the encoder's stages; none: those of the model", least=1
+    )
+    group: int = setting(2, "g: mid volumes per axis of the volume; must divide the token grid", least=1)
+    num_mid: int = setting(4, "S: mid volumes per volume", least=1)
+    num_down: int = setting(4, "Q: down volumes per mid volume", least=1)
+    down_parts: int | None = setting(None, "backward passes of the down level; none: num_down", least=1)
+    mask_ratio_up: float = setting(
+        0.5, "share of units (the places of mid volumes) removed from the volume", least=0, below=1
+    )
+    mask_ratio_mid: float = setting(0.6, "share of patches removed from mid volumes", least=0, below=1)
+    mask_ratio_down: float = setting(0.5, "share of patches removed from down volumes", least=0, below=1)
+    align: Align = setting(
+        "cosine", "alignment of a child with its place in the parent; published: as the authors' code computes it"
+    )
+    align_temp: float = setting(0.2, "temperature of infonce", above=0)
+    weight_rec_up: float = setting(1.0, "weight of the up level's reconstruction", least=0)
+    weight_rec_mid: float = setting(1.0, "weight of the mid level's reconstruction", least=0)
+    weight_rec_down: float = setting(1.0, "weight of the down level's reconstruction", least=0)
+    weight_align_up_mid: float = setting(0.1, "weight of the alignment of mid volumes with the volume", least=0)
+    weight_align_mid_down: float = setting(0.1, "weight of the alignment of down with mid volumes", least=0)
+    level_mode: Literal["concurrent", "coarse_to_fine", "fine_to_coarse"] = setting(
+        "concurrent",
+        "concurrent: constant weights; coarse_to_fine: up falls from twice its weight and down rises from 0; "
+        "fine_to_coarse: the reverse",
+    )
+
+
 # ---------------------------------------------------------------- functions
 
 
 class Masking(NamedTuple):
-    """Which tokens of M volumes are seen; as `random_masking` returns them."""
+    """Visible tokens of M volumes, as `random_masking` returns them."""
 
-    ids_keep: Tensor  # (M, K)
-    ids_restore: Tensor  # (M, T)
-    mask: Tensor  # (M, T), 1 = removed
+    # (M, K)
+    ids_keep: Tensor
+    # (M, T)
+    ids_restore: Tensor
+    # (M, T), 1 = removed
+    mask: Tensor
 
 
 def unit_masking(noise: Tensor, keep: int, grid: Grid) -> tuple[Masking, Tensor]:
-    """Keep `keep` of the g^3 cubic units of a token grid (d, h, w), those of lowest noise (B, g^3), and all tokens in
-    them.
+    """Keep the `keep` units of lowest noise (B, g^3), of the g^3 cubic units of a token grid (d, h, w).
 
     Returns the masking of tokens, and the mask of units (B, g^3) with 1 = removed.
     """
     units = noise.shape[1]
     group = round(units ** (1 / 3))
-    _, rank, unit_mask = random_masking(noise, keep)  # ranks, unlike noise, are never equal
+    # ranks are never equal, noise may be
+    _, rank, unit_mask = random_masking(noise, keep)
     blocks = rank.float().view(-1, 1, group, group, group)
     tokens = F.interpolate(blocks, size=grid, mode="nearest-exact").flatten(1)  # (B, T)
     return Masking(*random_masking(tokens, keep * tokens.shape[1] // units)), unit_mask
 
 
 def choose_removed(noise: Tensor, mask: Tensor, count: int) -> Tensor:
-    """`count` places of highest noise among the removed (B, n), visible ones only where the removed do not suffice: (B,
-    count).
+    """Return (B, count) places of highest noise among the removed ones of (B, n).
+
+    Visible places are used only when fewer than `count` are removed.
     """
     return (mask + noise).topk(count, dim=1).indices
 
 
 def cut_blocks(x: Tensor, block: Sequence[int], ids: Tensor) -> Tensor:
-    """Blocks `ids` (B, k) of the volumes (B, C, D, H, W), counted in raster order of the grid of blocks: (B*k, C,
-    *block).
-    """
+    """Return the blocks `ids` (B, k) of the volumes (B, C, D, H, W), numbered in raster order: (B*k, C, *block)."""
     batch, chans = x.shape[:2]
     (pd, ph, pw), (d, h, w) = block, [s // p for s, p in zip(x.shape[2:], block)]
     x = x.reshape(batch, chans, d, pd, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, d, h, w, C, pd, ph, pw)
@@ -86,42 +128,39 @@ def cut_blocks(x: Tensor, block: Sequence[int], ids: Tensor) -> Tensor:
 
 
 def pool_units(tokens: Tensor, grid: Grid, group: int) -> Tensor:
-    """Mean over the cubic units of the grid: (B, T, E) -> (B, g^3, E), one row for each place a mid volume may come
-    from.
-    """
+    """Average over the cubic units of the grid: (B, T, E) -> (B, g^3, E), one row per place of a mid volume."""
     return to_tokens(F.avg_pool3d(to_map(tokens, grid), [n // group for n in grid]))
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """2 - 2 cos over the last axis, in float32."""
+    """Return 2 - 2 cos over the last axis, in float32."""
     return 2.0 - 2.0 * F.cosine_similarity(a.float(), b.float(), dim=-1)
 
 
 def align_cosine(child: Tensor, keys: Tensor, labels: Tensor) -> Tensor:
-    """Each child (R, E) with its own place `labels` (R,) among its parent's features (R, n, E). Mean over children."""
+    """Mean cosine distance of children (R, E) to their places `labels` (R,) among their parents' features (R, n, E)."""
     own = keys[torch.arange(len(labels), device=labels.device), labels]  # (R, E)
     return cosine_distance(child, own).mean()
 
 
 def align_infonce(child: Tensor, keys: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Which place of its parent is a child (R, E) from? Cross-entropy over all places of that parent (R, n, E). Mean
-    over children.
-    """
+    """Cross-entropy of predicting the place `labels` (R,) of children (R, E) among the places (R, n, E) of parents."""
     child, keys = F.normalize(child.float(), dim=-1), F.normalize(keys.float(), dim=-1)
-    logits = (child.unsqueeze(1) * keys).sum(dim=-1) / temperature  # (R, n); a sum, as autocast would lower an einsum
+    # a sum, because autocast would compute an einsum in bf16
+    logits = (child.unsqueeze(1) * keys).sum(dim=-1) / temperature  # (R, n)
     return F.cross_entropy(logits, labels)
 
 
 def level_factors(mode: str, progress: float) -> dict[str, float]:
-    """Factors of the levels' reconstruction weights at `progress` in [0, 1] of training.
+    """Return factors of the levels' reconstruction weights at `progress` in [0, 1] of training.
 
-    `concurrent`: all 1. `coarse_to_fine`: up from 2 to 1, down from 0 to 1; `fine_to_coarse` the other way round
-    (quarter cosine and sine).
+    `concurrent`: all 1. `coarse_to_fine`: up falls from 2 to 1 and down rises from 0 to 1 along a quarter of a cosine
+    and sine; `fine_to_coarse`: the reverse.
     """
     falling, rising = math.cos(math.pi * progress / 2) + 1, math.sin(math.pi * progress / 2)
     factors = {"concurrent": (1.0, 1.0), "coarse_to_fine": (falling, rising), "fine_to_coarse": (rising, falling)}
     if mode not in factors:
-        raise ValueError(f"mode: found {mode!r}, allowed: {', '.join(factors)}")
+        raise ValueError(f"level_mode: found {mode!r}, expected one of {', '.join(factors)}")
     up, down = factors[mode]
     return {"up": up, "mid": 1.0, "down": down}
 
@@ -130,9 +169,7 @@ def level_factors(mode: str, progress: float) -> dict[str, float]:
 
 
 class MaskedDecoder(nn.Module):
-    """Light transformer over all tokens, removed ones as mask tokens. Gives decoded features as well as voxels; has no
-    CLS token.
-    """
+    """Light transformer over all tokens, with mask tokens for the removed ones and without a CLS token."""
 
     def __init__(self, embed_dim: int, grid: Grid, patch_voxels: int, width: int, depth: int, num_heads: int):
         super().__init__()
@@ -147,8 +184,11 @@ class MaskedDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, latent: Tensor, ids_restore: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents (M, K, C) of kept tokens and their way back to raster order (M, T) -> features (M, T, E), voxels (M,
-        T, P).
+        """Return decoded features (M, T, E) and voxels (M, T, P) of all tokens in raster order.
+
+        Args:
+            latent: (M, K, C), encoded visible tokens.
+            ids_restore: (M, T), sorts visible and removed tokens back into raster order.
         """
         x = self.decoder_embed(latent)
         removed = self.mask_token.expand(len(x), ids_restore.shape[1] - x.shape[1], -1).to(x.dtype)
@@ -159,30 +199,33 @@ class MaskedDecoder(nn.Module):
         return feature, self.decoder_pred(feature)
 
 
-class MiM(nn.Module):
-    """Mask in mask on `batch["image"]` (B, [1,] C, g*D, g*H, g*W) in [0, 1], all draws from `batch["key"]` (B,) int64.
+class MiM(Method):
+    """Mask in mask. It reads `batch["image"]` (B, [1,] C, g*D, g*H, g*W) in [0, 1] and `batch["key"]` (B,), its seeds.
 
-    `forward` gives `rec_up`, `rec_mid`, `rec_down`, and unless `align="none"` `align_up_mid`, `align_mid_down`.
+    `forward` returns `rec_up`, `rec_mid`, `rec_down`, and unless `align="none"` `align_up_mid` and `align_mid_down`.
 
-    The training loop calls it `num_parts` times, once for each piece that fits in memory on its own: up, mid, then the
-    down volumes in `down_parts` pieces. A part's values are shares: they add up to the whole. Parents enter the
-    alignment without gradient, so the parts' gradients add up to those of the whole too (and what one part leaves for
-    the next, `_carry`, holds no graph). Under DDP only the last part is synchronised; it ties in, with weight 0, the
-    heads that only earlier parts used.
+    The training loop calls it `num_parts` times, so that only one part of the graph is in memory: up, mid, then the
+    down volumes in `down_parts` parts. The values of the parts add up to those of the complete step. So do their
+    gradients, because parents enter the alignment without gradient (`_carry`, what one part passes on to the next,
+    holds no graph). DDP synchronises only the last part; the heads that only earlier parts used enter it with weight 0.
 
     Args:
-        encoder: the hybrid encoder, its `img_size` the size (D, H, W) of every level's input.
-        group: g, mid volumes per axis of the whole; must divide the token grid. With g = 1 there is one
-            unit, the volume itself: it cannot be masked in part, so the up level is masked token by token and the only
-            mid volume is the whole.
-        mask_ratio_up, mask_ratio_mid, mask_ratio_down: shares of removed units, tokens, tokens.
-        num_mid, num_down: S and Q. More than were removed are filled up with visible ones.
-        down_parts: pieces of the down level; None: one down volume for each mid volume at a time.
-        align: `cosine` (2 - 2 cos with the own place) or `infonce` (own place against the others of the parent);
-            children pass a trainable head, parents none, so a constant is no solution. `published`: what the authors'
-            code computes (it aligns the mid level with itself, and the down level with its parent's mean), for
-            comparison.
+        encoder: the hybrid encoder. Its `img_size` is the size (D, H, W) of every level's input.
+        group: g, mid volumes per axis of the volume; must divide the token grid. With g = 1 the only unit is the volume
+            itself. It cannot be masked in part, so the up level is masked by tokens, and the mid volume is the volume.
+        mask_ratio_up, mask_ratio_mid, mask_ratio_down: shares of removed units, tokens and tokens.
+        num_mid, num_down: S and Q. When fewer places were removed, visible ones are added.
+        down_parts: backward passes of the down level. None: `num_down`, one down volume per mid volume each.
+        align: `cosine` (2 - 2 cos with the child's place) or `infonce` (the child's place against the others of the
+            parent). Children pass through a trainable head and parents do not, so a constant is no solution.
+            `published`: as the authors' code computes it (the mid level aligned with itself, the down level with its
+            parent's mean), for comparison.
         temperature: of `infonce`.
+        norm_pix_loss: normalise the target of each patch.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: sizes of the decoder.
+
+    Raises:
+        ValueError: the sizes do not fit each other; the message names the argument.
     """
 
     def __init__(
@@ -216,7 +259,7 @@ class MiM(nn.Module):
         if not 1 <= self.down_parts <= num_mid * num_down:
             raise ValueError(f"down_parts {down_parts} must be in 1..{num_mid * num_down} (down volumes per volume)")
         if align not in HEADS:
-            raise ValueError(f"align: found {align!r}, allowed: {', '.join(HEADS)}")
+            raise ValueError(f"align: found {align!r}, expected one of {', '.join(HEADS)}")
         places = {"up": units if group > 1 else tokens, "mid": tokens, "down": tokens}
         ratios = {"up": mask_ratio_up, "mid": mask_ratio_mid, "down": mask_ratio_down}
         self.keep = {level: num_keep(places[level], ratios[level]) for level in LEVELS}
@@ -239,14 +282,13 @@ class MiM(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         self._carry: dict[str, Tensor] = {}
-        self._seen: list[Reconstructed] | None = None
+        # filled by `reconstructions`
+        self._seen: list[Reconstruction] | None = None
 
     # ------------------------------------------------------------ forward
 
-    def forward(self, batch: dict[str, Tensor], step: int = 0, part: int | None = None) -> dict[str, Tensor]:
-        """The losses of one part, or of all levels at once (part None: one graph, the form the parts are tested
-        against).
-        """
+    def forward(self, batch: Batch, step: int = 0, part: int | None = None) -> dict[str, Tensor]:
+        """Return the losses of one part, or with None of all levels in one graph (the reference in tests)."""
         parts = range(self.num_parts) if part is None else [part]
         values: dict[str, Tensor] = {}
         for index in parts:
@@ -255,10 +297,11 @@ class MiM(nn.Module):
                 values[name] = values[name] + value if name in values else value
         return values
 
-    def _up(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _up(self, batch: Batch) -> dict[str, Tensor]:
         image, keys = self._image(batch), batch["key"]
         units, tokens = self.group**3, math.prod(self.encoder.grid_size)
-        x = F.avg_pool3d(image, self.group)  # (B, C, D, H, W); for g = 2 the authors' trilinear resize, exactly
+        # for g = 2 exactly the authors' trilinear resize
+        x = F.avg_pool3d(image, self.group)  # (B, C, D, H, W)
         if self.group > 1:
             masking, unit_mask = unit_masking(uniform(derive(keys, 0), units), self.keep["up"], self.encoder.grid_size)
         else:
@@ -269,10 +312,11 @@ class MiM(nn.Module):
         self._carry = {"labels": labels, "parent": pool_units(feature.detach(), self.encoder.grid_size, self.group)}
         return {"rec_up": loss}
 
-    def _mid(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _mid(self, batch: Batch) -> dict[str, Tensor]:
         keys, count, tokens = batch["key"], self.num_mid, math.prod(self.encoder.grid_size)
         labels, parent = self._carry["labels"], self._carry["parent"]
-        x = cut_blocks(self._image(batch), self.encoder.img_size, labels)  # (B*S, C, D, H, W), intact: masks start anew
+        # from the unmasked volume: every level draws its own mask
+        x = cut_blocks(self._image(batch), self.encoder.img_size, labels)  # (B*S, C, D, H, W)
         masking = Masking(*random_masking(self._noise(keys, 2, count, tokens), self.keep["mid"]))
         loss, feature = self._reconstruct(x, masking)
         chosen = choose_removed(self._noise(keys, 3, count, tokens), masking.mask, self.num_down)  # (B*S, Q)
@@ -280,7 +324,8 @@ class MiM(nn.Module):
         values = {"rec_mid": loss}
         if self.align != "none":
             child = feature.mean(dim=1)  # (B*S, E)
-            if self.align == "published":  # row // S is a row of the mid level where a row of the up level was meant
+            if self.align == "published":
+                # row // S indexes the mid level, where a row of the up level was meant
                 rows = torch.arange(len(child), device=child.device) // count
                 values["align_up_mid"] = cosine_distance(child[rows], self.aggregate_mid(child)).mean()
             else:
@@ -288,7 +333,7 @@ class MiM(nn.Module):
                 values["align_up_mid"] = self._align(self.aggregate_mid(child), parent, labels.flatten())
         return values
 
-    def _down(self, batch: dict[str, Tensor], piece: int) -> dict[str, Tensor]:
+    def _down(self, batch: Batch, piece: int) -> dict[str, Tensor]:
         volumes, labels, parent = self._carry["volumes"], self._carry["labels"], self._carry["parent"]
         grid, count = self.encoder.grid_size, self.num_down
         rows = torch.arange(labels.numel(), device=labels.device).tensor_split(self.down_parts)[piece]  # of B*S*Q
@@ -300,7 +345,8 @@ class MiM(nn.Module):
         values = {"rec_down": loss * share}
         if self.align != "none":
             child = self.aggregate_down(feature.mean(dim=1))  # (R, E)
-            if self.align == "published":  # the parent's mean where its patch was meant
+            if self.align == "published":
+                # the parent's mean, where its patch was meant
                 target = self.aggregate_pred_mid_feature(parent.mean(dim=1))[own]
                 loss = cosine_distance(target, child).mean()
             else:
@@ -308,18 +354,18 @@ class MiM(nn.Module):
             values["align_mid_down"] = loss * share
         if piece == self.down_parts - 1:
             self._carry = {}
-            values["rec_down"] = values["rec_down"] + 0.0 * sum(p.sum() for p in self._idle_in_down())
+            values["rec_down"] = values["rec_down"] + 0.0 * sum(p.sum() for p in self._heads_not_in_down())
         return values
 
-    def _idle_in_down(self) -> list[nn.Parameter]:
+    def _heads_not_in_down(self) -> list[nn.Parameter]:
         heads = set(HEADS[self.align]) - {"aggregate_down", "aggregate_pred_mid_feature"}
         return [p for name in sorted(heads) for p in self.get_submodule(name).parameters()]
 
     def _reconstruct(self, x: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
-        """The loss of removed tokens of x (M, C, D, H, W), and the decoded features (M, T, E)."""
+        """Return the loss of the removed tokens of x (M, C, D, H, W), and the decoded features (M, T, E)."""
         feature, prediction = self.decoder(self.encoder(x, ids_keep=masking.ids_keep), masking.ids_restore)
         if self._seen is not None:
-            self._seen.append(Reconstructed(x, masking.mask, prediction))
+            self._seen.append(Reconstruction(x, masking.mask, prediction))
         target = patchify(x, self.encoder.patch_size)
         return masked_mse(prediction, norm_pix(target) if self.norm_pix_loss else target, masking.mask), feature
 
@@ -330,21 +376,22 @@ class MiM(nn.Module):
 
     @staticmethod
     def _noise(keys: Tensor, stream: int, volumes: int, tokens: int) -> Tensor:
-        """(B*volumes, tokens): every volume of a sample has its own, whichever process or part it is in."""
+        """Return noise (B*volumes, tokens), a function of the sample and the volume, not of process or part."""
         return uniform(derive(keys, stream), volumes * tokens).view(-1, tokens)
 
-    def _image(self, batch: dict[str, Tensor]) -> Tensor:
+    def _image(self, batch: Batch) -> Tensor:
         image, size = batch["image"], tuple(self.group * n for n in self.encoder.img_size)
-        if image.ndim == 6 and image.shape[1] == 1:  # one view of each volume
+        # one view of each volume
+        if image.ndim == 6 and image.shape[1] == 1:
             image = image.squeeze(1)
         if image.ndim != 5 or tuple(image.shape[2:]) != size:
             wanted = f"(B, {self.encoder.in_chans}, {', '.join(map(str, size))})"
-            raise ValueError(f"found images {tuple(image.shape)}, needs {wanted}")
+            raise ValueError(f"batch['image']: found shape {tuple(image.shape)}, expected {wanted}")
         return image
 
     @torch.no_grad()
-    def reconstructions(self, batch: dict[str, Tensor]) -> dict[str, Reconstructed]:
-        """What each level was given and what it predicts, for pictures; of the down level its first piece."""
+    def reconstructions(self, batch: Batch) -> dict[str, Reconstruction]:
+        """Return input and prediction of each level; of the down level only the first part."""
         self._seen = []
         try:
             for part in range(self.num_parts):
@@ -356,18 +403,20 @@ class MiM(nn.Module):
     # ------------------------------------------------------------ checkpoint
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """`model` under the authors' names: encoder and decoder side by side, without a prefix."""
+        """Return `model` under the authors' names, which have no prefixes for encoder and decoder."""
         return {"model": {_flat(name): value for name, value in self.state_dict().items()}}
 
     def load_checkpoint_state(self, content: dict[str, Any]) -> None:
         self.load_state_dict(self._nested(content["model"]))
 
     def load_pretrained_checkpoint(self, path) -> tuple[list[str], list[str]]:
-        """Start from a checkpoint of ours or of the authors; returns (missing_keys, unexpected_keys), the flat names of
-        the file.
+        """Load encoder, decoder and those alignment heads that the file has, of this repository or the authors.
 
-        Encoder and decoder must be there and fit (ValueError otherwise, with the model unchanged); alignment heads are
-        taken where both sides have them.
+        Returns:
+            (missing_keys, unexpected_keys), under the names of the file.
+
+        Raises:
+            ValueError: a tensor of the encoder or decoder is missing or does not fit. The model is unchanged.
         """
         state, _ = read_checkpoint(path)
         required = [name for name in self.state_dict() if not name.startswith("aggregate_")]
@@ -395,12 +444,10 @@ def _mim(encoder: Callable[..., ConvViT3D], defaults: dict, overrides: dict) -> 
 
 
 def mim_convvit3d_tiny_patch16(**kwargs) -> MiM:
-    """The tiny encoder; its decoder, a quarter of base's width, is our choice. Takes what `ConvViT3D` and `MiM`
-    take.
-    """
+    """MiM with the tiny encoder. Its decoder, a quarter of base's width, is our choice. Arguments as for base."""
     return _mim(convvit3d_tiny_patch16, dict(decoder_embed_dim=144, decoder_depth=8, decoder_num_heads=4), kwargs)
 
 
 def mim_convvit3d_base_patch16(**kwargs) -> MiM:
-    """The authors' sizes. Takes every keyword argument of `ConvViT3D` and of `MiM`."""
+    """MiM in the authors' sizes. Takes every keyword argument of `ConvViT3D` and of `MiM`."""
     return _mim(convvit3d_base_patch16, dict(decoder_embed_dim=576, decoder_depth=8, decoder_num_heads=16), kwargs)

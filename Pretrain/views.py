@@ -1,8 +1,8 @@
-"""Global and local views of a volume: where a box lies, and how it is cut. Axes (D, H, W), voxels of the cached volume.
+"""Global and local views of a volume: drawing boxes and cropping them. Axes (D, H, W), in voxels of the cached volume.
 
-`resize`: a box that covers a share of each axis, resized to the view's size, so that a global view shows half to all of
-a scan whatever its spacing. `fixed`: the view's size in voxels, at the cached spacing, as the authors' loaders crop.
-Scale ranges and `resize` as the default are our choice (spec section 2): the paper prints neither.
+With `resize` a box covers a share of each axis and is resized to the view's size, so that a global view shows half to
+all of a scan whatever its spacing. With `fixed` it has the view's size in voxels, at the cached spacing, as in the
+authors' loaders. The scale ranges, and `resize` as the default, are our choice: the paper prints neither.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from common.config import setting
+
 
 class Volume(Protocol):
-    """What is needed of a cached volume: `common.cache.volume.CachedVolume` is one."""
+    """The part of `common.cache.volume.CachedVolume` that views need."""
 
     levels: Sequence[tuple[int, int, int]]
 
@@ -25,16 +27,38 @@ class Volume(Protocol):
 
 @dataclass(frozen=True)
 class Box:
-    """A box in a volume (voxels; may stick out of a smaller one) and the axes along which its content is mirrored."""
+    """A box in voxels, which may be larger than the volume, and the axes along which its content is flipped."""
 
     start: tuple[int, int, int]
     size: tuple[int, int, int]
     flips: tuple[bool, bool, bool]
 
 
+@dataclass(kw_only=True)
+class ViewSettings:
+    """Settings of the views that a method trains on."""
+
+    local_views: int = setting(8, "q: local views per volume", least=0)
+    local_size: tuple[int, int, int] = setting(
+        (96, 96, 96),
+        "voxels of a local view (D H W); MiM: of every encoder input, a group-th of its volume",
+        least=1,
+    )
+    local_scale: tuple[float, float] = setting(
+        (0.2, 0.5), "share of each axis that a local view covers (resize)", above=0, most=1
+    )
+    global_scale: tuple[float, float] = setting(
+        (0.5, 1.0), "share of each axis that a global view, or MiM's volume, covers (resize)", above=0, most=1
+    )
+    crop_mode: Literal["resize", "fixed"] = setting(
+        "resize", "resize: a share of the scan, resized; fixed: the view's size in voxels"
+    )
+    flip_prob: float = setting(0.2, "probability of a flip, per axis", least=0, most=1)
+
+
 @dataclass(frozen=True)
 class ViewSpec:
-    """One kind of view: how many, how large (voxels), the share of an axis they cover, the odds of a flip per axis."""
+    """One kind of view: number, size (voxels), range of the share of an axis, and probability of a flip per axis."""
 
     count: int
     size: tuple[int, int, int]
@@ -44,7 +68,10 @@ class ViewSpec:
 
 
 def draw_box(shape: Sequence[int], spec: ViewSpec, rng: torch.Generator) -> Box:
-    """A box for one view. `resize`: a share of all axes uniform in `scale`, each within 10 % of it; any place."""
+    """Draw the box of one view at a uniform position.
+
+    With `resize` its share of the axes is uniform in `scale`, and that of each axis within 10 % of it.
+    """
     noise = torch.rand(10, generator=rng).tolist()
     if spec.crop_mode == "fixed":
         size = tuple(spec.size)
@@ -57,15 +84,15 @@ def draw_box(shape: Sequence[int], spec: ViewSpec, rng: torch.Generator) -> Box:
 
 
 def _place(length: int, extent: int, noise: float) -> int:
-    """Uniform among all places inside; centred (padding on both sides) when the extent is larger than the axis."""
+    """Return a uniform start inside the axis, or a centred one (padding on both sides) when the extent is larger."""
     slack = length - extent
     return int(noise * (slack + 1)) if slack >= 0 else slack // 2
 
 
-def cut(volume: Volume, box: Box, out_size: Sequence[int]) -> Tensor:
-    """The box as a view (C, *out_size), trilinearly resized where its size differs, mirrored along `box.flips`.
+def crop(volume: Volume, box: Box, out_size: Sequence[int]) -> Tensor:
+    """Read a box as a view (C, *out_size), trilinearly resized if its size differs, and flipped along `box.flips`.
 
-    Read from the coarsest level that is still at least as fine as the view along every axis that it reduces.
+    It is read from the coarsest level that is at least as fine as the view along every axis that the level reduces.
     """
     full = volume.levels[0]
     level = 0
@@ -79,7 +106,7 @@ def cut(volume: Volume, box: Box, out_size: Sequence[int]) -> Tensor:
 
 
 def _at_level(box: Box, full: Sequence[int], shape: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The box in the voxels of a reduced level."""
+    """Convert the box to the voxels of a reduced level."""
     start = [round(a * s / f) for a, s, f in zip(box.start, shape, full)]
     size = [max(1, round(e * s / f)) for e, s, f in zip(box.size, shape, full)]
     return start, size

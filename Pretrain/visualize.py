@@ -7,14 +7,14 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from common.training.method import Reconstruction
 from Finetune.models_3dvit import grid_of
 from Pretrain.losses import patchify, unpatchify
-from Pretrain.models_mae import Reconstructed
 
 PANELS = ("view", "visible", "reconstruction")
 
 
-def panels(made: Reconstructed, patch_size: Sequence[int], norm_pix_loss: bool) -> tuple[Tensor, Tensor, Tensor]:
+def panels(made: Reconstruction, patch_size: Sequence[int], norm_pix_loss: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The view, then with its removed patches black, then with them predicted; each (M, C, D, H, W).
 
     With `norm_pix_loss` a prediction has no absolute scale: it is shown with the mean and spread of the true patch.
@@ -32,12 +32,12 @@ def panels(made: Reconstructed, patch_size: Sequence[int], norm_pix_loss: bool) 
 
 
 def picture(
-    rows: dict[str, Reconstructed], patch_size: Sequence[int], norm_pix_loss: bool, zoom: int = 3
+    rows: dict[str, Reconstruction], patch_size: Sequence[int], norm_pix_loss: bool, zoom: int = 3
 ) -> np.ndarray:
     """A row of three panels per kind of view: axial middle slices, first view and channel, as (H, W, 3) uint8."""
     strips = []
     for name, made in rows.items():
-        volumes = panels(Reconstructed(*(t[:1] for t in made)), patch_size, norm_pix_loss)
+        volumes = panels(Reconstruction(*(t[:1] for t in made)), patch_size, norm_pix_loss)
         slices = [axial(volume[0, 0].cpu().numpy()) for volume in volumes]
         low, high = np.percentile(slices[0], (1, 99))  # the view's own contrast, for all three
         slices = [((s - low) / max(high - low, 1e-6)).clip(0, 1) for s in slices]

@@ -54,7 +54,7 @@ from common.data.datalist import Case, stem
 from common.data.preprocessing import Preprocessing
 from common.data.sampler import generator
 from common.runlog import print_main
-from Pretrain.views import Box, ViewSpec, cut, draw_box
+from Pretrain.views import Box, ViewSpec, crop, draw_box
 from scripts.synthetic_ct import affine_of, phantom, write_nifti
 
 GLMAE = (
@@ -152,7 +152,7 @@ def read_peer(image: Tensor, boxes: Sequence[tuple[Box, tuple[int, ...]]]) -> li
 def same(entries: Sequence, peer: PersistentDataset, boxes: Sequence, number: int) -> None:
     """Both sides give the same views, as far as reduced levels and rounding allow."""
     theirs = read_peer(peer[number]["image"], boxes)
-    for mine, other, (_, size) in zip((cut(entries[number], *box) for box in boxes), theirs, boxes):
+    for mine, other, (_, size) in zip((crop(entries[number], *box) for box in boxes), theirs, boxes):
         assert tuple(mine.shape[1:]) == tuple(size)
         correlation = torch.corrcoef(torch.stack([mine.flatten(), torch.as_tensor(other).flatten()]))[0, 1]
         assert correlation > 0.95, f"views differ: correlation {correlation:.3f}"
@@ -171,7 +171,7 @@ def seconds(entries: Sequence, peer: PersistentDataset, boxes: dict) -> tuple[fl
         del image
         again = time.perf_counter()
         for box in wanted:
-            cut(entries[index], *box)
+            crop(entries[index], *box)
         for kind, value in zip(times, (done - start, time.perf_counter() - again, done - loaded)):
             kind.append(value)
     return tuple(statistics.median(kind) for kind in times)

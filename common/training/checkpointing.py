@@ -1,13 +1,12 @@
-"""When and how a run writes its checkpoints, and which one it takes up again.
+"""When a run writes its checkpoints, how, and from which one it resumes.
 
-The rule: `checkpoint-last.pth` after every epoch, every `save_minutes` within one, and when asked to stop; the one
-before it stays as `checkpoint-previous.pth`; `checkpoint-{epoch}.pth` every `save_every` epochs and after the last, for
-good. A file that is torn or altered is refused with a message, and the one before it is taken.
+`checkpoint-last.pth` is written after every epoch, every `save_minutes` within one, and before a requested stop. The
+one before it is kept as `checkpoint-previous.pth`, and `checkpoint-{epoch}.pth` every `save_every` epochs and after the
+last. A file that is truncated or damaged is reported, and the one before it is used.
 
-Training stops for the copy to host memory only; a thread writes the copy. Not torch.distributed.checkpoint's
-async_save, which does the same to a folder of shards with pickled metadata: the contract with every reader (the
-authors' loaders among them) is one file of whole tensors that `torch.load(weights_only=True)` reads, also where the
-processes share them out.
+Training stops only for the copy to host memory; a thread writes the file. torch.distributed.checkpoint's async_save
+does the same with a folder of shards and pickled metadata, but every reader (the authors' loaders among them) expects
+one file of full tensors that `torch.load(weights_only=True)` reads.
 """
 
 import itertools
@@ -15,6 +14,7 @@ import os
 import re
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,34 @@ import torch
 import torch.distributed as dist
 
 from common import checkpoint, distributed
-from common.config import load_yaml
+from common.config import load_yaml, setting
 from common.distributed import Run
 from common.errors import InputError
 from common.files import naming_errors, replacing
 from common.runlog import print_main
 from common.signals import saved_when_stopped
 from common.training.fsdp import full_tensor
-from common.training.settings import LoopSettings
 
 SETTINGS = "settings.yaml"
-# of a run, beside its settings; what other programs made of it stays
+# what `--resume none` moves away; files that other programs wrote stay
 RESULTS = ("checkpoint-*.pth", "log.jsonl", "anomalies.jsonl", "anomalies", "events.*", "reconstruction-*.png")
 
 
-class Saver:
-    """Writes `checkpoint-last.pth` of a run in a thread of rank 0. At most one file is being written at any time."""
+@dataclass(kw_only=True)
+class CheckpointSettings:
+    """Settings of writing checkpoints and resuming from them."""
+
+    save_every: int = setting(50, "epochs between the checkpoints that are kept", least=1)
+    save_minutes: float | None = setting(
+        15.0, "minutes between two writes of checkpoint-last.pth within an epoch; none: only at its end", least=0
+    )
+    resume: str = setting(
+        "auto", "auto: resume from the newest checkpoint of out_dir if there is one; none: start again; or a file"
+    )
+
+
+class CheckpointWriter:
+    """Writes `checkpoint-last.pth` in a thread of rank 0. At most one file is being written at any time."""
 
     def __init__(self, out_dir: Path, minutes: float | None):
         self.last, self.minutes = out_dir / checkpoint.LAST, minutes
@@ -46,16 +58,20 @@ class Saver:
         self._saved_at = time.monotonic()
 
     def due(self) -> bool:
-        """Is it time to save, within an epoch? An error of the last writing is raised here too, not an epoch later."""
+        """Return whether it is time to save within an epoch. Raises the error of a write that has failed since."""
         if self._thread and not self._thread.is_alive():
             self.wait()
         return self.minutes is not None and time.monotonic() - self._saved_at > self.minutes * 60
 
     def save(self, content: dict[str, Any], keep: str | None = None, write: bool = True) -> None:
-        """Copy `content` to host memory and have it written as the last checkpoint, and as `keep` (a file name) too.
+        """Copy `content` to host memory, and start to write it as the last checkpoint.
 
-        Without `write` a process only gives its shares of the tensors to the one that writes. Raises InputError for a
-        writing before this one that has failed; the file of before that one is still whole.
+        Args:
+            keep: a second file name for the same checkpoint.
+            write: False on the processes that only contribute their shards of the tensors.
+
+        Raises:
+            InputError: the write before this one has failed. The file before that one is intact.
         """
         self.wait()
         content = host_copy(content, keep=write)
@@ -66,7 +82,7 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written any more. Raises what went wrong."""
+        """Wait until nothing is being written, and raise the error of a write that has failed."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -77,17 +93,17 @@ class Saver:
     def _write(self, content: dict[str, Any], keep: str | None) -> None:
         try:
             if self.last.exists():
-                second_name(self.last, self.last.with_name(checkpoint.PREVIOUS))
+                add_name(self.last, self.last.with_name(checkpoint.PREVIOUS))
             checkpoint.save(self.last, content)
             if keep:
-                second_name(self.last, self.last.with_name(keep))
-        except BaseException as error:  # of a thread: raised in the training thread, by `wait`
+                add_name(self.last, self.last.with_name(keep))
+        except BaseException as error:
+            # raised in the training thread by `wait`
             self._error = error
 
 
-def second_name(path: Path, name: Path) -> None:
-    """Let `name` mean the file at `path` too, whole or not at all; it stays when `path` is replaced. Costs no disk
-    space."""
+def add_name(path: Path, name: Path) -> None:
+    """Give a file a second name, at no cost of disk space. The name stays when `path` is replaced."""
     with replacing(name) as temporary:
         try:
             os.link(path, temporary)
@@ -97,10 +113,10 @@ def second_name(path: Path, name: Path) -> None:
 
 
 def host_copy(value: Any, keep: bool = True) -> Any:
-    """The same nesting with every tensor whole and in host memory, and nothing of it shared with the original.
+    """Return the same nesting with a copy of every tensor, full and in host memory.
 
-    Where tensors are shared out over the processes all must call it, in turn for each tensor, so that no device ever
-    holds all of them; those that do not `keep` get None for each.
+    With sharded tensors all processes must call it: they are gathered one at a time, so that no device ever holds all
+    of them. Processes without `keep` get None for each.
     """
     if isinstance(value, torch.Tensor):
         tensor = full_tensor(value.detach())
@@ -112,88 +128,85 @@ def host_copy(value: Any, keep: bool = True) -> Any:
     return value
 
 
-def candidates(out_dir: Path) -> list[Path]:
-    """The checkpoints a run can go on from, the newest first."""
-    numbered = [
-        (int(m[1]), p)
-        for p in out_dir.glob("checkpoint-*.pth")
-        if (m := re.fullmatch(r"checkpoint-(\d+)\.pth", p.name))
-    ]
-    found = [
-        out_dir / checkpoint.LAST,
-        out_dir / checkpoint.PREVIOUS,
-        *(path for _, path in sorted(numbered, reverse=True)),
-    ]
+def existing_checkpoints(out_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run, the newest first."""
+    numbered = {p: m for p in out_dir.glob("checkpoint-*.pth") if (m := re.fullmatch(r"checkpoint-(\d+)\.pth", p.name))}
+    kept = sorted(numbered, key=lambda path: int(numbered[path][1]), reverse=True)
+    found = [out_dir / checkpoint.LAST, out_dir / checkpoint.PREVIOUS, *kept]
     return [path for path in found if path.exists()]
 
 
-def to_resume(settings: LoopSettings) -> list[Path]:
-    """The checkpoints to go on from, the first whole one of them; for `--resume none` what is there is set aside.
+def checkpoints_to_resume(out_dir: Path, resume: str) -> list[Path]:
+    """Return the checkpoints to resume from; the first intact one counts. `none` moves an earlier run away.
 
-    The same command again goes on, whatever it says: a run that was asked to stop always, and one that was started from
-    a file once it has saved.
+    The same command again continues the run in every case where that is meant: always after a requested stop, and after
+    a start from a file once the run has saved.
     """
-    own, resume = candidates(settings.out_dir), settings.resume
-    if resume == "auto" or saved_when_stopped(settings.out_dir):
+    own = existing_checkpoints(out_dir)
+    if resume == "auto" or saved_when_stopped(out_dir):
         return own
     if resume == "none":
-        set_aside(settings.out_dir)
+        move_earlier_run(out_dir)
         return []
-    again = own and started_with(settings.out_dir).get("resume") == resume
+    again = own and former_settings(out_dir).get("resume") == resume
     return own if again else [Path(resume)]
 
 
-def started_with(out_dir: Path) -> dict[str, Any]:
-    """The settings of the run in a folder; empty where there is none."""
+def former_settings(out_dir: Path) -> dict[str, Any]:
+    """Return the settings of the run in a folder; {} where there is none."""
     path = out_dir / SETTINGS
     return load_yaml(path) if path.exists() else {}
 
 
-def set_aside(out_dir: Path) -> None:
-    """Move what a run has left in its folder into `earlier-1`, `earlier-2`, ...: another one starts there."""
-    kept = [path for pattern in RESULTS for path in sorted(out_dir.glob(pattern))]
-    if not any(path.suffix == ".pth" for path in kept):
+def move_earlier_run(out_dir: Path) -> None:
+    """Move the results of a run into `earlier-1`, `earlier-2`, ... so that another one can start in its folder."""
+    results = [path for pattern in RESULTS for path in sorted(out_dir.glob(pattern))]
+    if not any(path.suffix == ".pth" for path in results):
         return
     number = next(n for n in itertools.count(1) if not (out_dir / f"earlier-{n}").exists())
     folder = out_dir / f"earlier-{number}"
     with naming_errors(folder):
         folder.mkdir()
-        for path in kept:
+        for path in results:
             path.rename(folder / path.name)
-    print_main(f"what was in {out_dir} is now in {folder}")
+    print_main(f"moved the earlier run in {out_dir} to {folder}")
 
 
-def read_first(paths: list[Path], run: Run) -> tuple[Path, dict[str, Any]] | None:
-    """The first of rank 0's `paths` that is whole, and its content; None where there are none. InputError if none is.
+def load_first_intact(paths: list[Path], run: Run) -> tuple[Path, dict[str, Any]] | None:
+    """Return the first intact checkpoint of rank 0's `paths` and its content; None without paths.
 
-    A `checkpoint-last.pth` that is refused is renamed to `checkpoint-last.damaged`, or the next writing would keep it
-    as the previous one, in the place of the one that was taken.
+    A damaged `checkpoint-last.pth` is renamed to `checkpoint-last.damaged`. Otherwise the next write would keep it as
+    the previous checkpoint, in place of the one that was used.
+
+    Raises:
+        InputError: none of them is intact.
     """
-    verdict = [None, ""]  # rank 0's: the path, or why there is none
+    # rank 0's result: the path, or why there is none
+    found = [None, ""]
     if run.rank == 0 and paths:
-        path, refused = first_whole(paths)
-        verdict = [str(path) if path else None, refused]
+        path, reasons = find_intact(paths)
+        found = [str(path) if path else None, reasons]
     if distributed.active():
-        dist.broadcast_object_list(verdict, src=0)
-    path, refused = verdict
-    if refused:
-        raise InputError(f"no readable checkpoint ({refused}); --resume none starts anew")
+        dist.broadcast_object_list(found, src=0)
+    path, reasons = found
+    if reasons:
+        raise InputError(f"no readable checkpoint ({reasons}); --resume none starts again")
     return None if path is None else (Path(path), checkpoint.load(path, check=False))
 
 
-def first_whole(paths: list[Path]) -> tuple[Path | None, str]:
-    """The first path that holds a whole checkpoint; or None, and what is wrong with each."""
-    refused = {}
+def find_intact(paths: list[Path]) -> tuple[Path | None, str]:
+    """Return the first path that holds an intact checkpoint, or None and what is wrong with each."""
+    damaged = {}
     for path in paths:
         try:
             checkpoint.verify(path)
             checkpoint.load(path, check=False)
         except InputError as error:
-            refused[path] = str(error)
+            damaged[path] = str(error)
         else:
-            for before, reason in refused.items():
-                print_main(f"warning: {reason}; taking {path} instead")
+            for before, reason in damaged.items():
+                print_main(f"warning: {reason}; using {path} instead")
                 if before.name == checkpoint.LAST:
                     os.replace(before, before.with_suffix(".damaged"))
             return path, ""
-    return None, "; ".join(refused.values())
+    return None, "; ".join(damaged.values())

@@ -1,7 +1,7 @@
-"""FSDP2: each process holds its share of the weights, of their gradients and of AdamW's state.
+"""FSDP2: each process holds a shard of the weights, of their gradients and of AdamW's state.
 
-The rest of the code does not know. Methods see whole weights in `forward` and whole tensors in what they load; a
-checkpoint holds whole tensors, the same as without sharding, so a run may go on with it or without it, on another
+The rest of the code is not aware of it. Methods see full weights in `forward`, and full tensors in what they load. A
+checkpoint holds full tensors, the same as without sharding, so a run can be resumed with or without it, on another
 number of processes, and every reader of checkpoints reads it.
 """
 
@@ -18,61 +18,62 @@ from common.distributed import Run
 
 
 def shard(method: nn.Module, blocks: list[nn.Module], run: Run) -> None:
-    """Cut the weights in place: each of `blocks` is gathered when it runs, what is outside of them with the method.
+    """Shard the weights in place: each block is gathered when it runs, everything else with the method.
 
-    In full precision, forward and reduction too: autocast decides about the arithmetic, as it does under DDP.
+    In full precision, also in the reduction: autocast decides about the arithmetic, as it does under DDP.
     """
     mesh = init_device_mesh(run.device.type, (run.world_size,))
     for module in [*blocks, method]:
         fully_shard(module, mesh=mesh)
     for module in method.modules():
-        module.register_load_state_dict_pre_hook(_cut_weights)
+        module.register_load_state_dict_pre_hook(_shard_weights)
 
 
 def shard_loaded_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let `optimizer.load_state_dict` take the whole tensors of a checkpoint."""
-    optimizer.register_load_state_dict_pre_hook(_cut_moments)
+    """Let `optimizer.load_state_dict` accept the full tensors of a checkpoint."""
+    optimizer.register_load_state_dict_pre_hook(_shard_moments)
 
 
 def meta_copy(method: nn.Module) -> nn.Module:
-    """A copy of a method that is not sharded yet, without memory for its weights."""
-    weightless = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in method.parameters()}
-    return copy.deepcopy(method, weightless)
+    """Return a copy of a method that is not sharded yet, with its parameters on the meta device (no memory)."""
+    parameters = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in method.parameters()}
+    return copy.deepcopy(method, parameters)
 
 
-def full_copy(method: nn.Module, meta_copy: nn.Module) -> nn.Module:
-    """The sharded method as a plain module, on every process: for what the processes do each for itself.
+def full_copy(method: nn.Module, unsharded: nn.Module) -> nn.Module:
+    """Return a sharded method as a plain module with full weights, on every process. All processes must call it.
 
-    FSDP2 wants all processes to run the same passes; validation gives each its own cases. All must call this.
+    For what each process does on its own, such as validation: FSDP2 requires all processes to run the same passes.
+    `unsharded` is what `meta_copy` returned before sharding.
     """
-    twin = copy.deepcopy(meta_copy)
+    twin = copy.deepcopy(unsharded)
     twin.load_state_dict({name: full_tensor(tensor) for name, tensor in method.state_dict().items()}, assign=True)
     return twin
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor itself, or the whole one of which each process holds a share: then all processes must call it."""
+    """Return the full tensor of a sharded one (then all processes must call it), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _share(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's share of a whole tensor, cut as `like` is. A copy: a view would keep the whole in memory."""
+def _shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this process's shard of a full tensor. A copy, since a view would keep the full tensor in memory."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
-def _cut_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _shard_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     for name, parameter in module.named_parameters(recurse=False):
         if prefix + name in state_dict:
-            state_dict[prefix + name] = _share(state_dict[prefix + name], parameter)
+            state_dict[prefix + name] = _shard_like(state_dict[prefix + name], parameter)
 
 
-def _cut_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _shard_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     state = dict(state_dict["state"])
     for number, parameter in zip(numbers, parameters):
         if number in state:
-            state[number] = {name: _share(value, parameter) for name, value in state[number].items()}
+            state[number] = {name: _shard_like(value, parameter) for name, value in state[number].items()}
     return state_dict | {"state": state}

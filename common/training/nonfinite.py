@@ -1,11 +1,13 @@
-"""Updates that must not be made: found on the device, told at log time with the files they came from, and what then.
+"""Updates that are not finite: detected and skipped on the device, reported with their files at the next log time.
 
-A bad update never reaches the weights, whatever the policy: the optimiser skips it on the device (`found_inf`). The
-host learns of it when it reads the running means, once per log interval, so a step costs no synchronisation.
+A bad update never reaches the weights, whatever the policy: the optimiser skips it on the device (`found_inf`), and the
+statistics of batch norm are restored. The host learns of it when it reads the running means, once per log interval, so
+an update needs no synchronisation.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,144 +15,177 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, default_collate
 
 from common import checkpoint, distributed
+from common.config import setting
 from common.data.sampler import StreamSampler, index_at
-from common.distributed import all_reduce_mean
 from common.errors import InputError
-from common.files import naming_errors
 from common.runlog import RunLog, print_main
-from common.training.settings import LoopSettings
 
-SETTLE = 100  # good updates before spikes are looked for; also the horizon of the running means
-MAX_DUMPS = 3  # batches written per start of the program: a broken scan comes again in every epoch
+# good updates before spikes are detected, and horizon of the running means
+SPIKE_WARMUP = 100
+# batches written per start of the program; a broken scan comes again in every epoch
+MAX_DUMPS = 3
+
+
+@dataclass(kw_only=True)
+class NonFiniteSettings:
+    """Settings for updates whose loss or gradient is not finite."""
+
+    on_nan: Literal["skip", "rollback", "stop"] = setting(
+        "skip",
+        "a bad update (not finite, or a spike) is never made; then: continue; go back to the last good checkpoint "
+        "after nan_row of them; stop",
+    )
+    nan_row: int = setting(
+        10, "rollback: consecutive bad updates after which the run goes back, and continues with other data", least=1
+    )
+    spike_factor: float | None = setting(
+        None, "an update is also bad when loss or gradient norm exceed this multiple of their mean; none: off", above=1
+    )
 
 
 class RollbackRequested(Exception):
-    """`nan_row` bad updates in a row under `--on_nan rollback`."""
+    """There were `nan_row` consecutive bad updates under `--on_nan rollback`."""
 
 
 class NonFiniteGuard:
-    """Judges every update on the device: is loss or gradient norm not finite, or `spike_factor` times its running mean?
+    """Checks every update on the device: are loss and gradient norm finite, and below `spike_factor` times their mean?
 
-    A spike enters the running mean cut to that threshold, so a loss that stays higher is the new normal after a few
-    updates. With a scaler (fp16) a gradient that overflows is its daily business: the update is skipped, but is not an
-    anomaly while the loss is finite.
+    A spike enters the running mean clipped to that threshold, so a loss that stays higher becomes the new normal after
+    a few updates. With a gradient scaler (fp16) gradients overflow regularly: such an update is skipped, but is not
+    reported as long as its loss is finite.
     """
 
-    def __init__(self, settings: LoopSettings, device: torch.device, scaled: bool = False):
-        self.settings, self.device, self.scaled = settings, device, scaled
+    def __init__(self, device: torch.device, spike_factor: float | None = None, scaled: bool = False):
+        self.device, self.spike_factor, self.scaled = device, spike_factor, scaled
         self.load({"means": [0.0, 0.0], "count": 0.0, "in_a_row": 0.0, "flags": []})
-        self.dumps = 0
 
     def check(self, norm: Tensor, loss: Tensor) -> Tensor:
-        """1.0 for an update that must be skipped, else 0.0, on the device and the same on all ranks.
+        """Return 1.0 for an update that must be skipped, else 0.0, on the device and equal on all ranks.
 
-        `norm` is that of the reduced gradient, `loss` this rank's.
+        `norm` is the norm of the reduced gradient, `loss` the loss of this rank.
         """
         values = torch.stack([norm.float(), distributed.all_reduce_mean(loss.detach().float())])
         finite = values.isfinite()
         bad = ~finite.all()
-        told = ~finite[1] if self.scaled else bad
-        if self.settings.spike_factor is not None:
-            limit = torch.where(self.count >= SETTLE, self.means * self.settings.spike_factor, torch.inf)
-            spike = finite.all() & (values > limit).any()
-            moved = self.means.lerp(values.minimum(limit), 1.0 / (self.count.clamp(max=SETTLE - 1) + 1.0))
-            self.means = torch.where(finite.all(), moved, self.means)
-            self.count = self.count + finite.all()
-            bad, told = bad | spike, told | spike
-        self.in_a_row = (self.in_a_row + 1.0) * told
-        self.flags.append(told.float())
+        reported = ~finite[1] if self.scaled else bad
+        if self.spike_factor is not None:
+            spike = self._is_spike(values, finite.all())
+            bad, reported = bad | spike, reported | spike
+        self.in_a_row = (self.in_a_row + 1.0) * reported
+        self.flags.append(reported.float())
         return bad.float()
 
+    def _is_spike(self, values: Tensor, finite: Tensor) -> Tensor:
+        limit = torch.where(self.count >= SPIKE_WARMUP, self.means * self.spike_factor, torch.inf)
+        moved = self.means.lerp(values.minimum(limit), 1.0 / (self.count.clamp(max=SPIKE_WARMUP - 1) + 1.0))
+        self.means = torch.where(finite, moved, self.means)
+        self.count = self.count + finite
+        return finite & (values > limit).any()
+
+    def take_report(self) -> tuple[list[bool], int]:
+        """Return which updates since the last call were bad, and how many of the last ones were in a row.
+
+        Waits for the device.
+        """
+        *flags, in_a_row = torch.stack([*self.flags, self.in_a_row]).tolist()
+        self.flags = []
+        return [bool(flag) for flag in flags], int(in_a_row)
+
     def state(self) -> dict[str, Any]:
-        """Plain values, exactly (float32 fits in Python's float). Waits for the device."""
-        flags = torch.stack(self.flags).tolist() if self.flags else []
+        """Return plain values, exact since float32 fits into Python's float. Waits for the device."""
         return {
             "means": self.means.tolist(),
             "count": float(self.count),
             "in_a_row": float(self.in_a_row),
-            "flags": flags,
+            "flags": torch.stack(self.flags).tolist() if self.flags else [],
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        as_tensor = {
-            name: torch.tensor(value, dtype=torch.float32, device=self.device) for name, value in state.items()
-        }
-        self.means, self.count, self.in_a_row = (as_tensor[name] for name in ("means", "count", "in_a_row"))
-        self.flags = list(as_tensor["flags"])
+        """Restore what `state` returned."""
+        tensors = {name: torch.tensor(value, dtype=torch.float32, device=self.device) for name, value in state.items()}
+        self.means, self.count, self.in_a_row = (tensors[name] for name in ("means", "count", "in_a_row"))
+        self.flags = list(tensors["flags"])
 
-    def report(self, step: int, dataset: Dataset, sampler: StreamSampler, log: RunLog, rollbacks: int) -> None:
-        """Tell which updates since the last call, up to `step`, were bad, and follow the policy: return, raise
-        RollbackRequested or InputError.
 
-        Waits for the device: called when the running means are read.
+class BadUpdateReporter:
+    """Logs bad updates with the files of their batches, writes the first batches, and applies the policy `on_nan`."""
+
+    def __init__(self, out_dir: Path, settings: NonFiniteSettings, dataset: Dataset):
+        self.folder, self.settings, self.dataset = out_dir / "anomalies", settings, dataset
+        self.dumps = 0
+
+    def report(self, guard: NonFiniteGuard, step: int, sampler: StreamSampler, log: RunLog, rollbacks: int) -> None:
+        """Report the bad updates up to `step` since the last call.
+
+        Raises:
+            InputError: there was one, and the policy is `stop`.
+            RollbackRequested: there were `nan_row` in a row, and the policy is `rollback`.
         """
-        *flags, in_a_row = torch.stack([*self.flags, self.in_a_row]).tolist()
+        flags, in_a_row = guard.take_report()
         bad = [step - len(flags) + 1 + offset for offset, flag in enumerate(flags) if flag]
-        self.flags = []
         for number in bad:
-            names = batch_names(number, dataset, sampler)
-            print_main(
-                f"update {number} was not made: loss or gradient not finite, or a spike; its batch: {', '.join(names)}"
-            )
+            names = batch_names(number, self.dataset, sampler)
+            print_main(f"update {number} skipped: not finite, or a spike; its batch: {', '.join(names)}")
             log.anomaly({"step": number, "rollbacks": rollbacks, "files": names})
-            if self.dumps < MAX_DUMPS:
-                self.dumps += 1
-                path = self.settings.out_dir / "anomalies" / f"update-{number}-rank{sampler.rank}.pth"
-                try:
-                    dump_batches(path, number, dataset, sampler)
-                except InputError as error:  # a full disk; the run can do without
-                    print_main(f"warning: {error}")
+            self._dump(number, sampler)
         if bad and self.settings.on_nan == "stop":
-            raise InputError(f"update {bad[0]} was bad and --on_nan is stop; its files: {log.anomalies}")
+            raise InputError(f"--on_nan stop: update {bad[0]} was not finite, or a spike; its files: {log.anomalies}")
         if self.settings.on_nan == "rollback" and in_a_row >= self.settings.nan_row:
-            raise RollbackRequested(f"{int(in_a_row)} bad updates in a row until update {step}")
+            raise RollbackRequested(f"{in_a_row} consecutive bad updates until update {step}")
+
+    def _dump(self, step: int, sampler: StreamSampler) -> None:
+        if self.dumps >= MAX_DUMPS:
+            return
+        self.dumps += 1
+        try:
+            dump_batches(self.folder / f"update-{step}-rank{sampler.rank}.pth", step, self.dataset, sampler)
+        except InputError as error:
+            # a full disk must not end the run
+            print_main(f"warning: {error}")
 
 
 def batch_names(step: int, dataset: Dataset, sampler: StreamSampler) -> list[str]:
-    """The names of the volumes in the global batch of an update, by `dataset.name(index)`."""
+    """Return the names of the volumes in the global batch of an update (`dataset.name(index)`)."""
     first = step * sampler.global_batch
-    indices = [index_at(p, sampler.num_samples, sampler.seed) for p in range(first, first + sampler.global_batch)]
-    return [getattr(dataset, "name", str)(index) for index in indices]
+    positions = range(first, first + sampler.global_batch)
+    return [dataset.name(index_at(p, sampler.num_samples, sampler.seed)) for p in positions]
 
 
 def dump_batches(path: Path, step: int, dataset: Dataset, sampler: StreamSampler) -> None:
-    """This rank's share of an update's batch, made again from the stream: {`step`, `items`, `batches`: one per
-    micro-batch}."""
+    """Write this rank's batches of an update, read again: {`step`, `items`, `batches`: one per micro-batch}."""
     own = StreamSampler(
         sampler.num_samples, sampler.micro_batch, sampler.accum, sampler.rank, sampler.world_size, sampler.seed
     )
     own.start, own.stop = step, step + 1
     micro = list(own)
-    with naming_errors(path.parent):
-        path.parent.mkdir(exist_ok=True)
     batches = [default_collate([dataset[item] for item in items]) for items in micro]
     checkpoint.save(path, {"step": step, "items": micro, "batches": batches})
 
 
-# ---------------------------------------------------------------- batchnorm
-# The running statistics of batch norm, which a forward pass changes: the same on all ranks, and out of the reach of
+class BatchNormStatistics:
+    """Running statistics of a method's batch norms: equal on all ranks, and not changed by skipped updates.
 
-
-class RunningStatistics:
-    """Means and variances of a method's batch norms. Empty, and without cost, for methods that have none."""
+    Costs nothing for methods without batch norm.
+    """
 
     def __init__(self, method: nn.Module):
         norms = [m for m in method.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         self.buffers = [buffer for m in norms for buffer in (m.running_mean, m.running_var)]
-        self.differ = any(not isinstance(m, nn.SyncBatchNorm) for m in norms)  # between the ranks
+        # SyncBatchNorm has the same statistics on every rank
+        self.differ = any(not isinstance(m, nn.SyncBatchNorm) for m in norms)
         self.before: list[Tensor] = []
 
     def remember(self) -> None:
-        """Before the forward passes of an update."""
+        """Keep a copy, before the forward passes of an update."""
         self.before = [buffer.clone() for buffer in self.buffers]
 
-    def restore_if_skipped(self, skip: Tensor) -> None:
-        """After them: the means over the ranks, or what was before where `skip` is not 0."""
+    def restore_if_skipped(self, skipped: Tensor) -> None:
+        """Set the buffers to their means over the ranks, or to the copy where `skipped` is not 0."""
         if not self.buffers:
             return
         sizes = [buffer.numel() for buffer in self.buffers]
         after = torch.cat([buffer.flatten() for buffer in self.buffers])
         if self.differ:
-            after = all_reduce_mean(after)
+            after = distributed.all_reduce_mean(after)
         for buffer, before, now in zip(self.buffers, self.before, after.split(sizes)):
-            buffer.copy_(torch.where(skip > 0, before, now.view_as(before)))
+            buffer.copy_(torch.where(skipped > 0, before, now.view_as(before)))

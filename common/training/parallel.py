@@ -1,7 +1,9 @@
-"""How a method gets onto the hardware: optimiser, processes, precision, compilation, batches."""
+"""How a method runs on the hardware: precision, compilation, several processes."""
 
 import contextlib
 import inspect
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from timm.models.vision_transformer import Block
@@ -9,21 +11,39 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from common.config import setting
 from common.distributed import Run
+from common.training.method import Method
 
-# newer torch has another name for it, and warns of the former one
-NAMES = inspect.signature(DistributedDataParallel).parameters
-SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in NAMES else "broadcast_buffers"
+# torch 2.14 renamed this argument, and warns about the former name
+_DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers"
 
 
-def wrap(method: nn.Module, run: Run, accum: int = 1) -> nn.Module:
-    """The method, in DDP where there are several processes and none has a share of it only (common/training/fsdp.py).
+@dataclass(kw_only=True)
+class PrecisionSettings:
+    """Settings that change speed and memory, but not what is computed."""
 
-    DDP's static graph is used where nothing is against it (torch 2.14). With accumulation or a backward pass in parts
-    the first passes of an update run under `no_sync`, which it does not survive in the first update (an internal
-    assertion fails). And where the gradient at a `probe` is taken apart from the backward pass it reduces wrong
-    gradients, without a word: GL-MAE's losses on two ranks were off by 6e-2 after 12 updates, and are those of one rank
-    to 1e-4 without it.
+    amp: Literal["auto", "bf16", "fp16", "off"] = setting(
+        "auto", "autocast; auto: bf16 on CUDA, off on a CPU (where it is slower)"
+    )
+    grad_checkpointing: bool = setting(
+        False, "recompute the encoder's activations in the backward pass: less memory, more time"
+    )
+    fsdp: bool = setting(
+        False, "FSDP2: shard weights, gradients and AdamW's state over the processes (large and huge encoders)"
+    )
+    compile: bool = setting(False, "torch.compile every transformer block; the first updates take minutes")
+
+
+def wrap(method: Method, run: Run, accum: int = 1) -> nn.Module:
+    """Return the method in DDP when there are several processes and it is not sharded (common/training/fsdp.py).
+
+    DDP's static graph is used only where torch 2.14 computes it correctly. With accumulation or several parts the first
+    passes of an update run under `no_sync`, where the static graph fails an internal assertion in the first update. And
+    where a gradient is taken at `grad_norm_parameter` apart from the backward pass, it silently reduces wrong
+    gradients: GL-MAE's losses on two ranks were off by 6e-2 after 12 updates, and without it equal those of one rank to
+    1e-4.
     """
     if run.world_size == 1 or isinstance(method, FSDPModule):
         return method
@@ -32,29 +52,29 @@ def wrap(method: nn.Module, run: Run, accum: int = 1) -> nn.Module:
         device_ids=[run.local_rank] if run.device.type == "cuda" else None,
         **{SYNC_BUFFERS: False},
         gradient_as_bucket_view=True,
-        static_graph=accum == 1 and getattr(method, "num_parts", 1) == 1 and not hasattr(method, "probe"),
+        static_graph=accum == 1 and method.num_parts == 1 and method.grad_norm_parameter is None,
     )
 
 
-def reducing(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """For one forward and backward pass of an update: gradients are reduced in the `last` alone."""
+def reduce_gradients(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
+    """Context for one forward and backward pass: gradients are reduced over the processes only when `enabled`."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    elif isinstance(model, DistributedDataParallel) and not last:
+        model.set_requires_gradient_sync(enabled)
+    elif isinstance(model, DistributedDataParallel) and not enabled:
         return model.no_sync()
     return contextlib.nullcontext()
 
 
 def transformer_blocks(method: nn.Module) -> list[nn.Module]:
-    """timm's blocks, in the order of the modules: nearly all of the weights and of the arithmetic."""
+    """Return timm's blocks in the order of the modules; they hold nearly all weights and arithmetic."""
     return [module for module in method.modules() if isinstance(module, Block)]
 
 
 def compile_blocks(method: nn.Module) -> int:
-    """`torch.compile` of every transformer block, in place (names in the checkpoint stay); returns how many.
+    """Compile every transformer block in place and return their number. Names in checkpoints do not change.
 
-    Blocks alone, not the method: they are compiled once for all depths, and masks and views around them would break
-    the graph anyway.
+    The blocks and not the method: they are compiled once for all depths, and the masks and views around them would
+    break the graph.
     """
     blocks = transformer_blocks(method)
     for block in blocks:
@@ -62,13 +82,18 @@ def compile_blocks(method: nn.Module) -> int:
     return len(blocks)
 
 
-def uncompiled(wanted: bool) -> contextlib.AbstractContextManager:
-    """Where `wanted`, compiled blocks run as they were: their graph may be gone through once only (torch 2.14)."""
-    return torch.compiler.set_stance("force_eager") if wanted else contextlib.nullcontext()
+def eager_blocks(enabled: bool) -> contextlib.AbstractContextManager:
+    """Context in which compiled blocks run eagerly when `enabled`: a compiled graph allows only one backward pass."""
+    return torch.compiler.set_stance("force_eager") if enabled else contextlib.nullcontext()
 
 
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """bf16 or fp16, or None for full precision."""
+    """Return the dtype of autocast for `--amp`: bfloat16, float16, or None for full precision."""
     if amp == "auto":
         amp = "bf16" if device.type == "cuda" else "off"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Return the autocast context of a dtype from `autocast_dtype`; None disables it."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -1,4 +1,4 @@
-"""What the ranks agree on while they train: to stop, and to save."""
+"""How the ranks agree, while they train, that a run is to be stopped or saved."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """Some rank was asked to stop; raised on all of them, at the same place."""
+    """Some rank received a signal to stop. Raised on all ranks, at the same place."""
 
 
 class StopRequests:
-    """What the ranks agree on after each update. From here to `close` a signal is noted instead of ending the process.
+    """Agreement of the ranks after each update. Until `close` a signal is noted instead of ending the process.
 
-    Each rank's wishes go into a sum over the ranks on the CPU, begun after one update and read after the next, when it
-    has long arrived: no rank waits for the device or for another one, and all act after the same update.
+    The requests of all ranks are summed on the CPU. The sum is started after one update and read after the next, when
+    it has long arrived: no rank waits for the device or for another rank, and all act after the same update.
     """
 
     def __init__(self, run: Run):
@@ -31,18 +31,18 @@ class StopRequests:
         self._deferred.enter_context(signals.deferred())
 
     def agree(self, save: bool) -> tuple[bool, bool]:
-        """(stop, save): what any rank wished for; all ranks call it after each update."""
-        wishes = torch.tensor([signals.asked(), save], dtype=torch.int32)
+        """Return (stop, save): what any rank requests. All ranks call it after each update."""
+        requests = torch.tensor([signals.asked(), save], dtype=torch.int32)
         if self.group is None:
-            return tuple(map(bool, wishes))
-        arrived, self._pending = self._pending, (dist.all_reduce(wishes, group=self.group, async_op=True), wishes)
+            return tuple(map(bool, requests))
+        arrived, self._pending = self._pending, (dist.all_reduce(requests, group=self.group, async_op=True), requests)
         if arrived is None:
             return False, False
         arrived[0].wait()
         return tuple(map(bool, arrived[1]))
 
     def close(self) -> None:
-        """Wait for what is under way, and put the former handlers back."""
+        """Wait for a pending sum, and restore the former signal handlers."""
         if self._pending:
             self._pending[0].wait()
             self._pending = None
@@ -50,21 +50,21 @@ class StopRequests:
 
 
 def until_stopped(items: Iterable[T], run: Run) -> Iterator[T]:
-    """The items of this rank one after another (the cases of a validation); the watchdog is fed at each.
+    """Yield the items of this rank (the cases of a validation), resetting the watchdog's timer before each.
 
-    All ranks go through it, with as many items as each has. A rank that is asked to stop takes no further one, and when
-    all have come to the end of theirs, Stopped is raised on every one. (Slurm and torchrun signal all ranks.)
+    All ranks iterate, each over its own number of items. A rank that receives a signal takes no further item. When all
+    ranks are done, and any of them received one, Stopped is raised on all. (Slurm and torchrun signal all ranks.)
     """
-    _stop_together(run)
+    _raise_if_stopped(run)
     for item in items:
         watchdog.feed()
         if signals.asked():
             break
         yield item
-    _stop_together(run)
+    _raise_if_stopped(run)
 
 
-def _stop_together(run: Run) -> None:
+def _raise_if_stopped(run: Run) -> None:
     watchdog.feed()
     if distributed.all_reduce_mean(torch.tensor(float(signals.asked()), device=run.device)) > 0:
         raise Stopped

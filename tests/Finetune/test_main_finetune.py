@@ -10,6 +10,7 @@ import torch
 
 from common import checkpoint
 from common.errors import InputError
+from common.training.trainer import Trainer
 from Finetune.architectures import load_finetuned
 from Finetune.main_finetune import main
 from Finetune.models_3dvit import VisionTransformer3D
@@ -87,29 +88,20 @@ def test_it_learns_and_its_checkpoint_is_all_that_is_needed(tmp_path, spleen):
     assert model(torch.zeros(1, 1, 32, 32, 32)).shape == (1, 2, 32, 32, 32)
 
 
-def test_interrupted_and_resumed_is_the_same_run(tmp_path, spleen):
+def test_interrupted_and_resumed_is_the_same_run(tmp_path, spleen, monkeypatch):
     whole = torch.load(run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 2, out="whole"), weights_only=True)
-    import Finetune.main_finetune as program
-
-    fit = program.fit
 
     class Stopped(Exception):
         pass
 
-    def stop_after_one(training, after_epoch):
-        def after(epoch, log, method):
-            if epoch == 1:
-                raise Stopped
-            return after_epoch(epoch, log, method)
+    def stop(trainer):
+        if trainer.state.epoch == 1:
+            raise Stopped
+        return {}
 
-        return fit(training, after)
-
-    program.fit = stop_after_one
-    try:
-        with pytest.raises(Stopped):
-            run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 2, out="parts")
-    finally:
-        program.fit = fit
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Trainer, "_validate", stop)
+        run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 2, out="parts")
     parts = torch.load(run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 2, out="parts"), weights_only=True)
     for name, value in whole["state_dict"].items():
         assert torch.equal(value, parts["state_dict"][name]), name
@@ -170,7 +162,7 @@ def test_unknown_pretraining_data_is_said(tmp_path, spleen):
 def test_another_fold_does_not_go_on_from_this_one(tmp_path, spleen):
     """The cases that one trained on are those that the other scores."""
     run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 1)
-    with pytest.raises(InputError, match="not a checkpoint of this run .its training data is"):
+    with pytest.raises(InputError, match="not a checkpoint of this run .training data: found"):
         run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 1, "--fold", 1)
 
 
@@ -264,7 +256,7 @@ def test_bad_settings_are_refused_in_words(tmp_path, spleen):
         (["--patch_size", "12", "--roi", "36"], "patch_size: found .*4, 8, 16 or 32"),
         (["--num_heads", "5"], "num_heads: found 5, must divide the width 24"),
         (["--fold", "9"], "fold: found 9"),
-        (["--layer_decay", "1.5"], "layer_decay: found 1.5"),
+        (["--layer_decay", "1.5"], "--layer_decay 1.5"),
         (["--init", "nowhere.pth"], "nowhere.pth: no such checkpoint"),
         (["--scratch_twin"], "scratch_twin: needs --init FILE"),
         (["--modle", "unetr"], "did you mean --model"),

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from common.training.method import Method
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain.models_glmae import GLMAE, TERMS
 from Pretrain.models_mae import MAE
@@ -89,7 +90,7 @@ def brought_home(x, mask):
 
 
 @pytest.mark.parametrize(
-    "trap, said",
+    "trap, message",
     [
         (wrong_device, "two (different )?devices,? cuda:0,? (and )?cpu"),
         (made_of_a_list, "_to_copy.default cpu -> cuda at .*test_cuda_fake.py:[0-9]+, made_of_a_list"),
@@ -98,20 +99,26 @@ def brought_home(x, mask):
         (brought_home, "cuda -> cpu at .*brought_home"),
     ],
 )
-def test_the_traps_are_caught(trap, said):
-    class Method(nn.Module):
+def test_the_traps_are_caught(trap, message):
+    class Trap(Method):
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(3))
 
-        def forward(self, batch, step):
+        def forward(self, batch, step=0, part=0):
             return {"loss": trap(batch["x"] * self.weight, batch["mask"]).sum()}
+
+        def checkpoint_state(self):
+            return {}
+
+        def load_checkpoint_state(self, content):
+            pass
 
     def batch():
         return {"x": torch.rand(3), "mask": torch.ones(3, dtype=torch.bool)}
 
-    with pytest.raises(Exception, match=said):
-        check(*train(Method(), batch, {"loss": 1.0}), {"loss"})
+    with pytest.raises(Exception, match=message):
+        check(*train(Trap(), batch, {"loss": 1.0}), {"loss"})
 
 
 def test_autocast_is_on():

@@ -32,7 +32,7 @@ def gradients(method, batch, parts):
 
 @pytest.mark.parametrize("align", HEADS)
 @pytest.mark.parametrize("down_parts", [1, 4])
-def test_parts_give_the_gradients_of_the_whole_and_reach_every_parameter(align, down_parts):
+def test_the_gradients_of_the_parts_add_up(align, down_parts):
     method, batch = toy(align=align, down_parts=down_parts), batch_of(64)
     whole, expected = gradients(method, batch, [None])
     values, grads = gradients(method, batch, range(method.num_parts))
@@ -46,7 +46,7 @@ def test_parts_give_the_gradients_of_the_whole_and_reach_every_parameter(align, 
     assert not method._carry
 
 
-def test_a_part_holds_one_level_and_a_down_part_its_share_of_volumes():
+def test_a_part_holds_one_level_or_a_share_of_down_volumes():
     method, batch = toy(down_parts=6), batch_of(64)
     sizes = []
     method.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))

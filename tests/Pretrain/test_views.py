@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from common.cache.storage import trilinear
 from common.data.sampler import generator
 from Pretrain.data import ViewDataset
-from Pretrain.views import Box, ViewSpec, cut, draw_box
+from Pretrain.views import Box, ViewSpec, crop, draw_box
 
 
 class Ramp:
@@ -61,7 +61,7 @@ def test_fixed_boxes_pad_a_short_axis_on_both_sides():
     for box in boxes(spec, (20, 100, 32), 50):
         assert box.size == (32, 32, 32) and box.start[0] == -6 and 0 <= box.start[1] <= 68 and box.start[2] == 0
     volume = Ramp((20, 100, 32))
-    view = cut(volume, draw_box((20, 100, 32), spec, generator(0, 0)), (32, 32, 32))
+    view = crop(volume, draw_box((20, 100, 32), spec, generator(0, 0)), (32, 32, 32))
     assert view[:, :6].abs().max() == 0 and view[:, 26:].abs().max() == 0 and view[:, 6:26].min() > 0
 
 
@@ -70,12 +70,12 @@ def test_a_view_shows_its_box_along_every_axis():
         volume = Ramp(axis=axis)
         shape = volume.levels[0]
         box = Box((8, 4, 12), (48, 32, 40), (False, False, False))
-        view = cut(volume, box, (24, 24, 24))
+        view = crop(volume, box, (24, 24, 24))
         assert view.shape == (1, 24, 24, 24)
         profile = view[0].movedim(axis, 0).reshape(24, -1)
         places = (box.start[axis] + (torch.arange(24) + 0.5) * box.size[axis] / 24) / shape[axis]
         assert (profile[1:-1] - places[1:-1, None]).abs().max() < 1.0 / shape[axis]
-        mirrored = cut(volume, Box(box.start, box.size, tuple(a == axis for a in range(3))), (24, 24, 24))
+        mirrored = crop(volume, Box(box.start, box.size, tuple(a == axis for a in range(3))), (24, 24, 24))
         assert torch.equal(mirrored, view.flip(axis + 1))
 
 
@@ -83,7 +83,7 @@ def test_the_coarsest_level_that_is_fine_enough_is_read():
     volume = Ramp((128, 128, 128))
     for extent, level in [(128, 2), (127, 1), (64, 1), (63, 0), (32, 0), (16, 0)]:
         volume.reads.clear()
-        cut(volume, Box((0, 0, 0), (extent,) * 3, (False,) * 3), (32, 32, 32))
+        crop(volume, Box((0, 0, 0), (extent,) * 3, (False,) * 3), (32, 32, 32))
         assert volume.reads[0][0] == level, extent
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from common.training.method import Reconstruction
 from Pretrain.losses import norm_pix, patchify
-from Pretrain.models_mae import Reconstructed
 from Pretrain.visualize import axial, panels, picture
 
 
@@ -12,7 +12,7 @@ def made(norm_pix_loss):
     view = torch.rand(1, 1, 16, 16, 8)
     patches = patchify(view, (8, 8, 8))
     mask = torch.tensor([[1.0, 0, 0, 1]])
-    return Reconstructed(view, mask, norm_pix(patches) if norm_pix_loss else patches)
+    return Reconstruction(view, mask, norm_pix(patches) if norm_pix_loss else patches)
 
 
 def test_a_perfect_prediction_gives_the_view_back():

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.distributed import Run
-from common.training.loop import train_one_epoch
+from common.training.loop import UpdateRule, train_one_epoch
 from common.training.optim import build_optimizer
-from common.training.settings import BatchPlan, LoopSettings
+from common.training.parallel import autocast_dtype
 from common.training.state import TrainingState
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,25 +144,12 @@ def train(method: nn.Module, batch, weights: dict[str, float], make_optimizer=No
     """
     reported = []
     with fake_cuda():
-        method.to = lambda device: moved(method)  # Module.to cannot make fake tensors of real ones
         method.register_forward_hook(lambda module, args, values: reported.append(values))
-        training = TrainingState(
-            method,
-            dataset=None,
-            settings=LoopSettings(out_dir=Path("none"), amp=amp, epochs=1, spike_factor=3.0),
-            run=Run(CUDA),
-            plan=BatchPlan(2, accum, batch=2 * accum, steps_per_epoch=updates, total_steps=updates),
-            learning_rate=lambda step: 1e-3,
-            weights=lambda step: weights,
-            args={},
-            data_fingerprint={},
-            make_optimizer=make_optimizer or (lambda method: build_optimizer(method, 0.05)),
-        )
-        training.model, training.watchdog = method, SimpleNamespace(feed=lambda: None)
-        training.batches = iter([batch() for _ in range(updates * accum)])
-        # Between the steps, where reading is right:
-        training.log_interval, training.save_or_stop = lambda step, lr: {}, lambda: None
-        training.epoch_means.read = dict
+        method = moved(method)
+        optimizer = (make_optimizer or (lambda method: build_optimizer(method, 0.05)))(method)
+        state = TrainingState(method, optimizer, Run(CUDA), autocast_dtype(amp, CUDA), spike_factor=3.0)
+        rule = UpdateRule(lambda step: 1e-3, lambda step: weights, accum=accum, clip_grad=3.0)
+        batches = [batch() for _ in range(updates * accum)]
 
         def backward(loss):
             assert loss.device == CUDA and loss.ndim == 0
@@ -175,8 +162,8 @@ def train(method: nn.Module, batch, weights: dict[str, float], make_optimizer=No
 
         with mock.patch("torch.Tensor.backward", backward), mock.patch("torch.autograd.grad", gradient):
             with Waits() as waits:
-                train_one_epoch(training)
-        assert training.step == updates
+                train_one_epoch(state, batches, updates, rule)
+        assert state.step == updates
     return reported, waits
 
 

@@ -181,16 +181,16 @@ def signalled(bench: Bench, out: Path, number: int, name: str, *more: str) -> st
 
 def signal_at_update(at: int, number: int, rank: int) -> None:
     """The last rank signals itself, while it makes update `at` (counted by the programs' own step)."""
-    from common.training.state import TrainingState
+    from common.training.trainer import Trainer
 
-    inner, world = TrainingState.save_or_stop, int(os.environ.get("WORLD_SIZE", "1"))
+    inner, world = Trainer.save_or_stop, int(os.environ.get("WORLD_SIZE", "1"))
 
-    def save_or_stop(self):
-        if self.step == at + 1 and rank == world - 1:
+    def save_or_stop(self, at_end):
+        if self.state.step == at + 1 and rank == world - 1:
             os.killpg(os.getpid(), number)
-        inner(self)
+        inner(self, at_end)
 
-    TrainingState.save_or_stop = save_or_stop
+    Trainer.save_or_stop = save_or_stop
 
 
 def within_save(number: int, at_save: int, rank: int) -> None:
@@ -330,19 +330,19 @@ def failing_rank(bench: Bench, out: Path, number: int, name: str, silently: bool
     """One rank raises an exception, or is killed, while the other hangs, as in an NCCL call with a dead peer."""
 
     def fail(rank: int) -> None:
-        from common.training.state import TrainingState
+        from common.training.trainer import Trainer
 
-        def fails(self):
-            if self.step == 4 and silently:
+        def fails(self, at_end):
+            if self.state.step == 4 and silently:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if self.step == 4:
+            if self.state.step == 4:
                 raise MemoryError("no memory left for this rank")
 
-        def hangs(self):
-            if self.step == 4:
+        def hangs(self, at_end):
+            if self.state.step == 4:
                 threading.Event().wait()
 
-        TrainingState.save_or_stop = fails if rank == 1 else hangs
+        Trainer.save_or_stop = fails if rank == 1 else hangs
 
     job = bench.job(name, out, "--save_minutes", "none", sabotage=fail)
     while len(job.codes) == 0:
@@ -361,16 +361,16 @@ def hanging(bench: Bench, out: Path, number: int, name: str) -> str:
     """An update that never ends: the watchdog writes where every thread stands, and ends the process."""
 
     def hang(rank: int) -> None:
-        from common.training.state import TrainingState
+        from common.training.trainer import Trainer
 
-        inner = TrainingState.save_or_stop
+        inner = Trainer.save_or_stop
 
-        def stuck_in_a_collective_call(self):
-            if self.step == 7:
+        def stuck_in_a_collective_call(self, at_end):
+            if self.state.step == 7:
                 threading.Event().wait()
-            inner(self)
+            inner(self, at_end)
 
-        TrainingState.save_or_stop = stuck_in_a_collective_call
+        Trainer.save_or_stop = stuck_in_a_collective_call
 
     job = bench.job(name, out, "--hang_minutes", "0.05", sabotage=hang)
     ended(job, 1)

@@ -12,8 +12,8 @@ from common import checkpoint
 from common.distributed import Run
 from common.errors import InputError
 from common.files import lock_folder
-from common.training import checkpointing, state
-from common.training.checkpointing import Saver, candidates, read_first
+from common.training import checkpointing, trainer
+from common.training.checkpointing import CheckpointWriter, existing_checkpoints, load_first_intact
 from tests.common.training.toy import Toy, lines, run_toy, same_weights
 
 CPU = Run(torch.device("cpu"))
@@ -28,7 +28,7 @@ def content(step):
 
 
 def write(folder, *steps):
-    saver = Saver(folder, None)
+    saver = CheckpointWriter(folder, None)
     for step in steps:
         saver.save(content(step), keep=f"checkpoint-{step}.pth" if step % 2 else None)
     saver.wait()
@@ -46,15 +46,15 @@ def test_last_previous_and_the_kept_ones(tmp_path):
         "checkpoint-previous.pth": 3,
         "checkpoint-last.pth": 4,
     }
-    assert [p.name for p in candidates(tmp_path)][:2] == ["checkpoint-last.pth", "checkpoint-previous.pth"]
-    assert [p.name for p in candidates(tmp_path)][2:] == ["checkpoint-3.pth", "checkpoint-1.pth"]
+    assert [p.name for p in existing_checkpoints(tmp_path)][:2] == ["checkpoint-last.pth", "checkpoint-previous.pth"]
+    assert [p.name for p in existing_checkpoints(tmp_path)][2:] == ["checkpoint-3.pth", "checkpoint-1.pth"]
 
 
 def test_the_writer_has_a_copy_of_its_own(tmp_path, monkeypatch):
     """Training goes on while the file is written: what is written is the state at the call."""
     go, real = threading.Event(), checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *a: (go.wait(10), real(*a)))
-    state, saver = content(1), Saver(tmp_path, None)
+    state, saver = content(1), CheckpointWriter(tmp_path, None)
     saver.save(state)
     state["model"]["w"].fill_(9.0)
     state["args"]["names"].append("c")
@@ -65,7 +65,7 @@ def test_the_writer_has_a_copy_of_its_own(tmp_path, monkeypatch):
     assert loaded["model"]["w"].unique().tolist() == [1.0] and loaded["args"]["names"] == ["a", "b"]
 
 
-def test_an_error_of_the_writer_reaches_the_training_thread_before_the_epoch_ends(tmp_path, monkeypatch):
+def test_a_write_error_is_raised_in_the_training_thread(tmp_path, monkeypatch):
     write(tmp_path, 1)
 
     def full(content, file):
@@ -73,7 +73,7 @@ def test_an_error_of_the_writer_reaches_the_training_thread_before_the_epoch_end
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    saver = Saver(tmp_path, None)
+    saver = CheckpointWriter(tmp_path, None)
     saver.save(content(2))
     while saver._thread.is_alive():
         time.sleep(0.01)
@@ -82,7 +82,7 @@ def test_an_error_of_the_writer_reaches_the_training_thread_before_the_epoch_end
     assert step_of(tmp_path / checkpoint.LAST) == 1 and not list(tmp_path.glob(".*"))
 
 
-def test_a_run_on_a_full_disk_ends_with_the_reason_and_goes_on_later(tmp_path, monkeypatch):
+def test_a_run_on_a_full_disk_ends_and_can_be_resumed(tmp_path, monkeypatch):
     whole, _ = run_toy(tmp_path / "whole")
     real, calls = torch.save, []
 
@@ -102,7 +102,7 @@ def test_a_run_on_a_full_disk_ends_with_the_reason_and_goes_on_later(tmp_path, m
 
 
 @pytest.mark.parametrize("harm", ["truncated", "altered", "empty"])
-def test_a_harmed_last_checkpoint_is_refused_and_the_one_before_taken(tmp_path, harm, capsys):
+def test_a_damaged_last_checkpoint_is_replaced_by_the_previous(tmp_path, harm, capsys):
     whole, _ = run_toy(tmp_path / "whole")
     run_toy(
         tmp_path / "cut", epochs=3, save_every=100
@@ -117,15 +117,15 @@ def test_a_harmed_last_checkpoint_is_refused_and_the_one_before_taken(tmp_path, 
     capsys.readouterr()
     resumed, _ = run_toy(tmp_path / "cut", save_every=100)
     said = capsys.readouterr().out
-    assert "checkpoint-last.pth: " in said and "taking" in said and "checkpoint-previous.pth: 6 updates done" in said
+    assert "checkpoint-last.pth: " in said and "checkpoint-previous.pth: 6 updates done" in said
     assert same_weights(whole, resumed)
 
 
-def test_a_refused_checkpoint_never_takes_the_place_of_the_good_one(tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_never_replaces_a_good_one(tmp_path, monkeypatch):
     """Torn last, good previous; then the next writing fails as well, in its middle."""
     write(tmp_path, 2, 4)
     (tmp_path / checkpoint.LAST).write_bytes(b"torn")
-    path, found = read_first(candidates(tmp_path), CPU)
+    path, found = load_first_intact(existing_checkpoints(tmp_path), CPU)
     assert path.name == checkpoint.PREVIOUS and found["args"]["step"] == 2
     assert (tmp_path / "checkpoint-last.damaged").read_bytes() == b"torn"
 
@@ -134,22 +134,22 @@ def test_a_refused_checkpoint_never_takes_the_place_of_the_good_one(tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        saver = Saver(tmp_path, None)
+        saver = CheckpointWriter(tmp_path, None)
         saver.save(content(6))
         with pytest.raises(InputError):
             saver.wait()
-    assert read_first(candidates(tmp_path), CPU)[1]["args"]["step"] == 2
+    assert load_first_intact(existing_checkpoints(tmp_path), CPU)[1]["args"]["step"] == 2
 
 
 def test_nothing_to_go_on_from(tmp_path):
-    assert read_first(candidates(tmp_path), CPU) is None
+    assert load_first_intact(existing_checkpoints(tmp_path), CPU) is None
 
 
-def test_a_run_whose_checkpoints_are_all_harmed_does_not_start_anew_by_itself(tmp_path):
+def test_a_run_with_only_damaged_checkpoints_does_not_start(tmp_path):
     run_toy(tmp_path, epochs=2)
-    for path in candidates(tmp_path):
+    for path in existing_checkpoints(tmp_path):
         path.write_bytes(b"nothing")
-    with pytest.raises(InputError, match="no readable checkpoint.*--resume none starts anew"):
+    with pytest.raises(InputError, match="no readable checkpoint.*--resume none"):
         run_toy(tmp_path)
 
 
@@ -177,7 +177,7 @@ def test_what_a_killed_writer_left_is_removed_at_the_start(tmp_path):
 
 def test_no_permission(tmp_path):
     (tmp_path / "folder").write_text("a file in the way")
-    saver = Saver(tmp_path / "folder", None)
+    saver = CheckpointWriter(tmp_path / "folder", None)
     saver.save(content(1))
     with pytest.raises(InputError, match="cannot be written"):
         saver.wait()
@@ -195,10 +195,10 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
 
 def test_a_named_checkpoint_is_taken_or_refused(tmp_path):
     write(tmp_path, 1)
-    path, loaded = read_first([tmp_path / "checkpoint-1.pth"], CPU)
+    path, loaded = load_first_intact([tmp_path / "checkpoint-1.pth"], CPU)
     assert path.name == "checkpoint-1.pth" and loaded["epoch"] == 1
     with pytest.raises(InputError, match="nowhere.pth: no such checkpoint"):
-        read_first([tmp_path / "nowhere.pth"], CPU)
+        load_first_intact([tmp_path / "nowhere.pth"], CPU)
 
 
 def test_copies_share_nothing():
@@ -230,7 +230,7 @@ def test_any_file_that_cannot_be_written_is_named(tmp_path, name):
 
 
 def test_one_process_trains_into_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(state, "LOCK_PATIENCE", 0.5)
+    monkeypatch.setattr(trainer, "LOCK_TIMEOUT", 0.5)
     run_toy(tmp_path, epochs=1)
     with lock_folder(tmp_path) as lock:
         assert lock is not None

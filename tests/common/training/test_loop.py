@@ -67,7 +67,7 @@ def test_accumulation_is_the_same_mathematics(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_resumed_run_ends_bit_for_bit_where_the_undisturbed_one_does(tmp_path, workers):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, workers):
     whole, _ = run_toy(tmp_path / "whole")
 
     class Interrupted(Toy):
@@ -89,7 +89,7 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     assert method.calls == [] and second["args"]["step"] == 12
 
 
-def test_resume_none_starts_anew(tmp_path):
+def test_resume_none_starts_again(tmp_path):
     run_toy(tmp_path)
     method, _ = run_toy(tmp_path, resume="none")
     assert len(method.calls) == 24 and len(lines(tmp_path)) == 4

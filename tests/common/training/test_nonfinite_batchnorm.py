@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from common.distributed import Run
-from common.training.nonfinite import RunningStatistics
+from common.training.nonfinite import BatchNormStatistics
 from tests.common.training.test_nonfinite import Poisoned
 from tests.common.training.toy import run_toy
 
@@ -24,13 +24,13 @@ class Normed(Poisoned):
     def probe(self):
         return self.layers[1].weight
 
-    def forward(self, batch, step):
+    def forward(self, batch, step=0, part=0):
         bad = self.keys & {round(float(y), 4) for y in batch["y"]}
         return super().forward(batch | {"x": batch["x"] * (float("nan") if bad else 1.0)}, step)
 
 
 def statistics(method):
-    return RunningStatistics(method).buffers
+    return BatchNormStatistics(method).buffers
 
 
 def test_a_bad_update_leaves_them_alone(tmp_path):
@@ -41,7 +41,7 @@ def test_a_bad_update_leaves_them_alone(tmp_path):
 
 
 def test_methods_without_have_none():
-    empty = RunningStatistics(nn.Sequential(nn.Linear(2, 2), nn.InstanceNorm1d(2), nn.LayerNorm(2)))
+    empty = BatchNormStatistics(nn.Sequential(nn.Linear(2, 2), nn.InstanceNorm1d(2), nn.LayerNorm(2)))
     empty.remember()
     empty.restore_if_skipped(torch.tensor(0.0))
     assert empty.buffers == []

@@ -56,7 +56,7 @@ def test_stopped_after_any_update_and_resumed_is_the_same_run(tmp_path, whole, a
 @pytest.mark.parametrize(
     "settings", [{"workers": 2}, {"micro_batch_size": 2}, {"amp": "fp16", "epochs": 10}, {"spike_factor": 3.0}], ids=str
 )
-def test_also_with_workers_accumulation_a_scaler_and_spike_statistics(tmp_path, settings):
+def test_also_with_workers_accumulation_fp16_and_spikes(tmp_path, settings):
     method, content = run_toy(tmp_path / "whole", **settings)
     for at in (3, 7):
         with pytest.raises(SystemExit):
@@ -72,27 +72,27 @@ def test_handlers_are_put_back(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_settings_of_a_run_are_plain_text_that_can_be_given_again(tmp_path):
+def test_settings_yaml_can_be_given_as_config(tmp_path):
     run_toy(tmp_path, epochs=1, clip_grad=None)
     settings = parse(LoopSettings, ["--config", str(tmp_path / "settings.yaml")])
-    assert settings.out_dir == tmp_path and settings.epochs == 1 and settings.clip_grad is None
+    assert settings.out_dir == tmp_path and settings.epochs == 1 and settings.optim.clip_grad is None
     assert to_dict(settings) == load_yaml(tmp_path / "settings.yaml")
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 6}, {"samples_per_epoch": 8}, {"seed": 1}], ids=str)
-def test_settings_under_which_a_step_means_other_data_are_refused(tmp_path, change):
+def test_settings_that_change_the_data_order_are_refused(tmp_path, change):
     run_toy(tmp_path, epochs=1)
-    with pytest.raises(InputError, match="checkpoint-last.pth.*this run's is"):
+    with pytest.raises(InputError, match="checkpoint-last.pth.*found .*, expected"):
         run_toy(tmp_path, **change)
 
 
 def test_other_data_of_the_same_size_is_refused(tmp_path):
     run_toy(tmp_path, epochs=1)
-    with pytest.raises(InputError, match="its data is twelve numbers, this run's is twelve others"):
+    with pytest.raises(InputError, match="data: found twelve numbers, expected twelve others"):
         run_toy(tmp_path, data="twelve others")
 
 
-def test_the_same_command_goes_on_where_it_was_started_from_a_file(tmp_path, whole):
+def test_the_same_command_resumes_a_run_started_from_a_file(tmp_path, whole):
     """From the file the first time; then from what it has saved, whether it was asked to stop or killed."""
     run_toy(tmp_path / "other", epochs=2)
     start = {"resume": str(tmp_path / "other/checkpoint-1.pth"), "log_every": 2}
@@ -113,7 +113,7 @@ def test_the_same_command_goes_on_where_it_was_started_from_a_file(tmp_path, who
     assert method.calls[0][1] == 9 and same_weights(method, whole[1])  # 9: the end of the epoch before the kill
 
 
-def test_a_kill_before_the_first_epoch_ends_does_not_lose_the_file_it_was_started_from(tmp_path):
+def test_a_run_from_a_file_killed_early_keeps_its_start(tmp_path):
     """An older run lies in the folder: it is not what the second start goes on from."""
     run_toy(tmp_path, save_every=1)
 
@@ -144,7 +144,7 @@ def test_weight_decay_is_that_of_this_start(tmp_path):
     assert {group["weight_decay"] for group in content["optimizer"]["param_groups"]} == {0.0, 0.7}
 
 
-def test_logs_of_a_killed_process_do_not_survive_past_its_checkpoint(tmp_path, whole):
+def test_logs_past_the_checkpoint_of_a_killed_run_are_dropped(tmp_path, whole):
     """Killed between the epoch's log line and the end of writing its checkpoint: the line is there, the checkpoint
     is not."""
 
@@ -190,7 +190,7 @@ def test_saved_every_so_often_within_an_epoch(tmp_path):
     assert checkpoint.load(tmp_path / checkpoint.LAST)["args"]["step"] == 7
 
 
-def test_a_stop_before_training_does_not_make_an_older_run_this_one(tmp_path):
+def test_a_stop_before_training_does_not_resume_an_older_run(tmp_path):
     """Started anew in the folder of a finished run, and asked to stop while the cache was filled."""
     run_toy(tmp_path, epochs=1)
     mark_requeue(tmp_path)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from common.distributed import Run
 from common.training.running_mean import RunningMean
 
 CPU = torch.device("cpu")
@@ -11,7 +12,7 @@ CPU = torch.device("cpu")
 def filled(*rows):
     means = RunningMean()
     for value, made in rows:
-        means.add({"a": torch.tensor(value), "b": torch.tensor(2 * value)}, made=torch.tensor(made))
+        means.add({"a": torch.tensor(value), "b": torch.tensor(2 * value)}, weight=torch.tensor(made))
         means.add({"skipped": 1 - torch.tensor(made)})
     means.add({"once": torch.tensor(7.0)})
     return means
@@ -24,20 +25,20 @@ def test_values_of_updates_that_were_not_made_do_not_count():
 
 def test_restored_is_the_same_and_goes_on():
     means = filled((1.0, 1.0), (3.0, 1.0))
-    again = RunningMean.from_state(means.state(), 0, 1, CPU)
+    again = RunningMean.from_state(means.state(), Run(CPU, 0, 1))
     assert again.read() == means.read()
     for one in (means, again):
-        one.add({"a": torch.tensor(0.3), "b": torch.tensor(0.1)}, made=torch.tensor(1.0))
+        one.add({"a": torch.tensor(0.3), "b": torch.tensor(0.1)}, weight=torch.tensor(1.0))
     assert again.read() == means.read()
-    assert RunningMean.from_state(RunningMean().state(), 0, 1, CPU).read() == {}
+    assert RunningMean.from_state(RunningMean().state(), Run(CPU, 0, 1)).read() == {}
 
 
 def test_another_number_of_ranks_takes_the_mean_of_the_ranks():
     state = filled((1.0, 1.0)).state()
     state["rows"] = torch.cat([state["rows"], filled((3.0, 1.0)).state()["rows"]])  # two ranks
-    assert RunningMean.from_state(state, 1, 2, CPU).read()["a"] == 3.0
+    assert RunningMean.from_state(state, Run(CPU, 1, 2)).read()["a"] == 3.0
     assert (
-        RunningMean.from_state(state, 2, 4, CPU).read()["a"]
-        == RunningMean.from_state(state, 0, 1, CPU).read()["a"]
+        RunningMean.from_state(state, Run(CPU, 2, 4)).read()["a"]
+        == RunningMean.from_state(state, Run(CPU, 0, 1)).read()["a"]
         == 2.0
     )

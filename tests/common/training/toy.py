@@ -11,17 +11,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from common import checkpoint
+from common.config import from_dict, to_dict
 from common.data.sampler import generator
 from common.distributed import Run
-from common.training.loop import fit
+from common.training.method import Method
 from common.training.optim import build_optimizer
 from common.training.settings import LoopSettings, plan_updates
-from common.training.state import TrainingState
+from common.training.trainer import Trainer
 
 CPU = Run(torch.device("cpu"))
 
 
-class Toy(nn.Module):
+class Toy(Method):
     """A regression with dropout (so that randomness must be restored too), a token, and the protocol's hooks."""
 
     def __init__(self, poison_from: int | None = None):
@@ -32,20 +33,20 @@ class Toy(nn.Module):
         self.poison_from, self.calls = poison_from, []
 
     @property
-    def probe(self):
+    def grad_norm_parameter(self):
         return self.layers[0].weight
 
-    def forward(self, batch, step):
+    def forward(self, batch, step=0, part=0):
         error = (self.layers(batch["x"] + self.cls_token[0]).squeeze(-1) - batch["y"]).square().mean()
         if self.poison_from is not None and step >= self.poison_from:
             error = error * float("nan")
         return {"fit": error, "seen": batch["y"].mean()}
 
     def before_step(self, step):
-        self.calls.append(("before", step, self.probe.grad is not None))
+        self.calls.append(("before", step, self.grad_norm_parameter.grad is not None))
 
     def after_step(self, step):
-        self.calls.append(("after", step, self.probe.grad is not None))
+        self.calls.append(("after", step, self.grad_norm_parameter.grad is not None))
 
     def checkpoint_state(self):
         return {"model": self.state_dict()}
@@ -76,22 +77,23 @@ def run_toy(out_dir, method=None, run=CPU, data="twelve numbers", **settings):
     defaults = dict(
         amp="off", epochs=4, batch_size=4, workers=0, warmup_epochs=0.0, save_every=2, log_every=2, weight_decay=0.1
     )
-    settings = LoopSettings(out_dir=Path(out_dir), **(defaults | settings))
+    settings = from_dict(defaults | settings | {"out_dir": Path(out_dir)}, LoopSettings)
     settings.out_dir.mkdir(exist_ok=True)
     plan = plan_updates(settings, 12, run.world_size)
-    training = TrainingState(
+    trainer = Trainer(
         method,
         Numbers(),
         settings,
         run,
         plan,
         learning_rate=lambda step: 0.01 / (1 + step),
-        weights=lambda step: {"fit": 2.0},
+        loss_weights=lambda step: {"fit": 2.0},
         args={"note": "toy"},
         data_fingerprint={"data": data},
-        make_optimizer=partial(build_optimizer, weight_decay=settings.weight_decay),
+        make_optimizer=partial(build_optimizer, weight_decay=settings.optim.weight_decay),
+        recorded=to_dict(settings),
     )
-    return method, checkpoint.load(fit(training))
+    return method, checkpoint.load(trainer.fit())
 
 
 def lines(out_dir):
