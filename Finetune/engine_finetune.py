@@ -147,7 +147,7 @@ def predictor(model: nn.Module, device: torch.device, dtype: torch.dtype | None)
     """The model as the sliding window calls it, under autocast where `dtype` says so."""
 
     def predict(crops: Tensor) -> Tensor:
-        watchdog.feed()
+        watchdog.reset()
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             return model(crops)
 

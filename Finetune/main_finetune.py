@@ -103,7 +103,7 @@ class FinetuneSettings(ModelSettings, LoopSettings):
 def main(argv: list[str] | None = None) -> Path:
     """Run the program; returns the path of the last checkpoint."""
     config = parse(FinetuneSettings, argv, description=__doc__)
-    signals.mark_when_stopped(config.out_dir)
+    signals.write_marker_on_stop(config.out_dir)
     preset = load_preset(config.preset)
     classifies = preset.task == "classification"
     if classifies and config.model == "unetr":
@@ -175,7 +175,7 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
             )
         else:
             name, scores = "dice", validate(method.model, validation, preset, window, run, config.precision.amp)
-        log.scalars(scores, (epoch + 1) * plan.steps_per_epoch - 1)
+        log.add_scalars(scores, (epoch + 1) * plan.steps_per_epoch - 1)
         print_main(f"epoch {epoch + 1}: validation {name} {scores[f'val/{name}']:.4f}")
         if config.select == "best" and scores[f"val/{name}"] > best:
             best = scores[f"val/{name}"]

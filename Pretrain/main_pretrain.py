@@ -39,7 +39,7 @@ from Pretrain.visualize import picture
 
 def main() -> None:
     settings = parse(settings_class(), description=__doc__)
-    signals.mark_when_stopped(settings.out_dir)
+    signals.write_marker_on_stop(settings.out_dir)
     run = distributed.setup(settings.device)
     try:
         pretrain(settings, run)
@@ -142,7 +142,7 @@ class Reconstructions:
         if rows:
             pixels = picture(rows, self.patch_size, self.settings.encoder.norm_pix_loss)
             save_picture(self.settings.out_dir / f"reconstruction-{epoch}.png", pixels)
-            log.image("reconstruction", pixels, (epoch + 1) * self.plan.steps_per_epoch - 1)
+            log.add_image("reconstruction", pixels, (epoch + 1) * self.plan.steps_per_epoch - 1)
 
 
 def save_picture(path: Path, pixels: np.ndarray) -> None:

@@ -1,24 +1,24 @@
-"""Checkpoints: the one place where Pretrain and Finetune meet.
+"""Read and write checkpoints, the files that connect Pretrain and Finetune.
 
-The contract. A checkpoint is a `torch.save`d dict of tensors and plain types (dict, list, str, int, float, bool, None),
-so that `torch.load(weights_only=True)` reads it and no code in it can run.
+A checkpoint is a dict of tensors and plain types (dict, list, str, int, float, bool, None), written by `torch.save`.
+`torch.load(weights_only=True)` reads it without running any code in it.
 
 =============  =======================================================================================================
-plain MAE      `model`: the names of `Finetune/models_3dvit.py`, encoder and decoder
+plain MAE      `model`: encoder and decoder, with the names of `Finetune/models_3dvit.py`
 GL-MAE         `student`: `module.backbone.*` (encoder and decoder), `module.head.*` (projection head); `teacher`:
-               `backbone.*`, `head.*`; `dino_loss`: {`center`}. The `module.` stands there without DDP too: the authors'
-               loaders expect it
-MiM            `model`: the names of `Finetune/models_convvit3d.py` and the decoder's
-fine-tuning    `state_dict`: the segmentation model, encoder under `backbone.`
-all            `optimizer`; `epoch`, 0-based, the last one begun; `args`: the settings as plain types, and in it `step`
-               (updates done), `loop` (scaler, watch over bad updates, data seed) and `grid_size` (the position table's
-               grid, never to be guessed from a count)
-mid-epoch      `progress`: the running means of the epoch and of the log interval; only in a file written within one
+               `backbone.*`, `head.*`; `dino_loss`: {`center`}. The prefix `module.` is there without DDP too, because
+               the authors' loaders expect it
+MiM            `model`: encoder and decoder, with the encoder's names of `Finetune/models_convvit3d.py`
+fine-tuning    `state_dict`: the segmentation model, with the encoder under `backbone.`
+all            `optimizer`; `epoch`: the last epoch that was started, 0-based; `args`: the settings as plain types, and
+               with them `step` (updates done), `loop` (state of the training loop: scaler, check for bad updates, data
+               seed) and `grid_size` (the patch grid of the position embedding, which a token count does not determine)
+mid-epoch      `progress`: the running means of the epoch and of the log interval, only in a file from within an epoch
 =============  =======================================================================================================
 
-Files are `checkpoint-{epoch}.pth` (no zero padding), `checkpoint-last.pth` and the one before it,
-`checkpoint-previous.pth`; each is written under a temporary name and renamed. Each record of the file (a zip archive)
-has a CRC32, which is verified when it is read. How and when they are written: common/training/checkpointing.py.
+Files are named `checkpoint-{epoch}.pth` (no zero padding), `checkpoint-last.pth` and `checkpoint-previous.pth`, the one
+before the last. Each record of a file (a zip archive) has a CRC32, which is verified when the file is read. When a run
+writes its checkpoints: common/training/checkpointing.py.
 """
 
 import argparse
@@ -36,9 +36,11 @@ PREVIOUS = "checkpoint-previous.pth"
 
 
 def save(path: str | Path, content: dict[str, Any]) -> None:
-    """Write `content` so that `path` holds either the old file or the whole new one, never a part.
+    """Write `content` to `path`, completely or not at all.
 
-    Raises InputError when the place cannot be written; TypeError for a value that `weights_only` loading would refuse.
+    Raises:
+        InputError: the file cannot be written.
+        TypeError: `content` holds a value that `torch.load(weights_only=True)` would refuse.
     """
     _check_plain(content, "checkpoint")
     with replacing(path) as temporary:
@@ -46,50 +48,57 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
             with open(temporary, "wb") as file:
                 torch.save(content, file)
         except RuntimeError as error:
-            # torch reports a full disk as a RuntimeError
+            # torch reports a full disk as a RuntimeError.
             raise InputError(f"{path}: cannot be written ({one_line(error)})") from None
 
 
 def remove_temporary(folder: Path) -> None:
-    """What a process that was killed while it wrote has left behind. Only for the one process that writes to the
-    folder."""
+    """Remove incomplete checkpoints of a process that was killed. Only the process that holds the folder's lock may
+    call this."""
     for path in folder.glob(".checkpoint-*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def verify(path: str | Path) -> None:
-    """Read the whole file and compare every record with its CRC32; InputError if one differs. Files older than torch
-    1.6 have none."""
-    if not zipfile.is_zipfile(path):
-        return
+    """Compare every record of the file with its CRC32. Files in the format before torch 1.6 have none and pass.
+
+    Raises:
+        InputError: a record differs, or the archive cannot be read.
+    """
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except Exception as error:  # zipfile, too, has a type for each way a file can be broken
+    except Exception as error:
+        # zipfile raises a different type for each kind of damage.
         raise InputError(f"{path}: damaged ({one_line(error)})") from None
     if damaged:
         raise InputError(f"{path}: damaged (checksum of record {damaged} does not match)")
 
 
 def load(path: str | Path, check: bool = True) -> dict[str, Any]:
-    """The content of a checkpoint on the CPU, read without running anything in it. InputError says what is wrong with
-    the file.
+    """Return the content of a checkpoint, on the CPU. No code in the file is run.
 
-    `check=False` leaves out the checksums, for a file that another rank has just verified.
+    Args:
+        path: a file written by `save`, or by the authors' code.
+        check: verify the checksums; False for a file that has just been verified.
+
+    Raises:
+        InputError: the file is missing or damaged, or is not a checkpoint.
     """
+    if check:
+        verify(path)
     try:
-        if check:
-            verify(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
-    except InputError:
-        raise
-    except Exception as error:  # torch raises a different type for each way a file can be broken
+    except Exception as error:
+        # torch raises a different type for each kind of damage.
         raise InputError(f"{path}: not a readable checkpoint ({one_line(error)})") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: found {type(content).__name__}, needs a dict")
+        raise InputError(f"{path}: found {type(content).__name__}, expected a dict")
     return content
 
 

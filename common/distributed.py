@@ -1,5 +1,4 @@
-"""One process or many, CPU or CUDA: what `torchrun` says about this process, and the few collectives the programs
-use."""
+"""Process group setup from torchrun's environment, on CPU or CUDA, and the collectives that the programs use."""
 
 import contextlib
 import os
@@ -15,15 +14,14 @@ from common.errors import InputError
 from common.peers import Peers
 from common.signals import EXIT_REQUEUE, Requeue
 
-PATIENCE = timedelta(
-    hours=12
-)  # rank 0 may fill a cache while the others wait; the dead and the hung are found by peers.py and watchdog.py
+# Rank 0 may fill a cache while the others wait. Dead ranks are found by peers.py, ranks that hang by watchdog.py.
+TIMEOUT = timedelta(hours=12)
 _peers: Peers | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """This process among its peers."""
+    """Device, rank and number of processes of this run."""
 
     device: torch.device
     rank: int = 0
@@ -32,30 +30,38 @@ class Run:
 
 
 def setup(device: str = "auto") -> Run:
-    """Join the process group that torchrun set up (nccl on CUDA, gloo on CPU); without torchrun this is the only
-    process."""
+    """Join the process group of a torchrun launch: nccl on CUDA, gloo on CPU. Without torchrun there is one process.
+
+    Args:
+        device: auto (CUDA if there is one), cpu or cuda.
+
+    Raises:
+        InputError: another value, or cuda without a CUDA device.
+    """
     if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device: found {device!r}, allowed: auto, cpu, cuda")
+        raise InputError(f"--device: found {device!r}, expected auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available here; use --device cpu or auto")
-    rank, world_size, local_rank = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in defaults.items())
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda:
         torch.cuda.set_device(local_rank)
     target = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if world_size > 1 and not dist.is_initialized():
         device_id = {"device_id": target} if use_cuda else {}
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=PATIENCE, **device_id)
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT, **device_id)
         _watch_peers(rank, world_size)
     return Run(target, rank, world_size, local_rank)
 
 
 def _watch_peers(rank: int, world_size: int) -> None:
-    """Start the watch, on a connection of its own: a thread that waits on a store holds up all others of that
-    connection. The store outlives a restart by torchrun (--max_restarts), the word that an earlier attempt left must
-    not."""
+    """Start the heartbeat and the check for dead ranks.
+
+    It has its own connection to the store, because a thread that waits for the store blocks all threads of its
+    connection. The store survives a restart by torchrun (--max_restarts); the prefix hides the messages of earlier
+    attempts.
+    """
     global _peers
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, world_size, is_master=False)
@@ -65,18 +71,19 @@ def _watch_peers(rank: int, world_size: int) -> None:
 
 
 def active() -> bool:
+    """Return whether there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
+    """Wait until all ranks have called this."""
     if active():
         dist.barrier()
 
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Rank 0 goes through the block alone, then the others: it prepares files that they only read."""
+    """Run the block on rank 0 first, then on the others: rank 0 writes files that they read."""
     waits = active() and dist.get_rank() > 0
     if waits:
         barrier()
@@ -86,7 +93,7 @@ def main_first() -> Iterator[None]:
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
-    """The mean of `tensor` over the ranks, the same on each; without a process group `tensor` itself."""
+    """Return the mean of `tensor` over the ranks, the same on each; without a process group `tensor` itself."""
     if not active():
         return tensor
     total = tensor.clone()
@@ -95,7 +102,7 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
-    """(ranks, *shape): the tensor of every rank, the same on each."""
+    """Return the tensors of all ranks, (ranks, *shape), the same on each."""
     if not active():
         return tensor.unsqueeze(0)
     gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -104,18 +111,22 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shutdown() -> None:
-    """Leave the process group. With an exception in flight the peers are told why, and end too; so when this process
-    alone was asked to stop, and they may be waiting for it."""
+    """Leave the process group. Call it in a `finally` block.
+
+    If an exception is being handled, the other ranks receive its message and end too. They also end if this process
+    alone was asked to stop, because they may be waiting for it.
+    """
     global _peers
     error = sys.exc_info()[1]
     interrupted = isinstance(error, Requeue) and not error.agreed
-    orderly = error is None or (isinstance(error, SystemExit) and not interrupted)
+    normal = error is None or (isinstance(error, SystemExit) and not interrupted)
     if _peers and interrupted:
         _peers.report("was asked to stop", EXIT_REQUEUE)
-    elif _peers and not orderly:
+    elif _peers and not normal:
         _peers.report(f"died: {type(error).__name__}: {error}".splitlines()[0])
     elif _peers:
         _peers.stop()
-    if active() and orderly:  # with a peer stuck in a collective call, leaving in good order would wait for it
+    # Otherwise another rank may hang in a collective call, and destroying the group would wait for it.
+    if active() and normal:
         dist.destroy_process_group()
     _peers = None

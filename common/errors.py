@@ -1,13 +1,13 @@
-"""The error that a user can put right. Imports nothing, so that every module may import it."""
+"""The error that a user can correct. Imports nothing, so that every module can import it."""
 
 
 class InputError(ValueError):
-    """A file or a setting that the user gave cannot be used.
+    """A file or a setting given by the user cannot be used.
 
     The message is one line: `FILE_OR_SETTING: found X, expected Y`, or `--SETTING VALUE: must be ...`.
     """
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """Return the message of an exception of a library as one line of at most `limit` characters, to end one of ours."""
+    """Return a library's error message as one line of at most `limit` characters, for the end of an InputError."""
     return " ".join(str(error).split())[:limit] or type(error).__name__

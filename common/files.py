@@ -1,4 +1,4 @@
-"""Files that are whole or not there, errors that name the file, folders that one process has to itself."""
+"""Write files completely or not at all, report errors with the file's name, lock folders, compute hashes."""
 
 import contextlib
 import errno
@@ -14,12 +14,13 @@ from typing import Any
 
 from common.errors import InputError
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of a file system that has none
+# How a file system without locks answers.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextlib.contextmanager
 def naming_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError within the block into an InputError that says that `path` cannot be written, and why."""
+    """Turn an OSError within the block into an InputError with `path` and the reason."""
     try:
         yield
     except OSError as error:
@@ -28,10 +29,10 @@ def naming_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give the block a temporary path beside `path`, and rename what it wrote there to `path` at the end.
+    """Yield a temporary path next to `path`, and rename the file written there to `path` at the end of the block.
 
-    So `path` holds all of the new content or what it held before, also after a crash or a power cut. The folder is made
-    where it is missing. When the block fails, the temporary file is removed.
+    Afterwards `path` holds either its previous content or all of the new one, also after a crash or a power cut. A
+    missing folder is created. If the block fails, the temporary file is removed.
 
     Raises:
         InputError: the file cannot be written.
@@ -51,39 +52,51 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def save_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, whole or not at all. InputError when it cannot be written."""
+    """Write `content` to `path`, completely or not at all. Raise InputError if it cannot be written."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def sync(path: Path) -> None:
-    """Let what was written to a file, or the names in a folder, outlast a power cut."""
-    number = os.open(path, os.O_RDONLY)
+    """Flush a file, or the names in a folder, to disk, so that they survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[int | None]:
-    """A lock on a folder, as a file descriptor that programs may inherit: it is theirs even when this process is killed
-    and they go on. None where another process has it, after `patience` seconds. The system lets it go with its last
-    holder."""
+def lock_folder(folder: Path, timeout: float = 0.0) -> Iterator[int | None]:
+    """Lock a folder for the duration of the block, and yield the lock's file descriptor.
+
+    Child processes may inherit the descriptor (`pass_fds`). The system releases the lock when its last holder ends,
+    whichever way it ends. A file system without locks counts as unlocked.
+
+    Args:
+        folder: an existing folder.
+        timeout: seconds to wait for another process to release the lock.
+
+    Yields:
+        The descriptor, or None if another process still holds the lock.
+
+    Raises:
+        InputError: the lock file cannot be written.
+    """
     with contextlib.ExitStack() as stack:
         with naming_errors(folder / ".lock"):
-            number = stack.enter_context(open(folder / ".lock", "w")).fileno()
-            locked = _lock(number)
-            until = time.monotonic() + patience
+            descriptor = stack.enter_context(open(folder / ".lock", "w")).fileno()
+            locked = _lock(descriptor)
+            until = time.monotonic() + timeout
             while not locked and time.monotonic() < until:
                 time.sleep(0.2)
-                locked = _lock(number)
-        yield number if locked else None
+                locked = _lock(descriptor)
+        yield descriptor if locked else None
 
 
-def _lock(number: int) -> bool:
+def _lock(descriptor: int) -> bool:
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -93,21 +106,19 @@ def _lock(number: int) -> bool:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder where it is missing; InputError unless files can be written there."""
-    try:
+    """Create the folder if it is missing, and raise InputError unless a file can be written there."""
+    with naming_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
 def file_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file as hex digits. OSError when it cannot be read."""
+    """Return the SHA-256 of a file in hexadecimal. Raise OSError if it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(parts: Iterable[Any]) -> str:
-    """16 hex digits that are others when a part is, or their order."""
+    """Return 16 hexadecimal digits that depend on the text of every part and on their order."""
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]

@@ -1,5 +1,4 @@
-"""What a run tells: lines on the screen, progress bars, TensorBoard, and one JSON line per epoch. Rank 0 speaks, the
-others are silent."""
+"""What a run reports: lines on the screen, progress bars, TensorBoard, and one JSON line per epoch, all of rank 0."""
 
 import json
 import os
@@ -16,12 +15,12 @@ from common.files import naming_errors, save_bytes, sync
 
 
 def is_main() -> bool:
-    """True on rank 0 of a torchrun launch, and without one."""
+    """Return True on rank 0 of a torchrun launch, and without torchrun."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def print_main(text: str) -> None:
-    """One line on rank 0's standard output, kept whole when a progress bar is on the screen."""
+    """Print a line on rank 0, above a progress bar that is on the screen."""
     if is_main():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
@@ -30,8 +29,12 @@ def print_main(text: str) -> None:
 def progress(
     iterable: Iterable | None = None, desc: str = "", total: int | None = None, unit: str = "it", initial: int = 0
 ) -> tqdm:
-    """A progress bar on rank 0, `initial` of its steps already done. Into a file or a pipe it is refreshed every ten
-    seconds only, so that logs stay short."""
+    """Return a progress bar that rank 0 shows. Written to a file or a pipe, it is updated every ten seconds only.
+
+    Args:
+        iterable, desc, total, unit: as in tqdm.
+        initial: number of steps that are already done.
+    """
     return tqdm(
         iterable,
         desc=desc,
@@ -45,73 +48,84 @@ def progress(
 
 
 class RunLog:
-    """TensorBoard events, `log.jsonl` and `anomalies.jsonl` in `out_dir`, written by rank 0 only.
+    """Write TensorBoard events, `log.jsonl` and `anomalies.jsonl` (skipped updates) into `out_dir`, on rank 0 only.
 
-    TensorBoard's steps count from 0 and name the update that was the last one made. A run that goes on after
-    `first_step` updates, in epoch `first_epoch`, drops what an earlier process logged past them; no line and no point
-    is doubled or missing, if `flush` is called before each checkpoint. What happened before a rollback is kept in
-    `anomalies.jsonl`: lines with fewer `rollbacks`.
+    The x axis in TensorBoard is the 0-based number of the last update. A resumed run first removes what an earlier
+    process logged after the checkpoint. If `flush` is called before each checkpoint, no line and no point is then
+    missing or doubled. Skipped updates of the time before a rollback are kept.
+
+    Args:
+        out_dir: folder of the run.
+        first_step: number of updates in the checkpoint that is resumed.
+        first_epoch: epoch that is resumed, 0-based.
+        rollbacks: number of rollbacks so far.
     """
 
     def __init__(self, out_dir: str | Path, first_step: int = 0, first_epoch: int = 0, rollbacks: int = 0):
         self.folder, self.writer = Path(out_dir), None
-        self.path, self.anomalies = self.folder / "log.jsonl", self.folder / "anomalies.jsonl"
+        self.epochs_path, self.skipped_path = self.folder / "log.jsonl", self.folder / "anomalies.jsonl"
         if is_main():
-            from torch.utils.tensorboard import SummaryWriter  # slow to import; only a run that logs pays
+            # Slow to import, so only a run that logs imports it.
+            from torch.utils.tensorboard import SummaryWriter
 
-            _keep(self.path, lambda line: line["epoch"] < first_epoch)
-            _keep(self.anomalies, lambda line: line["step"] < first_step or line["rollbacks"] < rollbacks)
+            _filter_lines(self.epochs_path, lambda line: line["epoch"] < first_epoch)
+            _filter_lines(self.skipped_path, lambda line: line["step"] < first_step or line["rollbacks"] < rollbacks)
             with naming_errors(self.folder):
                 self.writer = SummaryWriter(str(out_dir), purge_step=first_step)
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
+    def add_scalars(self, values: dict[str, float], step: int) -> None:
+        """Write named values to TensorBoard."""
         if self.writer:
             with naming_errors(self.folder):
                 for name, value in values.items():
                     self.writer.add_scalar(name, value, step)
 
-    def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
-        """`pixels`: (H, W, 3) uint8."""
+    def add_image(self, tag: str, pixels: np.ndarray, step: int) -> None:
+        """Write an image, (H, W, 3) uint8, to TensorBoard."""
         if self.writer:
             with naming_errors(self.folder):
                 self.writer.add_image(tag, pixels, step, dataformats="HWC")
 
-    def epoch(self, record: dict[str, Any]) -> None:
-        """One line of `log.jsonl`; `record` holds `epoch`, and `step`, the updates done."""
-        self._line(self.path, record)
+    def add_epoch(self, record: dict[str, Any]) -> None:
+        """Append a line to `log.jsonl`. `record` has `epoch` and `step`, the number of updates done."""
+        self._append(self.epochs_path, record)
 
-    def anomaly(self, record: dict[str, Any]) -> None:
-        """One line of `anomalies.jsonl`; `record` holds `step`, the update that was not made, and `rollbacks`."""
-        self._line(self.anomalies, record)
-
-    def records(self) -> list[dict[str, Any]]:
-        """The lines of `log.jsonl` until now; on every rank."""
-        return _lines(self.path)
+    def add_skipped_update(self, record: dict[str, Any]) -> None:
+        """Append a line to `anomalies.jsonl`. `record` has `step`, the update that was skipped, and `rollbacks`."""
+        self._append(self.skipped_path, record)
 
     def flush(self) -> None:
-        """Everything logged until now is on disk, and stays there when the power goes."""
+        """Write everything logged so far to disk, so that it survives a power cut."""
         if self.writer:
             with naming_errors(self.folder):
                 self.writer.flush()
-                for path in (self.path, self.anomalies, max(self.folder.glob("events.*"), key=os.path.getmtime)):
+                events = max(self.folder.glob("events.*"), key=os.path.getmtime)
+                for path in (self.epochs_path, self.skipped_path, events):
                     if path.exists():
                         sync(path)
 
     def close(self) -> None:
+        """Close the TensorBoard writer."""
         if self.writer:
             with naming_errors(self.folder):
                 self.writer.close()
 
-    def _line(self, path: Path, record: dict[str, Any]) -> None:
+    def _append(self, path: Path, record: dict[str, Any]) -> None:
         if self.writer:
             with naming_errors(path), open(path, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Its lines; one that a killed process has left unfinished, the last, is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = []
+def _filter_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a file of JSON lines, if it exists, with the lines that `keep` accepts."""
+    if path.exists():
+        kept = (json.dumps(line) + "\n" for line in _read_lines(path) if keep(line))
+        save_bytes(path, "".join(kept).encode())
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of JSON lines, without a last line that a killed process left incomplete."""
+    lines, records = path.read_text().splitlines(), []
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
@@ -119,9 +133,3 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise InputError(f"{path}: line {number} is not JSON") from None
     return records
-
-
-def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the other lines of the file, in one go."""
-    if path.exists():
-        save_bytes(path, "".join(json.dumps(line) + "\n" for line in _lines(path) if wanted(line)).encode())

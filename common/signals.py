@@ -1,10 +1,9 @@
-"""Asked to stop: SIGTERM and SIGUSR1 end a program with an exit code that means "start the same command again".
+"""Stop requests: SIGTERM and SIGUSR1 end a program with exit code 75, which means "start the same command again".
 
-Every program may be stopped anywhere: its files are whole or not there, and what is done is not done again. So the
-signal raises `Requeue` in the main thread wherever that is, as Ctrl-C raises KeyboardInterrupt (`run_program` listens).
-Where more is wanted first it is `deferred`: the training loop ends its update and saves
-(common/training/preemption.py), and
-a program that runs another one waits until that has ended.
+By default a signal raises `Requeue` in the main thread, as Ctrl-C raises KeyboardInterrupt. A program can be stopped
+anywhere, because every file is either complete or absent and finished work is not repeated. Within `defer_stop` a
+signal is only recorded: the training loop finishes its update and saves (common/training/preemption.py), and
+`run_child` waits for its child.
 """
 
 import contextlib
@@ -12,95 +11,122 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-EXIT_REQUEUE = os.EX_TEMPFAIL  # 75, sysexits.h: "temporary failure, the user is invited to retry"
-MARKER = "requeue"  # a file in out_dir that says the same where a launcher swallows the code (torchrun ends with 1)
+# 75 in sysexits.h: "temporary failure, the user is invited to retry"
+EXIT_REQUEUE = os.EX_TEMPFAIL
+# A file in out_dir with the same meaning, because torchrun ends with 1 whatever its processes return.
+MARKER = "requeue"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _OUTSIDE = "outside of training"
 
 
 class Requeue(SystemExit):
-    """The program was asked to stop, and wants to be started again. `agreed`: every rank ends so, after the same
-    update."""
+    """The program was asked to stop and should be started again.
+
+    Args:
+        agreed: all ranks stop after the same update.
+    """
 
     def __init__(self, agreed: bool = False) -> None:
         super().__init__(EXIT_REQUEUE)
         self.agreed = agreed
 
 
-class _Process:
-    """What this process knows; handlers belong to a process, so there is one."""
+@dataclass
+class _State:
+    """What the signal handler reads and writes; `received` is the first signal."""
 
-    received: signal.Signals | None = None  # the first one
-    deferred = False
-    mark_when_stopped: Path | None = None  # out_dir of a training program
+    received: signal.Signals | None = None
+    deferred: bool = False
+    marker_folder: Path | None = None
     child: subprocess.Popen | None = None
 
 
+# A process has one handler per signal, hence one state.
+_state = _State()
+
+
 def install_handlers() -> None:
-    """From now on the first signal raises Requeue. Further ones (Slurm's, and then torchrun's) do not: cleaning up goes
-    on undisturbed."""
+    """Raise Requeue at the first signal from now on. Later ones do not interrupt the cleanup: Slurm sends one, then
+    torchrun another."""
     for number in SIGNALS:
-        signal.signal(number, _receive)
+        signal.signal(number, _handle)
 
 
-def mark_when_stopped(out_dir: Path) -> None:
-    """From now on being asked to stop leaves the marker in `out_dir`."""
-    _Process.marks = out_dir
+def write_marker_on_stop(out_dir: Path) -> None:
+    """Write the marker into `out_dir` when a signal stops the program from now on."""
+    _state.marker_folder = out_dir
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[None]:
-    """Within the block a signal is noted, for `asked`. The former handlers are put back at its end."""
-    former = {number: signal.signal(number, _receive) for number in SIGNALS}
-    _Process.received, _Process.deferred = None, True
+def defer_stop() -> Iterator[None]:
+    """Record signals within the block instead of raising Requeue; `stop_requested` returns whether there was one.
+
+    The previous handlers are restored at the end of the block.
+    """
+    previous = {number: signal.signal(number, _handle) for number in SIGNALS}
+    _state.received, _state.deferred = None, True
     try:
         yield
     finally:
-        _Process.deferred = False
-        for number, handler in former.items():
+        _state.deferred = False
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def asked() -> bool:
-    """Has a signal been noted?"""
-    return _Process.deferred and _Process.received is not None
+def stop_requested() -> bool:
+    """Return whether a signal was recorded in the current `defer_stop` block; False outside of one."""
+    return _state.deferred and _state.received is not None
 
 
-def _receive(number: int, frame: FrameType | None) -> None:
-    first = _Process.received is None
-    _Process.received = _Process.received or signal.Signals(number)
-    if _Process.child is not None:
-        _Process.child.send_signal(number)
-    if first and not _Process.deferred:
-        if _Process.marks is not None:
+def _handle(number: int, frame: FrameType | None) -> None:
+    is_first = _state.received is None
+    _state.received = _state.received or signal.Signals(number)
+    if _state.child is not None:
+        _state.child.send_signal(number)
+    if is_first and not _state.deferred:
+        if _state.marker_folder is not None:
             with contextlib.suppress(OSError):
-                mark_requeue(_Process.marks)
+                write_requeue_marker(_state.marker_folder)
         raise Requeue
 
 
 def run_child(command: Sequence[str], **kwargs: Any) -> int:
-    """The exit code of one of our programs, run with the arguments of subprocess.Popen. A signal is passed on to it,
-    which knows what to do; Requeue is raised when it has ended."""
-    with deferred(), subprocess.Popen(command, **kwargs) as child:
-        _Process.child = child
+    """Run one of this repository's programs, forward signals to it, and return its exit code.
+
+    Args:
+        command: program and arguments.
+        kwargs: arguments of subprocess.Popen.
+
+    Raises:
+        Requeue: after the child has ended, if it or this process was asked to stop.
+    """
+    with defer_stop(), subprocess.Popen(command, **kwargs) as child:
+        _state.child = child
         try:
-            if asked():  # before there was a child
-                child.send_signal(_Process.received)
+            # The signal may have come before there was a child.
+            if stop_requested():
+                child.send_signal(_state.received)
             code = child.wait()
         finally:
-            _Process.child = None
-        if asked() or code in (EXIT_REQUEUE, *(-number for number in SIGNALS)):  # negative: before it listened
+            _state.child = None
+        # The code is -number if the signal came before the child had installed its handlers.
+        if stop_requested() or code in (EXIT_REQUEUE, *(-number for number in SIGNALS)):
             raise Requeue
     return code
 
 
-def mark_requeue(out_dir: Path, step: int | None = None) -> None:
-    """Leave the marker. `step`: updates that were saved; without it training was not going on, and what an earlier stop
-    has saved stays said."""
+def write_requeue_marker(out_dir: Path, step: int | None = None) -> None:
+    """Write the marker into `out_dir`.
+
+    Args:
+        step: number of updates in the checkpoint that was just saved. None outside of training; a marker that is
+            already there then keeps its content, and only its modification time changes.
+    """
     marker = out_dir / MARKER
     if step is None and marker.exists():
         marker.touch()
@@ -111,10 +137,11 @@ def mark_requeue(out_dir: Path, step: int | None = None) -> None:
 
 
 def saved_when_stopped(out_dir: Path) -> bool:
-    """Does the marker say that the newest checkpoint in `out_dir` is of the run that was asked to stop?"""
+    """Return whether the run in `out_dir` was stopped during training, so that its newest checkpoint is of that run."""
     marker = out_dir / MARKER
     return marker.exists() and _OUTSIDE not in marker.read_text()
 
 
-def clear_requeue(out_dir: Path) -> None:
+def remove_requeue_marker(out_dir: Path) -> None:
+    """Remove the marker, if there is one."""
     (out_dir / MARKER).unlink(missing_ok=True)

@@ -1,13 +1,14 @@
-# Sourced by every script: moves to the project's root, finds or makes a Python with what requirements.txt lists, sets PYTHON.
+# Sourced by every script. Moves to the root of the repository and sets PYTHON to a Python that meets requirements.txt.
 #
-# In this order: PYTHON, if it has the requirements; the active environment, if it has them; .venv here (or VENV=elsewhere), made and
-# filled once. An environment of yours is never changed.
+# The first of these that meets the requirements is used: PYTHON; the active environment; .venv in the root (or VENV=elsewhere), which is
+# created and filled if necessary. Existing environments other than .venv are never changed.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-satisfied() { # does this Python have every requirement, in a version that is allowed?
+# Succeed if the Python $1 has every requirement in a permitted version.
+satisfied() {
   "$1" - requirements.txt <<'PY' 2>/dev/null
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -25,14 +26,15 @@ for line in open(sys.argv[1]):
 PY
 }
 
-make_venv() { # $1: the Python to build on
+# Create and fill $VENV with the Python $1, unless it was filled from the present requirements.
+make_venv() {
   local stamp="$VENV/requirements.cksum" wanted
   wanted="$(cat requirements.txt constraints.txt | cksum | cut -d" " -f1)"
   if [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     return
   fi
   echo "== Installing requirements.txt into $VENV (once; torch is large, this takes minutes)"
-  "$1" -c 'import sys; sys.exit(f"error: Python {sys.version.split()[0]} found, 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+  "$1" -c 'import sys; sys.exit(f"error: Python: found {sys.version.split()[0]}, expected 3.11 or newer" if sys.version_info < (3, 11) else 0)'
   [ -x "$VENV/bin/python" ] || "$1" -m venv "$VENV"
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
   echo "$wanted" >"$stamp"
@@ -46,21 +48,33 @@ elif [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && satisfied python; then
 else
   base="${PYTHON:-python3}"
   if [ -n "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ ! -x "$VENV/bin/python" ]; then
-    echo "== ${PYTHON:-the active environment} lacks what requirements.txt lists and is left as it is; using $VENV"
+    echo "== ${PYTHON:-the active environment} does not meet requirements.txt and stays unchanged; using $VENV"
   fi
   make_venv "$base"
   PYTHON="$VENV/bin/python"
 fi
 export PYTHON
 
-launch() { # NPROC processes of a module: one as plain Python, more through torchrun; or as LAUNCHER says (scripts/slurm/)
+# Run a module: with the command LAUNCHER if it is set (scripts/slurm/), else on NPROC processes, through torchrun if there are several.
+launch() {
   if [ -n "${LAUNCHER:-}" ]; then
     local launcher
     read -ra launcher <<<"$LAUNCHER"
-    exec "${launcher[@]}" -m "$@" # a signal to every process of the job would end this shell while the program still saves
+    # The program replaces this shell, which a signal to every process of the job would end while the program still saves.
+    exec "${launcher[@]}" -m "$@"
   elif [ "${NPROC:-1}" -gt 1 ]; then
     "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" -m "$@"
   else
     "$PYTHON" -m "$@"
   fi
+}
+
+# Print the flags for the data of a pretraining recipe: the papers' 1k list, unless the recipe's arguments $@ name other data.
+# The paths of a --datalist start from the list's folder, so it gets no --data_root.
+pretraining_data() {
+  case " $* " in
+    *" --datasets "*) echo --data_root data ;;
+    *" --datalist "*) ;;
+    *) echo --datasets 1k --data_root data ;;
+  esac
 }

@@ -1,31 +1,28 @@
 #!/usr/bin/env bash
-# MiM on 746 CT volumes (BTCV's 24 + TCIA-Covid19's 722): the hybrid encoder, three levels of 96^3 in crops of 192^3, 800 epochs.
+# MiM on 746 CT volumes (24 of BTCV, 722 of TCIA-Covid19): hybrid encoder, three levels of 96^3 in crops of 192^3, 800 epochs.
 #
 #   NPROC=2 bash scripts/pretrain_mim.sh --out_dir runs/mim_1k
-#   NPROC=2 bash scripts/pretrain_mim.sh --align published ...       the authors' alignment as their code computes it, for comparison
+#   NPROC=2 bash scripts/pretrain_mim.sh --align published ...       the alignment as the authors' code computes it, for comparison
 #   bash scripts/pretrain_mim.sh --help                              every setting, with the values of this recipe
 #
-# Arguments go to the program and win over the ones below. NPROC: processes, one per GPU.
-# Hardware: GPUs of 24 GB (expected, not measured by us; --down_parts 16 and --grad_checkpointing need less). Cost: 1.8 EFLOP by
-# arithmetic (3.06 TFLOP per crop); not run by us in full. Result: checkpoint-799.pth, for scripts/BTCV/run.sh --model mim.
+# Arguments are passed on to the program and override the values below. NPROC: number of processes, one per GPU.
+# Hardware: GPUs of 24 GB; --down_parts 16 and --grad_checkpointing need less memory. Expected, not measured here.
+# Time: 1.8 EFLOP, computed from 3.06 TFLOP per crop; the full run was not made here.
+# Result: checkpoint-799.pth, for scripts/BTCV/run.sh --model mim.
 #
 # From the authors' scripts and code: crops of 192^3 at the scanned spacing, HU -1000..1000, no flips; up/mid/down mask ratios
-# 0.5/0.6/0.5, 4 mid volumes per crop and 4 down volumes per mid volume; the encoder's and decoder's sizes; level weights 1, alignment
-# 0.1; AdamW (0.9, 0.95), weight decay 0.05, half a cosine after 40 of 800 epochs of warm-up, no clipping, a peak of 2e-4.
-# The true effective batch is 128 crops (2 GPUs x 1 x 64 accumulated), each of which is 1 + 4 + 16 encoder inputs. Their rule,
-# 1e-4 per 256, counts every crop four times, for sub-crops that their loader does not make; stated per crop it is the 4e-4 below.
-# Their accumulation drops the rest of each epoch (5 updates instead of 6); ours goes on through it.
-# Our choice: alignment by cosine with the place a volume was cut from (theirs aligns the mid level with itself), the foreground crop
-# (theirs is commented out, crops are mostly air), bf16 for fp16, no weight decay on the mask token. The paper's text was not readable
-# to us: where it differs from the code, this follows the code.
+# 0.5/0.6/0.5; 4 mid volumes per crop and 4 down volumes per mid volume; the sizes of encoder and decoder; level weights 1, alignment
+# weights 0.1; AdamW (0.9, 0.95), weight decay 0.05, 40 of 800 epochs of warm-up and then half a cosine, no clipping, peak lr 2e-4.
+# The effective batch is 128 crops (2 GPUs x 1 x 64 accumulated); each crop is 1 + 4 + 16 encoder inputs. The authors' rule, 1e-4 per
+# 256, counts every crop four times, for sub-crops that their loader does not make. Per crop that is the 4e-4 below.
+# Their accumulation drops the last update of each epoch (5 updates instead of 6); here all 6 are made.
+# Our choice: cosine alignment with the place that a volume was cut from (theirs aligns the mid level with itself); the foreground crop
+# (theirs is commented out, so crops are mostly air); bf16 instead of fp16; no weight decay on the mask token. We could not read the
+# paper's text: where it differs from the code, this recipe follows the code.
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-case " $* " in # a list of your own has its own folder as its root
-  *" --datasets "*) data=(--data_root data) ;;
-  *" --datalist "*) data=() ;;
-  *) data=(--datasets 1k --data_root data) ;;
-esac
+read -ra data <<<"$(pretraining_data "$@")"
 
 launch Pretrain.main_pretrain \
   --method mim \

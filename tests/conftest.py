@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread (two cores are shared by the test processes), and small models."""
+"""Settings of all tests: one thread per process, so that several processes share the cores, and a fixed seed."""
 
 import os
 

@@ -1,74 +1,230 @@
-"""Who may know whom (the README's map of the house), read from the imports."""
+"""The rules of this repository's structure: which part may import which, file names, and references between files.
+
+The hall is the modules directly in common/; its three rooms are common/data, common/cache and common/training.
+"""
 
 import ast
+import io
+import re
+import statistics
 import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ENCODERS = {"Finetune.models_3dvit", "Finetune.models_convvit3d"}
+PACKAGES = ("common", "Finetune", "Pretrain", "benchmarks", "scripts", "tests")
+ROOMS = {"common.data", "common.cache", "common.training"}
+COMMON = {"common", *ROOMS}
+PROGRAMS = {"generate_cache_files", "scripts", "benchmarks"}
+# area of the importing file -> areas that it may import
+ALLOWED = {
+    "common": {"common"},
+    "common.data": {"common", "common.data"},
+    "common.cache": {"common", "common.data", "common.cache"},
+    "common.training": {"common", "common.data", "common.training"},
+    "Finetune": {*COMMON, "Finetune"},
+    "Pretrain": {*COMMON, "Pretrain", "Finetune"},
+    **dict.fromkeys(PROGRAMS, {*COMMON, *PROGRAMS, "Finetune", "Pretrain"}),
+}
+ENCODERS = ("models_3dvit.py", "models_convvit3d.py")
+HOOKS = ("probe", "num_parts", "before_step", "after_step", "schedule_values", "checkpoint_state", "reconstructions")
+# It lies in a package, so `import statistics` still finds the standard library.
+STANDARD_NAMES_IN_USE = {"statistics.py"}
 
 
-def imports(path: Path) -> set[str]:
-    """Full names of the modules a file imports; `from Finetune import models_3dvit` counts as Finetune.models_3dvit."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            package = ".".join(path.relative_to(ROOT).parent.parts) if node.level else ""
-            module = ".".join(filter(None, (package, node.module)))
-            is_package = (ROOT / module.replace(".", "/")).is_dir()
-            names |= {f"{module}.{alias.name}" for alias in node.names} if is_package else {module}
-    return names
+def code_files() -> list[Path]:
+    """All Python files except tests."""
+    folders = [ROOT / package for package in PACKAGES if package != "tests"]
+    return sorted([*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))])
 
 
-def files(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
+def name_of(path: Path) -> str:
+    """Return the dotted name of the module at `path`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def of(names: set[str], *packages: str) -> set[str]:
-    return {n for n in names if n.split(".")[0] in packages}
+def area(module: str) -> str:
+    """Return the part of the repository that a module belongs to; another package's top-level name for the rest."""
+    first_two = ".".join(module.split(".")[:2])
+    return first_two if first_two in ROOMS else module.split(".")[0]
 
 
-@pytest.mark.parametrize("path", files("common"), ids=lambda p: p.name)
-def test_common_knows_neither_program(path):
-    assert not of(imports(path), "Pretrain", "Finetune", "tests", "benchmarks")
+def references(source: str, path: Path) -> set[str]:
+    """Return the modules that a file imports or names: everywhere in it, also in functions, `if TYPE_CHECKING` blocks
+    and strings, as given to importlib.import_module or to a forkserver."""
+    tree = ast.parse(source)
+    found = {name for node in ast.walk(tree) for name in [*_imported(node, path), *_named(node)]}
+    # With Finetune/ on the path its encoders import each other without a package.
+    beside = {file.stem: name_of(file) for file in path.parent.glob("*.py")}
+    return {beside.get(name, name) for name in found}
 
 
-@pytest.mark.parametrize("path", files("Finetune"), ids=lambda p: p.name)
-def test_finetune_does_not_know_pretrain(path):
-    assert not of(imports(path), "Pretrain", "tests", "benchmarks")
+def _imported(node: ast.AST, path: Path) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        package = path.relative_to(ROOT).parent.parts
+        parts = [*package[: len(package) + 1 - node.level]] if node.level else []
+        module = ".".join([*parts, *([node.module] if node.module else [])])
+        is_package = ROOT.joinpath(*module.split(".")).is_dir()
+        yield from (f"{module}.{alias.name}" if is_package else module for alias in node.names)
 
 
-@pytest.mark.parametrize("path", files("Pretrain"), ids=lambda p: p.name)
-def test_pretrain_knows_of_finetune_the_encoders_alone(path):
-    assert of(imports(path), "Finetune") <= ENCODERS
-    assert not of(imports(path), "tests", "benchmarks")
+def _named(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        if re.fullmatch(rf"({'|'.join(PACKAGES)})(\.\w+)+\.?", node.value):
+            yield node.value
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+        yield from (word.value for word in node.args if isinstance(word, ast.Constant) and word.value in PACKAGES)
 
 
-def test_the_vit_stands_alone():
-    allowed = {"torch", "timm", "argparse", "math", "os", "re", "collections", "dataclasses", "functools", "zipfile"}
-    assert {n.split(".")[0] for n in imports(ROOT / "Finetune/models_3dvit.py")} <= allowed
+def encoder_files() -> set[Path]:
+    """Return the encoders of Finetune and the files beside them that they import."""
+    found: set[Path] = set()
+    waiting = {ROOT / "Finetune" / name for name in ENCODERS}
+    while waiting:
+        path = waiting.pop()
+        found.add(path)
+        names = of(references(path.read_text(), path), "Finetune")
+        waiting |= {ROOT / "Finetune" / f"{name.split('.')[1]}.py" for name in names} - found
+    return found
 
 
-def test_the_hybrid_encoder_needs_only_its_neighbour():
-    own = of(imports(ROOT / "Finetune/models_convvit3d.py"), "common", "Pretrain", "Finetune", "models_3dvit")
-    assert own <= {"Finetune.models_3dvit", "models_3dvit"}
+def of(modules: set[str], *packages: str) -> set[str]:
+    return {module for module in modules if module.split(".")[0] in packages}
 
 
-def test_nothing_large_or_machine_bound_is_tracked():
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")[
-        :-1
-    ]
-    if not tracked:
+def short(value: object) -> str:
+    return str(value.relative_to(ROOT)) if isinstance(value, Path) else str(value)
+
+
+# ---------------------------------------------------------------- who may import whom
+
+
+@pytest.mark.parametrize("path", code_files(), ids=short)
+def test_a_file_imports_only_what_its_area_may_import(path):
+    used = of(references(path.read_text(), path), *PACKAGES, "generate_cache_files")
+    assert {module for module in used if area(module) not in ALLOWED[area(name_of(path))]} == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "Pretrain").rglob("*.py")), ids=short)
+def test_pretrain_imports_only_the_encoders_of_finetune(path):
+    allowed = {name_of(file) for file in encoder_files()}
+    assert of(references(path.read_text(), path), "Finetune") <= allowed
+
+
+@pytest.mark.parametrize("path", sorted(encoder_files()), ids=short)
+def test_an_encoder_needs_torch_and_timm_only(path):
+    allowed = {*sys.stdlib_module_names, "torch", "timm"}
+    used = {module for module in references(path.read_text(), path) if module not in map(name_of, encoder_files())}
+    assert {module.split(".")[0] for module in used} <= allowed
+
+
+@pytest.mark.parametrize(
+    "source, found",
+    [
+        ("import common.cache.build", "common.cache.build"),
+        ("from common import cache", "common.cache"),
+        ("from common.cache import build as b", "common.cache.build"),
+        ("from common.cache.build import build_cache", "common.cache.build"),
+        ("from . import sampler", "common.data.sampler"),
+        ("from ..cache import build", "common.cache.build"),
+        ("from .. import errors", "common.errors"),
+        ("def f():\n    import Pretrain.build", "Pretrain.build"),
+        ("if TYPE_CHECKING:\n    from Finetune.data import Cases", "Finetune.data"),
+        ("importlib.import_module('Pretrain.build')", "Pretrain.build"),
+        ("__import__('Pretrain')", "Pretrain"),
+        ("context.set_forkserver_preload(['common.cache.build'])", "common.cache.build"),
+        ("import_module(f'Finetune.models_{name}')", "Finetune.models_"),
+        ("import sampler", "common.data.sampler"),
+    ],
+)
+def test_references_are_found(source, found):
+    assert found in references(source, ROOT / "common/data/loader.py")
+
+
+# ---------------------------------------------------------------- files
+
+
+def tracked() -> list[str]:
+    command = ["git", "ls-files", "-z"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split("\0")[:-1]
+    if not names:
         pytest.skip("not a git checkout")
-    large = [f for f in tracked if (ROOT / f).is_file() and (ROOT / f).stat().st_size > 500_000]
-    assert large == []
-    unsafe = [
-        f
-        for f in tracked
-        if f.endswith(".py") and not f.startswith("tests/") and "weights_only=False" in (ROOT / f).read_text()
-    ]
-    assert unsafe == []
+    return [name for name in names if (ROOT / name).is_file()]
+
+
+def test_no_file_is_named_like_a_standard_module():
+    names = {Path(name).name for name in tracked() if name.endswith(".py")} - STANDARD_NAMES_IN_USE
+    assert {name for name in names if name.removesuffix(".py") in sys.stdlib_module_names} == set()
+
+
+def test_no_file_is_large():
+    assert [name for name in tracked() if (ROOT / name).stat().st_size > 500_000] == []
+
+
+def test_checkpoints_are_loaded_without_running_code():
+    python = [name for name in tracked() if name.endswith(".py") and not name.startswith("tests/")]
+    assert [name for name in python if "weights_only=False" in (ROOT / name).read_text()] == []
+
+
+def test_links_in_the_documents_lead_to_files():
+    documents = [ROOT / name for name in tracked() if name.endswith(".md")]
+    links = [(path, link) for path in documents for link in re.findall(r"\]\(([^)\s#]+)[^)]*\)", path.read_text())]
+    local = [(path, link) for path, link in links if not re.match(r"\w+:", link)]
+    assert len(local) > 5 and [link for path, link in local if not (path.parent / link).exists()] == []
+
+
+def test_paths_in_texts_exist():
+    """`common/files.py` in a docstring, comment or document names a file that is there."""
+    ending = r"[\w/.-]*\.(?:py|md|sh|sbatch|yaml|png|ipynb)\b"
+    pattern = re.compile(rf"(?<![\w/.$-])((?:{'|'.join(PACKAGES)}|docs|assets)/{ending})")
+    texts = [name for name in tracked() if name.endswith((".py", ".md", ".sh", ".sbatch", ".yaml", ".toml"))]
+    named = {(name, path) for name in texts for path in pattern.findall((ROOT / name).read_text())}
+    assert len(named) > 50 and {(name, path) for name, path in named if not (ROOT / path).exists()} == set()
+
+
+# ---------------------------------------------------------------- functions
+
+
+def code_lines(source: str) -> set[int]:
+    """Return the numbers of the lines that hold code: no blank lines, comments or docstrings."""
+    other = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    lines = {n for token in tokens if token.type not in other for n in range(token.start[0], token.end[0] + 1)}
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return lines
+
+
+def functions(path: Path) -> dict[str, int]:
+    """Return the functions of a file with their number of code lines, signature included."""
+    source = path.read_text()
+    lines = code_lines(source)
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    return {f"{short(path)}:{f.lineno} {f.name}": len(lines & set(range(f.lineno, f.end_lineno + 1))) for f in found}
+
+
+def test_functions_are_short():
+    lengths = {name: length for path in code_files() for name, length in functions(path).items()}
+    assert {name: length for name, length in lengths.items() if length > 60} == {}
+    assert statistics.median(lengths.values()) <= 8
+
+
+@pytest.mark.parametrize("path", [p for p in code_files() if area(name_of(p)) in {*COMMON, "Pretrain"}], ids=short)
+def test_the_training_loop_calls_hooks_directly(path):
+    """Every hook is a method of Method with a default, so no code asks whether it is there."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    asked = [ast.unparse(call) for call in calls if ast.unparse(call.func) in ("hasattr", "getattr")]
+    assert [text for text in asked if text.startswith("hasattr(") or any(f"'{hook}'" in text for hook in HOOKS)] == []
+
+
+def test_code_lines_are_counted():
+    source = '"""Module."""\n\n\ndef f(\n    x,\n):\n    """Two\n    lines."""\n\n    # why\n    return """a\nb"""\n'
+    assert code_lines(source) == {4, 5, 6, 11, 12}

@@ -138,7 +138,7 @@ def _fill(
     built = peak = 0
     bar = progress(desc="cache", total=len(jobs), unit="volume") if jobs else None
     for number, result in _run(jobs, workers):
-        watchdog.feed()
+        watchdog.reset()
         if isinstance(result, Failure):
             failures[number] = result
             if result.lasting:
@@ -202,7 +202,7 @@ def _run(jobs: dict[int, tuple], workers: int) -> Iterator[tuple[int, Any]]:
     waiting = dict(jobs)
     pause = 0.0
     while waiting:
-        watchdog.feed()  # another process may take long
+        watchdog.reset()  # another process may take long
         busy = {}
         step = _in_workers if workers > 0 and len(waiting) >= WORTH_WORKERS else _here
         for number, result in step(waiting, workers):

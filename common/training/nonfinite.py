@@ -126,10 +126,12 @@ class BadUpdateReporter:
         for number in bad:
             names = batch_names(number, self.dataset, sampler)
             print_main(f"update {number} skipped: not finite, or a spike; its batch: {', '.join(names)}")
-            log.anomaly({"step": number, "rollbacks": rollbacks, "files": names})
+            log.add_skipped_update({"step": number, "rollbacks": rollbacks, "files": names})
             self._dump(number, sampler)
         if bad and self.settings.on_nan == "stop":
-            raise InputError(f"--on_nan stop: update {bad[0]} was not finite, or a spike; its files: {log.anomalies}")
+            raise InputError(
+                f"--on_nan stop: update {bad[0]} was not finite, or a spike; its files: {log.skipped_path}"
+            )
         if self.settings.on_nan == "rollback" and in_a_row >= self.settings.nan_row:
             raise RollbackRequested(f"{in_a_row} consecutive bad updates until update {step}")
 

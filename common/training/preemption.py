@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from common import distributed, signals, watchdog
-from common.distributed import PATIENCE, Run
+from common.distributed import TIMEOUT, Run
 
 T = TypeVar("T")
 
@@ -25,14 +25,14 @@ class StopRequests:
     """
 
     def __init__(self, run: Run):
-        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if run.world_size > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if run.world_size > 1 else None
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
         self._deferred = contextlib.ExitStack()
-        self._deferred.enter_context(signals.deferred())
+        self._deferred.enter_context(signals.defer_stop())
 
     def agree(self, save: bool) -> tuple[bool, bool]:
         """Return (stop, save): what any rank requests. All ranks call it after each update."""
-        requests = torch.tensor([signals.asked(), save], dtype=torch.int32)
+        requests = torch.tensor([signals.stop_requested(), save], dtype=torch.int32)
         if self.group is None:
             return tuple(map(bool, requests))
         arrived, self._pending = self._pending, (dist.all_reduce(requests, group=self.group, async_op=True), requests)
@@ -57,14 +57,14 @@ def until_stopped(items: Iterable[T], run: Run) -> Iterator[T]:
     """
     _raise_if_stopped(run)
     for item in items:
-        watchdog.feed()
-        if signals.asked():
+        watchdog.reset()
+        if signals.stop_requested():
             break
         yield item
     _raise_if_stopped(run)
 
 
 def _raise_if_stopped(run: Run) -> None:
-    watchdog.feed()
-    if distributed.all_reduce_mean(torch.tensor(float(signals.asked()), device=run.device)) > 0:
+    watchdog.reset()
+    if distributed.all_reduce_mean(torch.tensor(float(signals.stop_requested()), device=run.device)) > 0:
         raise Stopped

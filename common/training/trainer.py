@@ -18,7 +18,7 @@ from common.distributed import Run
 from common.errors import InputError
 from common.files import lock_folder, naming_errors, save_bytes
 from common.runlog import RunLog, print_main, progress
-from common.signals import MARKER, Requeue, clear_requeue, mark_requeue
+from common.signals import MARKER, Requeue, remove_requeue_marker, write_requeue_marker
 from common.training.checkpointing import (
     SETTINGS,
     CheckpointWriter,
@@ -135,7 +135,7 @@ class Trainer:
         return self.writer.last
 
     def _begin(self) -> None:
-        self.watchdog.feed()
+        self.watchdog.reset()
         paths = []
         if self.run.rank == 0:
             if self._lock.enter_context(lock_folder(self.out_dir, LOCK_TIMEOUT)) is None:
@@ -154,7 +154,7 @@ class Trainer:
         self.requests = StopRequests(self.run)
         self._save_start(found[0] if found else None)
         if self.run.rank == 0:
-            clear_requeue(self.out_dir)
+            remove_requeue_marker(self.out_dir)
             save_bytes(self.out_dir / SETTINGS, yaml.safe_dump(self.recorded, sort_keys=False).encode())
 
     def _open_log(self) -> RunLog:
@@ -171,7 +171,7 @@ class Trainer:
 
     def _close(self) -> None:
         """Leave nothing running or half written, whatever happened."""
-        self.watchdog.rest()
+        self.watchdog.stop()
         # ends its processes, which ignore the signals that would end them
         self._loader = None
         if self.bar is not None:
@@ -198,7 +198,7 @@ class Trainer:
             desc=f"epoch {state.epoch + 1}/{self.settings.epochs}",
             unit="update",
         )
-        self.watchdog.feed()
+        self.watchdog.reset()
         batches = self._batches(last)
         train_one_epoch(state, batches, last, rule, first_step=first, after_update=self._after_update)
         self.bar.close()
@@ -208,7 +208,7 @@ class Trainer:
         # less than an epoch's time when it was resumed
         seconds = round(time.time() - began, 1)
         lr = self.learning_rate(last - 1)
-        self.log.epoch({"epoch": state.epoch, "step": state.step, "lr": lr, "seconds": seconds} | means)
+        self.log.add_epoch({"epoch": state.epoch, "step": state.step, "lr": lr, "seconds": seconds} | means)
         self.save(within_epoch=False)
         state.epoch += 1
         state.epoch_means.clear()
@@ -234,7 +234,7 @@ class Trainer:
 
     def _after_update(self, lr: float) -> None:
         """Log when it is time to, then save or stop when some rank asks for it."""
-        self.watchdog.feed()
+        self.watchdog.reset()
         self.bar.update()
         step = self.state.step
         at_end = step == (self.state.epoch + 1) * self.plan.steps_per_epoch
@@ -248,7 +248,7 @@ class Trainer:
         means = self.state.read_interval()
         means["weight_norm"] = self.state.weight_norm()
         scalars = {f"train/{name}": value for name, value in means.items()}
-        self.log.scalars(scalars | {"lr": lr} | self.method.schedule_values(step), step)
+        self.log.add_scalars(scalars | {"lr": lr} | self.method.schedule_values(step), step)
         shown = {name: f"{means[name]:.3f}" for name in self.loss_weights(step) if name in means}
         self.bar.set_postfix(shown, refresh=False)
         self.reporter.report(self.state.guard, step, self.sampler, self.log, self.state.rollbacks)
@@ -267,7 +267,7 @@ class Trainer:
             print_main(f"epoch {number}: {means['skipped']:.1%} of the updates were skipped")
 
     def _validate(self) -> dict[str, float]:
-        self.watchdog.feed()
+        self.watchdog.reset()
         # gathered on every rank, whether or not it has something to do
         method = full_copy(self.method, self.unsharded) if self.unsharded is not None else self.method
         try:
@@ -275,7 +275,7 @@ class Trainer:
         except Stopped:
             self._stop()
         finally:
-            self.watchdog.feed()
+            self.watchdog.reset()
 
     # ------------------------------------------------------------ save, stop, roll back
 
@@ -296,7 +296,7 @@ class Trainer:
         self.writer.wait()
         if self.run.rank == 0:
             with naming_errors(self.out_dir / MARKER):
-                mark_requeue(self.out_dir, self.state.step)
+                write_requeue_marker(self.out_dir, self.state.step)
         print_main(f"stopped by a signal: saved after {self.state.step} updates; the same command continues the run")
         # a launcher may end the other ranks as soon as one has ended
         distributed.barrier()
@@ -322,7 +322,7 @@ class Trainer:
         rollbacks = self.state.rollbacks + 1
         if rollbacks > MAX_ROLLBACKS:
             raise InputError(
-                f"{reason}, after {MAX_ROLLBACKS} rollbacks: stopped; their files are in {self.log.anomalies}"
+                f"{reason}, after {MAX_ROLLBACKS} rollbacks: stopped; their files are in {self.log.skipped_path}"
             )
         self.writer.wait()
         self.log.close()

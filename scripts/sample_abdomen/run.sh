@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# sample_abdomen: BTCV's organs on two real CT scans, one trains, the other (a DICOM series) is predicted and scored.
+# sample_abdomen: BTCV's organs on two real CT scans. One trains, the other (a DICOM series) is predicted and scored.
 #
 #   bash scripts/sample_abdomen/run.sh --init scratch
 #   bash scripts/sample_abdomen/run.sh --help          every setting, with the values of this recipe
 #
-# Arguments go to Finetune.main_finetune and win over the ones below. OUT: folder of the run.
-# Hardware: two CPU cores, minutes. Two scans are no benchmark: this shows that the chain works. Its labels are a model's.
+# Arguments are passed on to Finetune.main_finetune and override the values below. OUT: folder of the run.
+# Hardware: two CPU cores. Time: minutes. Two scans are no benchmark: this shows that the chain works. The labels come from a model.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 

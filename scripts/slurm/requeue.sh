@@ -1,21 +1,24 @@
-# Sourced by the templates, and by what Finetune.sweep --slurm writes: run a command, and put the job back into the queue where that
-# helps.
+# Sourced by the templates and by the script that Finetune.sweep --slurm writes. Runs a command and puts the job back into the queue if
+# the command should be started again.
 #
-# It helps when the command was asked to stop: it says so by its exit code, 75, or, as torchrun ends with 1 whatever happens, by a file
-# `requeue` in the folder of its run; and one that had not come as far as to listen died of the signal (128 + its number). And it helps
-# when it failed (a dead rank, a hang, a node without memory) but has written a checkpoint since this start. What fails without having
-# got any further would only fail again, and ends the job.
+# That is the case if it was asked to stop. It then ends with exit code 75 or, because torchrun always ends with 1, writes the file
+# `requeue` into the folder of its run. Before it has installed its signal handlers, it ends with 128 + the number of the signal.
+# It is also the case if the command failed (a dead rank, a hang, a node without memory) but has written a checkpoint since this start.
+# A command that failed without a new checkpoint would fail again, so the job ends.
 
-# srun does not take --cpus-per-task over from sbatch (Slurm 22.05 and later): a task might be left with a single core.
+# srun does not inherit --cpus-per-task from sbatch (Slurm 22.05 and later), and might give a task a single core.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
-run_or_requeue() { # FOLDER COMMAND...: FOLDER is that of the command's run
+# Usage: run_or_requeue FOLDER COMMAND...
+# FOLDER: the run's folder.
+run_or_requeue() {
   local folder="$1" status=0 started reason=""
   shift
   mkdir -p "$folder"
   started="$folder/.started-${SLURM_JOB_ID}"
   touch "$started"
-  trap : TERM USR1 # this shell outlives the signal that its command acts on
+  # The signal that stops the command must not end this shell.
+  trap : TERM USR1
   "$@" || status=$?
   case "$status" in
     0) ;;
@@ -24,7 +27,7 @@ run_or_requeue() { # FOLDER COMMAND...: FOLDER is that of the command's run
       if [ "$folder/requeue" -nt "$started" ]; then
         reason="asked to stop"
       elif [ "$folder/checkpoint-last.pth" -nt "$started" ]; then
-        reason="failed with code $status, but got further"
+        reason="failed with code $status after saving a checkpoint"
       fi
       ;;
   esac
@@ -41,13 +44,15 @@ run_or_requeue() { # FOLDER COMMAND...: FOLDER is that of the command's run
   exit "$status"
 }
 
-refuse() { # FLAG SETTING ARGUMENT...: a flag that the template sets from one of its own settings, which it needs itself
+# Usage: refuse FLAG SETTING ARGUMENT...
+# Refuse a flag among the arguments that the template passes itself, from its own setting.
+refuse() {
   local flag="$1" setting="$2" word
   shift 2
   for word in "$@"; do
     case "$word" in
       "$flag" | "$flag"=*)
-        echo "error: $word: set $setting instead, the job looks there for what the run has left" >&2
+        echo "error: $word: set $setting instead, because the job looks for the run's files there" >&2
         exit 2
         ;;
     esac

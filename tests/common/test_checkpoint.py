@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, plain, and refused in words."""
+"""Checkpoints are written completely or not at all, hold plain types, and are refused with the reason if damaged."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from common import checkpoint
 from common.errors import InputError
 
 
-def test_what_is_written_is_read_back_without_pickled_code(tmp_path):
+def test_content_is_read_back_without_pickled_code(tmp_path):
     content = {"model": {"a": torch.rand(3)}, "epoch": 4, "args": {"x": [1, 2.5, "s", None, True]}}
     checkpoint.save(tmp_path / "c.pth", content)
     loaded = torch.load(tmp_path / "c.pth", weights_only=True)
@@ -21,13 +21,13 @@ def test_what_is_written_is_read_back_without_pickled_code(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.float64(1), argparse.Namespace(), object(), {"deep": [np.int64(3)]}])
-def test_other_types_are_refused_before_anything_is_written(tmp_path, value):
+def test_other_types_are_refused_before_writing(tmp_path, value):
     with pytest.raises(TypeError, match="plain types"):
         checkpoint.save(tmp_path / "c.pth", {"args": value})
     assert os.listdir(tmp_path) == []
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file_only(tmp_path, monkeypatch):
     path = tmp_path / "c.pth"
     checkpoint.save(path, {"epoch": 1})
 
@@ -41,14 +41,21 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatc
     assert checkpoint.load(path)["epoch"] == 1 and os.listdir(tmp_path) == ["c.pth"]
 
 
-def test_bad_files_are_named(tmp_path):
+@pytest.mark.parametrize("name, reason", [("torn", "readable"), ("list", "found list"), ("none", "no such")])
+def test_unusable_files_are_named(tmp_path, name, reason):
     checkpoint.save(tmp_path / "c.pth", {"model": {"a": torch.rand(1000)}})
     (tmp_path / "torn.pth").write_bytes((tmp_path / "c.pth").read_bytes()[:900])
     torch.save([1], tmp_path / "list.pth")
-    for name, message in [
-        ("torn", "not a readable checkpoint"),
-        ("list", "needs a dict"),
-        ("none", "no such checkpoint"),
-    ]:
-        with pytest.raises(InputError, match=rf"{name}.pth: .*{message}"):
-            checkpoint.load(tmp_path / f"{name}.pth")
+    with pytest.raises(InputError, match=rf"{name}.pth: .*{reason}"):
+        checkpoint.load(tmp_path / f"{name}.pth")
+
+
+@pytest.mark.parametrize("place", [b"PK\x06\x07", b"PK\x01\x02"], ids=["locator", "directory"])
+def test_damage_to_the_archives_directory_is_found(tmp_path, place):
+    checkpoint.save(tmp_path / "c.pth", {"model": {"a": torch.rand(1000)}})
+    data = bytearray((tmp_path / "c.pth").read_bytes())
+    # In the locator this is the number of disks, which zipfile.is_zipfile already refuses.
+    data[data.rindex(place) + 16] ^= 0x10
+    (tmp_path / "c.pth").write_bytes(data)
+    with pytest.raises(InputError, match="c.pth: damaged"):
+        checkpoint.verify(tmp_path / "c.pth")

@@ -1,81 +1,203 @@
 """A dead peer is noticed from its silence or its last word, an orderly end is not taken for a death; a hang ends the
-process."""
+process.
 
+Rounds are made by the tests, in the order that each of them is about. Where threads make them the test waits for what
+they do, however long that takes.
+"""
+
+import queue
+import signal
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 import torch.distributed as dist
 
-from common import distributed, peers
-from common.peers import EXIT_PEER_DIED, Peers
+from common import distributed, peers, watchdog
+from common.peers import EXIT_PEER_DIED, SILENCE, Peers
 from common.signals import EXIT_REQUEUE
+from common.watchdog import Watchdog
 from tests.helpers import ROOT
 
+PATIENCE = 120  # seconds, for what must happen; nothing is concluded from how long it took
 
-class Ended(Exception):
-    pass
+
+def ranks(count: int) -> list[Peers]:
+    store = dist.HashStore()
+    return [Peers(store, rank, count) for rank in range(count)]
+
+
+def rounds(one: Peers, count: int) -> set[str]:
+    return {one.listen() for _ in range(count)}
+
+
+# ---------------------------------------------------------------- round by round
+
+
+def test_while_both_live_nothing_happens():
+    first, second = ranks(2)
+    assert {said for _ in range(3 * SILENCE) for said in (first.listen(), second.listen())} == {""}
+
+
+def test_an_orderly_end_is_no_death():
+    first, second = ranks(2)
+    second.listen(), first.listen()
+    second.stop()
+    assert rounds(first, 3 * SILENCE) == {""}
+
+
+def test_a_rank_that_has_not_begun_is_not_dead():
+    first, second = ranks(2)
+    assert rounds(first, 3 * SILENCE) == {""}
+    second.start()
+    second.stop()
+
+
+def test_a_silent_rank_is_dead_and_all_others_hear_of_it():
+    first, second, third = ranks(3)
+    second.listen(), first.listen()
+    assert rounds(first, SILENCE) == {""}
+    word = first.listen()
+    assert word == f"{EXIT_PEER_DIED} rank 1 died without a message (killed?): silent for 15 s"
+    assert third.listen() == word, "not its neighbour"
+
+
+def test_a_rank_killed_before_its_first_round_is_missed():
+    first, second = ranks(2)
+    second.start()
+    second.stopping.set()  # as if killed: no word, no more beats
+    assert "rank 1 died without a message" in "".join(rounds(first, SILENCE + 2))
+
+
+def test_suspended_together_they_go_on():
+    """Nobody has a round while all are suspended. Afterwards one may have many before the other has its first."""
+    first, second = ranks(2)
+    second.listen(), first.listen()
+    assert rounds(first, SILENCE) == {""}
+    assert second.listen() == "" and first.listen() == ""
+    assert rounds(first, SILENCE) == {""}
+
+
+@pytest.mark.parametrize(
+    "reason, code", [("died: MemoryError: no more", EXIT_PEER_DIED), ("was asked to stop", EXIT_REQUEUE)]
+)
+def test_a_last_word_is_repeated_with_its_exit_code(reason, code):
+    first, second = ranks(2)
+    second.report(reason, code)
+    assert first.listen() == f"{code} rank 1 {reason}"
+
+
+def test_a_store_that_is_gone():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    one = Peers(dist.TCPStore("127.0.0.1", store.port, is_master=False), 0, 2)
+    assert one.listen() == ""
+    del store
+    assert one.listen().startswith(f"{EXIT_PEER_DIED} the store of the process group is gone")
+
+
+def test_a_store_that_does_not_answer_in_time_is_lost():
+    one, _ = ranks(2)
+    for _ in range(3):
+        one.listen()
+        assert {one.guard() for _ in range(SILENCE + 1)} == {""}
+    assert one.guard().startswith(f"{EXIT_PEER_DIED} the store of the process group does not answer")
+
+
+# ---------------------------------------------------------------- in threads
 
 
 @pytest.fixture
-def pair(monkeypatch):
-    """Two ranks on one store, with a quick pulse; their deaths are collected instead of died, so the guard of a watch
-    that has ended reports it too."""
-    ended = []
+def ended(monkeypatch):
+    """What the watch ends with, in the order in which it does."""
+    monkeypatch.setattr(peers, "INTERVAL", 0.001)
+    return queue.Queue()
 
-    def collect(code):
-        ended.append(code)
-        raise Ended
 
-    monkeypatch.setattr(peers.os, "_exit", collect)
-    monkeypatch.setattr(peers.threading, "excepthook", lambda args: None)
-    monkeypatch.setattr(peers, "INTERVAL", 0.05)
-    monkeypatch.setattr(peers, "SILENCE", 10)
+def watch(ended, store=None) -> Peers:
+    return Peers(store or dist.HashStore(), 0, 2, end=lambda *what: ended.put(what))
+
+
+def test_the_watch_ends_with_the_word_it_hears(ended):
     store = dist.HashStore()
-    both = [Peers(store, rank, 2) for rank in (0, 1)]
-    for one in both:
-        one.start()
-    yield both, ended
-    for one in both:
-        one.stop()
-        one.guard.join(timeout=5)
+    one = watch(ended, store)
+    one.start()
+    Peers(store, 1, 2).report("died: MemoryError: no more")
+    assert ended.get(timeout=PATIENCE) == (EXIT_PEER_DIED, "rank 1 died: MemoryError: no more; rank 0 ends")
+    one.stop()
 
 
-def wait_for(ended):
-    until = time.monotonic() + 20
-    while not ended and time.monotonic() < until:
-        time.sleep(0.05)
+def test_after_an_orderly_end_no_thread_is_left(ended):
+    one = watch(ended)
+    one.start()
+    one.stop()
+    assert not any(thread.is_alive() for thread in one.threads) and ended.empty()
+    assert one.store.get("beat/0") == b"-1"
 
 
-def test_nothing_happens_while_both_live_and_when_one_ends_in_order(pair):
-    (first, second), ended = pair
-    time.sleep(0.8)
-    second.stop()
-    time.sleep(0.8)
-    assert ended == [] and first.thread.is_alive()
+def test_the_watch_ends_when_the_store_never_answers(ended):
+    class Lost:
+        answers = threading.Event()
+
+        def set(self, key, value):
+            pass
+
+        def add(self, key, amount):
+            self.answers.wait()
+            raise RuntimeError
+
+    one = watch(ended)
+    one.store = Lost()
+    one.start()
+    code, reason = ended.get(timeout=PATIENCE)
+    assert code == EXIT_PEER_DIED and "does not answer" in reason and one.rounds == 0
+    one.store.answers.set()
+    one.stop()
 
 
-def test_silence(pair, capsys):
-    (first, second), ended = pair
-    second.stopping.set(), second.stopped.set()  # as if killed: no word, no more beats
-    wait_for(ended)
-    assert set(ended) == {EXIT_PEER_DIED} and "rank 1 died without a word" in capsys.readouterr().err
+def test_ending_gives_the_reason_and_the_code(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(peers.os, "_exit", codes.append)
+    Peers(dist.HashStore(), 0, 2).end(EXIT_PEER_DIED, "rank 1 died; rank 0 ends")
+    assert codes == [EXIT_PEER_DIED] and capsys.readouterr().err == "error: rank 1 died; rank 0 ends\n"
 
 
-def test_a_last_word_is_repeated(pair, capsys):
-    (first, second), ended = pair
-    second.report("died: MemoryError: no more")
-    wait_for(ended)
-    assert set(ended) == {EXIT_PEER_DIED}
-    assert "rank 1 died: MemoryError: no more; rank 0 ends" in capsys.readouterr().err
+HOST = """
+import sys
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+sys.stdin.read()
+"""
+RANK = """
+import sys, threading
+import torch.distributed as dist
+from common import peers
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), 2, is_master=False)
+print("connected", flush=True)
+sys.stdin.readline()
+peers.INTERVAL = 0.01
+peers.Peers(store, 0, 2).start()
+threading.Event().wait()
+"""
 
 
-def test_who_was_asked_to_stop_is_followed_with_the_code_for_it(pair, capsys):
-    (first, second), ended = pair
-    second.report("was asked to stop", EXIT_REQUEUE)
-    wait_for(ended)
-    assert set(ended) == {EXIT_REQUEUE} and "rank 1 was asked to stop; rank 0 ends" in capsys.readouterr().err
+def test_a_real_store_whose_host_is_suspended_ends_the_rank():
+    """As when its node is lost: the connection stays open, and no answer comes."""
+
+    def python(*command):
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([sys.executable, "-c", *command], cwd=ROOT, **pipes)
+
+    with python(HOST) as host:
+        try:
+            with python(RANK, host.stdout.readline().strip()) as rank:
+                assert rank.stdout.readline() == "connected\n"
+                host.send_signal(signal.SIGSTOP)
+                _, said = rank.communicate("go on\n", timeout=PATIENCE)
+        finally:
+            host.kill()
+    assert rank.returncode == EXIT_PEER_DIED and "does not answer" in said
 
 
 def test_an_earlier_attempt_is_not_heard(monkeypatch):
@@ -89,75 +211,35 @@ def test_an_earlier_attempt_is_not_heard(monkeypatch):
     for attempt in ("0", "0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         distributed._watch_peers(0, 2)
-    made[0].store.set("word", "70 rank 0 died: of old age")
-    assert [one.store.check(["word"]) for one in made] == [True, True, False]
+    made[0].store.set("message", "70 rank 0 died: of old age")
+    assert [one.store.check(["message"]) for one in made] == [True, True, False]
 
 
-FROZEN = """
-import os, signal, sys, time
-import torch.distributed as dist
-from common import peers
-peers.INTERVAL = 0.05
-
-def fork(act):
-    pid = os.fork()
-    if pid == 0:
-        act()
-    return pid
-
-def host(pipe):
-    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
-    os.write(pipe, str(store.port).encode())
-    time.sleep(60)
-
-def rank(number, port):
-    peers.Peers(dist.TCPStore("127.0.0.1", port, 2, is_master=False), number, 2).start()
-    time.sleep(60)
-
-r, w = os.pipe()
-store = fork(lambda: host(w))
-port = int(os.read(r, 10))
-ranks = [fork(lambda: rank(number, port)) for number in (0, 1)]
-time.sleep(0.5)
-for pid in ranks:
-    os.kill(pid, signal.SIGSTOP)
-time.sleep(1.2)
-for pid in ranks:
-    os.kill(pid, signal.SIGCONT)
-time.sleep(0.5)
-print("ended after being suspended:", [os.waitpid(pid, os.WNOHANG)[0] for pid in ranks], flush=True)
-os.kill(store, signal.SIGSTOP)
-print("codes:", [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks], flush=True)
-os.kill(store, signal.SIGKILL)
-"""
-
-
-def test_suspended_together_they_go_on_and_a_store_that_does_not_answer_ends_them():
-    done = subprocess.run([sys.executable, "-c", FROZEN], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert "ended after being suspended: [0, 0]" in done.stdout, done.stdout + done.stderr
-    assert f"codes: [{EXIT_PEER_DIED}, {EXIT_PEER_DIED}]" in done.stdout and "does not answer" in done.stderr
+# ---------------------------------------------------------------- the watchdog
 
 
 def test_the_watchdog_shows_where_it_hangs():
     program = (
-        "import time\nfrom common.watchdog import Watchdog\n"
-        "def stuck_here():\n    time.sleep(30)\n"
-        "w = Watchdog(0.005)\nw.feed(); w.rest(); time.sleep(0.5)\n"
-        "for _ in range(5): w.feed(); time.sleep(0.1)\n"
-        "print('fed', flush=True)\nstuck_here()"
+        "import threading\nfrom common.watchdog import Watchdog\n"
+        "def stuck_here():\n    threading.Event().wait()\n"
+        "Watchdog(0.001).reset()\nstuck_here()"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=20)
-    assert done.returncode == 1 and done.stdout == "fed\n" and "in stuck_here" in done.stderr
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1 and "in stuck_here" in done.stderr
 
 
-def test_work_that_does_not_know_who_watches_feeds_the_one_on_watch():
-    program = (
-        "import time\nfrom common import watchdog\n"
-        "def volume_that_hangs():\n    time.sleep(30)\n"
-        "watchdog.feed(); time.sleep(0.4)\n"
-        "with watchdog.Watchdog(0.005):\n    for _ in range(5): watchdog.feed(); time.sleep(0.1)\n"
-        "time.sleep(0.4); watchdog.feed(); time.sleep(0.4); print('unwatched', flush=True)\n"
-        "with watchdog.Watchdog(0.005): volume_that_hangs()"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=20)
-    assert done.returncode == 1 and done.stdout == "unwatched\n" and "in volume_that_hangs" in done.stderr
+def test_who_does_not_know_the_watchdog_feeds_the_one_on_watch(monkeypatch):
+    did = []
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda seconds, **_: did.append(seconds))
+    monkeypatch.setattr(watchdog.faulthandler, "cancel_dump_traceback_later", lambda: did.append("rest"))
+    watchdog.reset()
+    with Watchdog(0.5):
+        watchdog.reset()
+        with Watchdog(2):
+            watchdog.reset()
+    watchdog.reset()
+    assert did == [30, 30, 120, 120, "rest", "rest"]
+    did.clear()
+    with Watchdog(None):
+        watchdog.reset()
+    assert did == ["rest"]

@@ -1,5 +1,5 @@
-"""SIGTERM and SIGUSR1 end every program with 75, wherever it is; training ends its update first, and a program that
-runs another one waits for it."""
+"""SIGTERM and SIGUSR1 end a program with 75 anywhere. Training finishes its update first; a parent waits for its
+child."""
 
 import os
 import signal
@@ -10,7 +10,14 @@ from functools import partial
 import pytest
 
 from common import signals
-from common.signals import EXIT_REQUEUE, MARKER, Requeue, clear_requeue, mark_requeue, saved_when_stopped
+from common.signals import (
+    EXIT_REQUEUE,
+    MARKER,
+    Requeue,
+    remove_requeue_marker,
+    saved_when_stopped,
+    write_requeue_marker,
+)
 from common.training import preemption
 from common.training.loop import fit
 from common.training.preemption import Stopped, until_stopped
@@ -28,9 +35,9 @@ def main():
 {body}
 sys.exit(run_program(main))
 """
-SAVES = """    with signals.deferred():
+SAVES = """    with signals.defer_stop():
         (folder / "ready").touch()
-        while not signals.asked():
+        while not signals.stop_requested():
             time.sleep(0.01)
     time.sleep(0.3)
     (folder / "saved").touch()
@@ -54,8 +61,8 @@ def wait_for(path, process):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
-def test_a_program_ends_wherever_it_is_and_cleans_up_undisturbed(tmp_path, number):
-    body = """    signals.mark_when_stopped(folder / "out")
+def test_a_program_ends_anywhere_and_its_cleanup_is_undisturbed(tmp_path, number):
+    body = """    signals.write_marker_on_stop(folder / "out")
     try:
         (folder / "ready").touch()
         time.sleep(30)
@@ -68,15 +75,16 @@ def test_a_program_ends_wherever_it_is_and_cleans_up_undisturbed(tmp_path, numbe
     wait_for(tmp_path / "ready", process)
     process.send_signal(number)
     wait_for(tmp_path / "cleaning", process)
-    process.send_signal(signal.SIGUSR1)  # Slurm's comes first, then torchrun's
-    _, told = process.communicate(timeout=10)
-    assert process.returncode == EXIT_REQUEUE and "asked to stop" in told and "Traceback" not in told
+    # Slurm sends one signal, then torchrun another.
+    process.send_signal(signal.SIGUSR1)
+    _, printed = process.communicate(timeout=10)
+    assert process.returncode == EXIT_REQUEUE and "asked to stop" in printed and "Traceback" not in printed
     assert (tmp_path / "clean").exists() and (tmp_path / "out" / MARKER).exists()
     assert not saved_when_stopped(tmp_path / "out")
 
 
-@pytest.mark.parametrize("end", ["raise signals.Requeue", ""], ids=["stopped", "done meanwhile"])
-def test_a_signal_is_passed_on_to_a_child_that_is_waited_for(tmp_path, end):
+@pytest.mark.parametrize("end", ["raise signals.Requeue", ""], ids=["stopped", "finished"])
+def test_a_signal_is_forwarded_to_a_child(tmp_path, end):
     (tmp_path / "child.py").write_text(PROGRAM.format(body=SAVES.format(end=end)))
     body = f"    signals.run_child([sys.executable, {str(tmp_path / 'child.py')!r}, str(folder)])\n"
     process = start(tmp_path, body)
@@ -86,36 +94,46 @@ def test_a_signal_is_passed_on_to_a_child_that_is_waited_for(tmp_path, end):
     assert process.returncode == EXIT_REQUEUE and (tmp_path / "saved").exists()
 
 
-def test_the_code_of_a_child_that_alone_was_asked_is_passed_on_and_others_are_returned():
+def test_a_stopped_child_requeues_and_other_codes_are_returned():
     with pytest.raises(Requeue):
         signals.run_child([sys.executable, "-c", "raise SystemExit(75)"])
-    with pytest.raises(Requeue):  # before it listened
+    # A child that is stopped before it has installed its handlers:
+    with pytest.raises(Requeue):
         signals.run_child([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGUSR1)"])
     assert signals.run_child([sys.executable, "-c", "raise SystemExit(2)"]) == 2
-    assert signals.run_child([sys.executable, "-c", ""]) == 0 and not signals.asked()
+    assert signals.run_child([sys.executable, "-c", ""]) == 0 and not signals.stop_requested()
 
 
-def test_the_marker_keeps_saying_that_there_is_something_to_go_on_from(tmp_path):
+def test_a_program_without_a_run_folder_ends_with_75(tmp_path):
+    process = start(tmp_path, "    (folder / 'ready').touch()\n    time.sleep(30)\n")
+    wait_for(tmp_path / "ready", process)
+    process.send_signal(signal.SIGTERM)
+    _, printed = process.communicate(timeout=10)
+    assert process.returncode == EXIT_REQUEUE and "Traceback" not in printed
+
+
+def test_the_marker_still_names_the_save_after_a_second_stop(tmp_path):
     out = tmp_path / "new"
-    mark_requeue(out)
+    write_requeue_marker(out)
     assert not saved_when_stopped(out)
-    mark_requeue(out, 7)
+    write_requeue_marker(out, 7)
     assert saved_when_stopped(out) and "after update 7" in (out / MARKER).read_text()
     os.utime(out / MARKER, (0, 0))
-    mark_requeue(out)  # the next start was stopped while it read the checkpoint
-    assert saved_when_stopped(out) and (out / MARKER).stat().st_mtime > 0  # the job's script goes by the time
-    clear_requeue(out)
+    # The next start is stopped while it reads the checkpoint. requeue.sh compares modification times.
+    write_requeue_marker(out)
+    assert saved_when_stopped(out) and (out / MARKER).stat().st_mtime > 0
+    remove_requeue_marker(out)
     assert not saved_when_stopped(out)
 
 
 # ---------------------------------------------------------------- validation
 
 
-def validated(monkeypatch, validate):
+def set_validation(monkeypatch, validate):
     monkeypatch.setattr(toy, "fit", partial(fit, after_epoch=validate))
 
 
-def test_training_asked_to_stop_in_a_validation_saves_and_goes_on_there(tmp_path, monkeypatch):
+def test_training_stopped_in_a_validation_resumes_there(tmp_path, monkeypatch):
     seen, at = [], None
 
     def validate(epoch, log, method):
@@ -124,68 +142,69 @@ def test_training_asked_to_stop_in_a_validation_saves_and_goes_on_there(tmp_path
             seen.append((epoch, case))
             if (epoch, case) == at:
                 signal.raise_signal(signal.SIGUSR1)
-        log.scalars({"val/score": float(epoch)}, 3 * epoch + 2)
+        log.add_scalars({"val/score": float(epoch)}, 3 * epoch + 2)
         return {"val/score": float(epoch)}
 
-    validated(monkeypatch, validate)
-    method, _ = run_toy(tmp_path / "whole")
+    set_validation(monkeypatch, validate)
+    method, _ = run_toy(tmp_path / "undisturbed")
     everything = list(seen)
     for at, updates in (((1, 0), 6), ((3, 1), 12)):
         seen.clear()
-        with pytest.raises(Requeue) as stopped:
-            run_toy(tmp_path / "cut")
-        assert stopped.value.agreed and seen[-1] == at, "no further case is begun"
-        assert f"after update {updates};" in (tmp_path / "cut" / MARKER).read_text()
-        assert len(lines(tmp_path / "cut")) == at[0]
+        with pytest.raises(Requeue) as caught:
+            run_toy(tmp_path / "stopped")
+        assert caught.value.agreed and seen[-1] == at, "no further case starts"
+        assert f"after update {updates};" in (tmp_path / "stopped" / MARKER).read_text()
+        assert len(lines(tmp_path / "stopped")) == at[0]
     at = None
     seen.clear()
-    resumed, _ = run_toy(tmp_path / "cut")
-    assert seen == everything[-3:]  # the last validation from its beginning, no update again
+    resumed, _ = run_toy(tmp_path / "stopped")
+    # The last validation runs from its first case, and no update is repeated.
+    assert seen == everything[-3:]
     assert same_weights(method, resumed)
-    same_logs(tmp_path / "whole", tmp_path / "cut")
+    same_logs(tmp_path / "undisturbed", tmp_path / "stopped")
 
 
-def test_a_validation_outside_of_training_is_only_a_loop():
+def test_outside_of_training_until_stopped_is_a_plain_loop():
     assert list(until_stopped(range(3), CPU)) == [0, 1, 2]
 
 
-def test_what_one_rank_was_asked_all_hear(monkeypatch):
+def test_a_request_on_one_rank_stops_all(monkeypatch):
     """The flag is summed over the ranks before the first case and after the last."""
-    given = []
+    sent = []
 
-    def others_were_asked(flag):
-        given.append(float(flag))
-        return flag + 0.5 * (len(given) > 1)
+    def sum_with_other_ranks(flag):
+        sent.append(float(flag))
+        return flag + 0.5 * (len(sent) > 1)
 
-    monkeypatch.setattr(preemption.distributed, "all_reduce_mean", others_were_asked)
+    monkeypatch.setattr(preemption.distributed, "all_reduce_mean", sum_with_other_ranks)
     cases = []
     with pytest.raises(Stopped):
         for case in until_stopped(range(2), CPU):
             cases.append(case)
-    assert cases == [0, 1] and given == [0.0, 0.0]
-    with signals.deferred():
+    assert cases == [0, 1] and sent == [0.0, 0.0]
+    with signals.defer_stop():
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Stopped):
             next(until_stopped(range(2), CPU))
-    assert given[-1] == 1.0
+    assert sent[-1] == 1.0
 
 
-def test_a_kill_after_a_validation_leaves_no_point_of_it_twice(tmp_path, monkeypatch):
-    """Its points are in TensorBoard, the epoch's checkpoint is not on disk: both are made again."""
+def test_a_kill_after_a_validation_doubles_no_point(tmp_path, monkeypatch):
+    """TensorBoard has the points of the validation, but the epoch's checkpoint is missing: both are written again."""
     killed = []
 
     def validate(epoch, log, method):
-        log.scalars({"val/dice": 0.5}, (epoch + 1) * 3 - 1)
+        log.add_scalars({"val/dice": 0.5}, (epoch + 1) * 3 - 1)
         log.flush()
         if epoch == 1 and killed:
             raise killed.pop()
         return {}
 
-    validated(monkeypatch, validate)
-    run_toy(tmp_path / "whole", save_minutes=0.0, log_every=1)
+    set_validation(monkeypatch, validate)
+    run_toy(tmp_path / "undisturbed", save_minutes=0.0, log_every=1)
     killed.append(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        run_toy(tmp_path / "cut", save_minutes=0.0, log_every=1)
-    run_toy(tmp_path / "cut", save_minutes=0.0, log_every=1)
-    same_logs(tmp_path / "whole", tmp_path / "cut")
-    assert [step for step, _ in points(tmp_path / "cut")["val/dice"]] == [2, 5, 8, 11]
+        run_toy(tmp_path / "stopped", save_minutes=0.0, log_every=1)
+    run_toy(tmp_path / "stopped", save_minutes=0.0, log_every=1)
+    same_logs(tmp_path / "undisturbed", tmp_path / "stopped")
+    assert [step for step, _ in points(tmp_path / "stopped")["val/dice"]] == [2, 5, 8, 11]

@@ -1,11 +1,11 @@
-"""Fault injection: real training processes are killed, signalled, starved of disk and given harmed checkpoints, and
+"""Fault injection: real training processes are killed, signalled, given a full disk or a damaged checkpoint, and then
 started again.
 
     python -m tests.reliability.driver --table table.md        about 3 minutes on two cores
 
-Each trial is a run in a folder of its own that ends as the undisturbed run of the same settings: the same weights,
-optimiser state, log lines and TensorBoard points, bit for bit. Exit code 1 if one does not. Moments and targets are
-drawn from a fixed seed; what happens at a moment depends on the machine's speed.
+Each trial must end as the undisturbed run with the same settings: the same weights, optimizer state, log lines and
+TensorBoard points, bit for bit. Otherwise the exit code is 1. The times and places of the faults are drawn from a fixed
+seed, but what a run is doing at a given time depends on the speed of the machine.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SLOTS = 2
 
 
 def run_all(bench: Bench, trials: list[Trial]) -> list[dict]:
-    """Each trial in a forked process, `SLOTS` at a time."""
+    """Run each trial in a forked process, `SLOTS` at a time, and return the results."""
     waiting, running, results = list(enumerate(trials)), {}, {}
     while waiting or running:
         while waiting and len(running) < SLOTS:
@@ -45,6 +45,7 @@ def run_all(bench: Bench, trials: list[Trial]) -> list[dict]:
 
 
 def run_one(bench: Bench, number: int, trial: Trial) -> int:
+    """Run a trial and write its result to a file."""
     began, result = time.monotonic(), {"fault": trial.fault, "run": trial.run}
     try:
         result |= {"ok": True, "note": trial.act(bench, bench.folder / f"trial-{number}", number) or ""}
@@ -57,14 +58,14 @@ def run_one(bench: Bench, number: int, trial: Trial) -> int:
 
 
 def table(results: list[dict]) -> str:
-    """One row per fault and kind of run."""
+    """Return a Markdown table with one row per fault and run."""
     rows: dict[tuple[str, str], list[dict]] = {}
     for result in results:
         rows.setdefault((result["fault"], result["run"]), []).append(result)
     lines = ["| fault | run | trials | ended as undisturbed | observed |", "|---|---|---|---|---|"]
     for (fault, run), found in rows.items():
-        said = [r["note"].splitlines()[0] for r in found if r["note"]]
-        notes = "; ".join(said if len(set(said)) > 1 else said[:1])
+        seen = [r["note"].splitlines()[0] for r in found if r["note"]]
+        notes = "; ".join(seen if len(set(seen)) > 1 else seen[:1])
         lines.append(f"| {fault} | {run} | {len(found)} | {sum(r['ok'] for r in found)} | {notes} |")
     return "\n".join(lines)
 
@@ -72,15 +73,15 @@ def table(results: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", type=Path)
-    parser.add_argument("--only", default="", help="trials whose fault or run contains this")
-    parser.add_argument("--keep", type=Path, help="folder to work in, kept")
+    parser.add_argument("--only", default="", help="run the trials whose fault or run contains this text")
+    parser.add_argument("--keep", type=Path, help="folder to work in, which is kept")
     given = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(given.keep or Path(scratch))
         trials = [t for t in TRIALS if given.only in t.fault or given.only in t.run]
-        prepare(bench, {name for t in trials for name in t.references})
+        prepare(bench, {t.reference for t in trials})
         results = run_all(bench, trials)
     text = table(results)
     machine = (

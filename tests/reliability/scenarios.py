@@ -1,4 +1,4 @@
-"""The trials of the fault-injection harness: what is done to a run, and what must come of it."""
+"""Fault-injection trials: what is done to a run, and what the run must do then."""
 
 import os
 import random
@@ -7,7 +7,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,121 +20,91 @@ from Finetune.presets import load_preset
 from tests.common.training.toy import lines
 from tests.Finetune.made import make_dataset
 from tests.helpers import ct, write_nifti
-from tests.reliability.compare import difference
-from tests.reliability.processes import Job
+from tests.reliability.difference import difference
+from tests.reliability.processes import Inject, Job
 
-COMMON = "--batch_size 4 --warmup_epochs 1 --save_every 2 --log_every 3 --lr 1e-3 --save_minutes 0 --epochs 3".split()
-VIT = "--embed_dim 24 --num_heads 2 --depth 2".split()
-DECODER = "--decoder_embed_dim 24 --decoder_depth 1 --decoder_num_heads 2".split()
+COMMON = (
+    "--batch_size 4 --warmup_epochs 1 --save_every 2 --log_every 3 --lr 1e-3 --save_minutes 0 --epochs 3 "
+    "--samples_per_epoch 16 --workers 0 --device cpu"
+).split()
+VIT = "--embed_dim 24 --num_heads 2 --depth 2"
+DECODER = "--decoder_embed_dim 24 --decoder_depth 1 --decoder_num_heads 2"
 GLMAE = (
-    "--method glmae --model tiny --patch_size 8 --global_size 32 --local_size 16 --global_views 2 --local_views 2 "
-    "--hidden_dim 32 --bottleneck_dim 8 --out_dim 16 --freeze_last_layer 1"
-).split()
+    f"--method glmae --model tiny --patch_size 8 --global_size 32 --local_size 16 --global_views 2 --local_views 2 "
+    f"--hidden_dim 32 --bottleneck_dim 8 --out_dim 16 --freeze_last_layer 1 {VIT} {DECODER}"
+)
 MIM = (
-    "--method mim --model tiny --num_heads 2 --embed_dims 6 6 12 24 --depths 1 1 1 1 --local_size 32 --num_mid 2 "
-    "--num_down 1"
-).split()
+    f"--method mim --model tiny --num_heads 2 --embed_dims 6 6 12 24 --depths 1 1 1 1 --local_size 32 --num_mid 2 "
+    f"--num_down 1 {DECODER}"
+)
 FINETUNE = (
-    "--preset MSD09_Spleen --model unetr --patch_size 16 --roi 32 --feature_size 4 --crops 1 --drop_path 0.2 "
-    "--validate_every 1"
-).split()
+    f"--preset MSD09_Spleen --model unetr --patch_size 16 --roi 32 --feature_size 4 --crops 1 --drop_path 0.2 "
+    f"--validate_every 1 {VIT} --depth 4 --micro_batch_size 2"
+)
+ACCUMULATED = f"{GLMAE} --micro_batch_size 1"
 
-RUNS = {  # name -> (program, flags, ranks)
-    "GL-MAE": ("pretrain", [*GLMAE, *VIT, *DECODER, "--samples_per_epoch", "16"], 1),
-    "GL-MAE, accumulated": (
-        "pretrain",
-        [*GLMAE, *VIT, *DECODER, "--samples_per_epoch", "16", "--micro_batch_size", "1"],
-        1,
-    ),
-    "GL-MAE, 2 ranks": ("pretrain", [*GLMAE, *VIT, *DECODER, "--samples_per_epoch", "16"], 2),
-    "GL-MAE, 2 ranks, accumulated": (
-        "pretrain",
-        [*GLMAE, *VIT, *DECODER, "--samples_per_epoch", "16", "--micro_batch_size", "1"],
-        2,
-    ),
-    "MiM": ("pretrain", [*MIM, *DECODER, "--samples_per_epoch", "16"], 1),
-    "MiM, 2 ranks": ("pretrain", [*MIM, *DECODER, "--samples_per_epoch", "16"], 2),
-    "fine-tuning": (
-        "finetune",
-        [*FINETUNE, *VIT, "--depth", "4", "--micro_batch_size", "2", "--samples_per_epoch", "16"],
-        1,
-    ),
-    "fine-tuning, 2 ranks": (
-        "finetune",
-        [*FINETUNE, *VIT, "--depth", "4", "--micro_batch_size", "2", "--samples_per_epoch", "16"],
-        2,
-    ),
+# name -> (program, flags, ranks)
+RUNS = {
+    "GL-MAE": ("pretrain", GLMAE, 1),
+    "GL-MAE, accumulated": ("pretrain", ACCUMULATED, 1),
+    "GL-MAE, 2 ranks": ("pretrain", GLMAE, 2),
+    "GL-MAE, 2 ranks, accumulated": ("pretrain", ACCUMULATED, 2),
+    "MiM": ("pretrain", MIM, 1),
+    "MiM, 2 ranks": ("pretrain", MIM, 2),
+    "fine-tuning": ("finetune", FINETUNE, 1),
+    "fine-tuning, 2 ranks": ("finetune", FINETUNE, 2),
 }
+RUNS |= {f"{name}, sharded": (run[0], f"{run[1]} --fsdp", 2) for name, run in RUNS.items() if run[2] == 2}
+# Drop path is drawn per rank, so runs that change the number of ranks do without.
 RUNS |= {
-    f"{name}, sharded": (program, [*flags, "--fsdp"], ranks)
-    for name, (program, flags, ranks) in RUNS.items()
-    if ranks == 2
-}
-PLAIN = ["--drop_path", "0"]  # drop path is drawn per rank
-RUNS |= {
-    f"{name}, no drop path": (program, [*flags, *PLAIN], ranks)
-    for name, (program, flags, ranks) in RUNS.items()
-    if program == "finetune"
+    f"{name}, no drop path": (run[0], f"{run[1]} --drop_path 0", run[2])
+    for name, run in RUNS.items()
+    if run[0] == "finetune"
 }
 STEPS = 12
 
 
 @dataclass
 class Bench:
-    """Data, undisturbed runs and how long they took."""
+    """A folder with data, a cache and one undisturbed run per name, and how long each of those took."""
 
     folder: Path
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def job(
-        self,
-        name: str,
-        out_dir: Path,
-        *more: str,
-        ranks: int | None = None,
-        sabotage: Callable[[int], None] | None = None,
-    ) -> Job:
-        program, flags, own = RUNS[name]
+    def job(self, name: str, out_dir: Path, *more: str, inject: Inject | None = None) -> Job:
+        """Start a run of RUNS with additional flags."""
+        program, flags, ranks = RUNS[name]
         data = ["--datalist", self.folder / "scans"] if program == "pretrain" else ["--data", self.folder / "spleen"]
-        argv = [
-            *data,
-            "--cache_dir",
-            self.folder / "cache",
-            *flags,
-            *COMMON,
-            "--workers",
-            "0",
-            "--device",
-            "cpu",
-            *more,
-        ]
-        return Job(program, list(map(str, argv)), out_dir, ranks or own, sabotage)
+        argv = [*data, "--cache_dir", self.folder / "cache", *flags.split(), *COMMON, *more]
+        return Job(program, list(map(str, argv)), out_dir, ranks, inject)
 
     def reference(self, name: str) -> Path:
+        """Return the folder of the undisturbed run."""
         return self.folder / "undisturbed" / name.replace(" ", "_").replace(",", "")
 
 
 def prepare(bench: Bench, names: set[str]) -> None:
-    """Scans, cache, and one undisturbed run of each kind."""
+    """Write scans, and make one undisturbed run per name, which also fills the cache."""
     for number in range(3):
         write_nifti(bench.folder / f"scans/scan{number}.nii.gz", ct((40, 36, 30 + 4 * number), seed=number))
     make_dataset(load_preset("MSD09_Spleen"), bench.folder / "spleen")
     for name in sorted(names):
         began = time.monotonic()
-        ended(bench.job(name, bench.reference(name)), 0)
+        check_exit(bench.job(name, bench.reference(name)), 0)
         bench.seconds[name] = time.monotonic() - began
         print(f"undisturbed {name}: {bench.seconds[name]:.1f} s", flush=True)
 
 
-def ended(job: Job, *codes: int) -> None:
+def check_exit(job: Job, *codes: int) -> None:
+    """Wait for a job, and raise AssertionError if a rank ends with another exit code."""
     found = job.wait()
     if not set(found) <= set(codes):
-        raise AssertionError(f"exit codes {found}, expected {codes}:\n{job.said()[-3000:]}")
+        raise AssertionError(f"exit codes {found}, expected {codes}:\n{job.output()[-3000:]}")
 
 
 def resume(bench: Bench, name: str, out: Path, *more: str) -> None:
-    """To the end, and the same as if nothing had happened."""
-    ended(bench.job(name, out, *more), 0)
+    """Start the run again, and check that it ends as the undisturbed run."""
+    check_exit(bench.job(name, out, *more), 0)
     found = difference(out, bench.reference(name))
     assert not found, found
     left = [p.name for p in out.glob(".*") if p.name != ".lock"]
@@ -143,17 +112,18 @@ def resume(bench: Bench, name: str, out: Path, *more: str) -> None:
 
 
 def updates_done(out: Path) -> int:
+    """Return the number of updates in the last checkpoint, 0 if there is none."""
     try:
         return checkpoint.load(out / checkpoint.LAST)["args"]["step"]
     except ValueError:
         return 0
 
 
-# ---------------------------------------------------------------- what is done
+# ---------------------------------------------------------------- faults
 
 
 def killed(bench: Bench, out: Path, number: int, name: str, *more: str) -> str:
-    """SIGKILL to everything at a random moment: some time after a random number of updates, or during the start."""
+    """SIGKILL to all ranks at a random moment: after a random number of updates, or during the start."""
     rng, job = random.Random(number), bench.job(name, out, *more)
     updates = rng.randrange(STEPS)
     while updates_done(out) < updates and not job.poll():
@@ -167,12 +137,13 @@ def killed(bench: Bench, out: Path, number: int, name: str, *more: str) -> str:
 
 
 def signalled(bench: Bench, out: Path, number: int, name: str, *more: str) -> str:
-    """SIGTERM or SIGUSR1, to one rank, after a random update; again, after another one, in the run that goes on."""
+    """SIGTERM or SIGUSR1 to one rank after a random update, and again in the resumed run."""
     rng, saved = random.Random(number), []
     for latest in (4, STEPS - 3):
         at, target = rng.randint(updates_done(out), latest), rng.choice([signal.SIGTERM, signal.SIGUSR1])
-        ended(bench.job(name, out, *more, sabotage=partial(signal_at_update, at, target)), EXIT_REQUEUE)
-        saved.append(updates_done(out))  # with several ranks they agree one update later
+        check_exit(bench.job(name, out, *more, inject=partial(signal_at_update, at, target)), EXIT_REQUEUE)
+        saved.append(updates_done(out))
+        # Several ranks agree one update later.
         assert at + 1 <= saved[-1] <= at + 2 and (out / "requeue").exists(), (at, saved)
     resume(bench, name, out, *more)
     assert not (out / "requeue").exists()
@@ -180,7 +151,7 @@ def signalled(bench: Bench, out: Path, number: int, name: str, *more: str) -> st
 
 
 def signal_at_update(at: int, number: int, rank: int) -> None:
-    """The last rank signals itself, while it makes update `at` (counted by the programs' own step)."""
+    """Make the last rank signal itself during update `at`, 0-based."""
     from common.training.trainer import Trainer
 
     inner, world = Trainer.save_or_stop, int(os.environ.get("WORLD_SIZE", "1"))
@@ -194,7 +165,7 @@ def signal_at_update(at: int, number: int, rank: int) -> None:
 
 
 def within_save(number: int, at_save: int, rank: int) -> None:
-    """A signal in the middle of writing checkpoint number `at_save`: half of it is on disk, nothing is renamed yet."""
+    """Send a signal while checkpoint number `at_save` is written: half of it is on disk, and nothing is renamed yet."""
     real, calls = torch.save, []
 
     def save(content, file):
@@ -213,31 +184,34 @@ def within_save(number: int, at_save: int, rank: int) -> None:
 
 
 def stopped_while_saving(bench: Bench, out: Path, number: int, name: str, sign: int) -> str:
-    job = bench.job(name, out, sabotage=partial(within_save, sign, 3 + number % 4))
-    ended(job, EXIT_REQUEUE if sign == signal.SIGTERM else -signal.SIGKILL)
+    """SIGTERM or SIGKILL while a checkpoint is written."""
+    job = bench.job(name, out, inject=partial(within_save, sign, 3 + number % 4))
+    check_exit(job, EXIT_REQUEUE if sign == signal.SIGTERM else -signal.SIGKILL)
     if sign == signal.SIGKILL:
-        assert list(out.glob(".checkpoint-*.tmp")), "nothing was being written"
+        assert list(out.glob(".checkpoint-*.tmp")), "no checkpoint was being written"
     checkpoint.load(out / checkpoint.LAST)
     resume(bench, name, out)
     return "exit code 75" if sign == signal.SIGTERM else ""
 
 
-def harmed(bench: Bench, out: Path, number: int, name: str, harm: str) -> str:
-    """Stopped, and then checkpoint-last.pth is cut or altered at a random place."""
+def damaged(bench: Bench, out: Path, number: int, name: str, damage: str) -> str:
+    """Stop the run, then truncate checkpoint-last.pth at a random byte or flip a random bit of a weight."""
     rng = random.Random(number)
-    ended(bench.job(name, out, sabotage=partial(signal_at_update, 5 + rng.randrange(4), signal.SIGTERM)), EXIT_REQUEUE)
+    stop = partial(signal_at_update, 5 + rng.randrange(4), signal.SIGTERM)
+    check_exit(bench.job(name, out, inject=stop), EXIT_REQUEUE)
     last = out / checkpoint.LAST
     data = bytearray(last.read_bytes())
-    if harm == "truncated":
+    if damage == "truncated":
         data = data[: rng.randrange(len(data))]
-    else:  # within a record's data: a byte of a weight
+    else:
         weights = max((t for t in tensors(checkpoint.load(last))), key=lambda t: t.numel()).numpy().tobytes()
         data[data.index(weights) + rng.randrange(len(weights))] ^= 1 << rng.randrange(8)
-    last.unlink()  # it may have a second name
+    # The file may have a second name, which must keep its content.
+    last.unlink()
     last.write_bytes(data)
     job = bench.job(name, out)
-    ended(job, 0)
-    assert "checkpoint-last.pth: " in job.said() and "taking" in job.said(), job.said()[-2000:]
+    check_exit(job, 0)
+    assert "checkpoint-last.pth: " in job.output() and "taking" in job.output(), job.output()[-2000:]
     found = difference(out, bench.reference(name))
     assert not found, found
     return "refused, previous taken"
@@ -252,16 +226,17 @@ def tensors(value):
 
 
 def full_disk(bench: Bench, out: Path, number: int, name: str) -> str:
-    """A tmpfs is full when a checkpoint is written. Without the right to mount a limit on file sizes stands in."""
+    """A tmpfs is full when a checkpoint is written. Without permission to mount, use `size_limit` instead."""
     out.mkdir()
     size = (bench.reference(name) / checkpoint.LAST).stat().st_size
-    small = size * 5 // 2 + 100_000 * (1 + number % 2)  # last, previous, half of the next, logs; a whole run needs 4
+    # Room for last, previous, half of the next, and the logs; a complete run needs 4 checkpoints.
+    small = size * 5 // 2 + 100_000 * (1 + number % 2)
     if not mount(out, small):
-        return "no right to mount a tmpfs; " + size_limit(bench, out, number, name)
+        return "no permission to mount a tmpfs; " + size_limit(bench, out, number, name)
     try:
         job = bench.job(name, out)
-        ended(job, 2)
-        assert "cannot be written" in job.said() or "No space" in job.said(), job.said()[-2000:]
+        check_exit(job, 2)
+        assert "cannot be written" in job.output() or "No space" in job.output(), job.output()[-2000:]
         assert updates_done(out) > 0
         subprocess.run(["mount", "-o", f"remount,size={100 * size}", str(out)], check=True)
         resume(bench, name, out)
@@ -271,11 +246,11 @@ def full_disk(bench: Bench, out: Path, number: int, name: str) -> str:
 
 
 def size_limit(bench: Bench, out: Path, number: int, name: str) -> str:
-    """RLIMIT_FSIZE: writing fails half-way through the file."""
+    """RLIMIT_FSIZE makes writing fail halfway through a checkpoint."""
     size = (bench.reference(name) / checkpoint.LAST).stat().st_size
-    job = bench.job(name, out, sabotage=lambda rank: limit_after_saves(3 + number % 5, size // 2))
-    ended(job, 2)
-    assert "cannot be written" in job.said() and updates_done(out) > 0
+    job = bench.job(name, out, inject=lambda rank: limit_after_saves(3 + number % 5, size // 2))
+    check_exit(job, 2)
+    assert "cannot be written" in job.output() and updates_done(out) > 0
     resume(bench, name, out)
     return "exit code 2 with the reason"
 
@@ -298,10 +273,10 @@ def mount(folder: Path, size: int) -> bool:
 
 
 def other_ranks(bench: Bench, out: Path, number: int, first: str, then: str) -> str:
-    """Stopped on one number of ranks, resumed on another: the same samples in each update; sums of gradients round
-    differently."""
-    ended(bench.job(first, out, sabotage=partial(signal_at_update, 2 + number % 6, signal.SIGTERM)), EXIT_REQUEUE)
-    ended(bench.job(then, out), 0)
+    """Stop on one number of ranks and resume on another. Each update has the same samples, but gradients are summed in
+    another order."""
+    check_exit(bench.job(first, out, inject=partial(signal_at_update, 2 + number % 6, signal.SIGTERM)), EXIT_REQUEUE)
+    check_exit(bench.job(then, out), 0)
     worst = 0.0
     for a, b in zip(lines(out), lines(bench.reference(first)), strict=True):
         terms = [k for k in b if k.startswith(("rec_", "global_", "dice", "ce", "grad_norm"))]
@@ -310,55 +285,69 @@ def other_ranks(bench: Bench, out: Path, number: int, first: str, then: str) -> 
     return "losses within 1e-4 (sums round differently)"
 
 
-def dead_rank(bench: Bench, out: Path, number: int, name: str) -> str:
-    """One of two ranks is killed: the other ends in seconds. Nothing is lost but the updates since the last
-    checkpoint."""
-    job = bench.job(name, out)
-    while updates_done(out) < 3:
-        time.sleep(0.05)
-        assert not job.poll(), job.said()[-2000:]
-    job.signal(signal.SIGKILL, rank=number % 2)
-    began = time.monotonic()
-    codes = job.wait(40)
-    took = time.monotonic() - began
-    assert codes[1 - number % 2] not in (0, EXIT_REQUEUE) and took < 20, (codes, took)
+def dead_rank(bench: Bench, out: Path, number: int, name: str, where: str, how: str, hangs: bool = False) -> str:
+    """One of two ranks is killed or raises an exception while the other waits for it in a collective call.
+
+    On gloo that call fails. With `hangs` it does not return, as on NCCL. The other rank must end either way, and the
+    saved checkpoint must be complete.
+
+    Args:
+        where: "update", "validation" or "cache", what the rank is doing.
+        how: "kill" or "raise".
+    """
+    dies = number % 2 if where == "update" else 0
+    # The cache of the other trials is complete already.
+    more = ("--cache_dir", str(out / "cache")) if where == "cache" else ()
+    job = bench.job(name, out, "--save_minutes", "none", *more, inject=partial(die_in, where, how, dies, hangs))
+    codes, printed = job.wait(), job.output(1 - dies)
+    message = "died: MemoryError: no memory left" if how == "raise" else "died without a message"
+    repeated = f"error: rank {dies} {message}" in printed
+    assert codes[dies] == (1 if how == "raise" else -signal.SIGKILL), (codes, job.output(dies)[-2000:])
+    assert repeated or (not hangs and "by peer" in printed), (codes, printed[-2000:])
+    assert codes[1 - dies] == (EXIT_PEER_DIED if repeated else 1), (codes, printed[-2000:])
+    assert updates_done(out) == (STEPS // 3 if where == "update" else 0) and not (out / "requeue").exists()
+    after = job.ended_at[1 - dies] - job.ended_at[dies]
     resume(bench, name, out)
-    return f"the other ended after {took:.0f} s"
+    return f"the other {'gave the reason' if repeated else 'ended by itself'}, {max(0.0, after):.0f} s later"
 
 
-def failing_rank(bench: Bench, out: Path, number: int, name: str, silently: bool) -> str:
-    """One rank raises an exception, or is killed, while the other hangs, as in an NCCL call with a dead peer."""
+def die_in(where: str, how: str, dies: int, hangs: bool, rank: int) -> None:
+    """End rank `dies` in the second update after a checkpoint, in the first case of a validation or in the first volume
+    that is cached. With `hangs`, make the other rank hang in its next collective call."""
+    from common import distributed
+    from common.cache import build
+    from common.training.trainer import Trainer
+    from Finetune import engine_finetune
 
-    def fail(rank: int) -> None:
-        from common.training.trainer import Trainer
+    def fault(*args) -> None:
+        if rank != dies:
+            threading.Event().wait()
+        if how == "raise":
+            raise MemoryError("no memory left")
+        os.kill(os.getpid(), signal.SIGKILL)
 
-        def fails(self, at_end):
-            if self.state.step == 4 and silently:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if self.state.step == 4:
-                raise MemoryError("no memory left for this rank")
+    inner = Trainer.save_or_stop
 
-        def hangs(self, at_end):
-            if self.state.step == 4:
-                threading.Event().wait()
+    def save_or_stop(self, at_end):
+        if self.state.step == STEPS // 3 + 2 and (rank == dies or hangs):
+            # Rank 0 is writing the checkpoint of the first epoch.
+            while not (self.out_dir / checkpoint.LAST).exists():
+                time.sleep(0.01)
+            fault()
+        inner(self, at_end)
 
-        Trainer.save_or_stop = fails if rank == 1 else hangs
-
-    job = bench.job(name, out, "--save_minutes", "none", sabotage=fail)
-    while len(job.codes) == 0:
-        job.poll()
-        time.sleep(0.01)
-    began = time.monotonic()
-    codes = job.wait(40)
-    took = time.monotonic() - began
-    reason = "rank 1 died without a word" if silently else "rank 1 died: MemoryError: no memory left for this rank"
-    assert codes[0] == EXIT_PEER_DIED and reason in job.said(0), (codes, took, job.said(0)[-2000:])
-    resume(bench, name, out)
-    return f"the other gave the reason and ended after {took:.0f} s"
+    if where == "update":
+        Trainer.save_or_stop = save_or_stop
+    elif rank == dies and where == "validation":
+        engine_finetune.case_dice = fault
+    elif rank == dies:
+        build._build_case = fault
+    elif hangs:
+        distributed.barrier = fault
 
 
 def hanging(bench: Bench, out: Path, number: int, name: str) -> str:
-    """An update that never ends: the watchdog writes where every thread stands, and ends the process."""
+    """An update hangs: the watchdog prints the stack of every thread and ends the process."""
 
     def hang(rank: int) -> None:
         from common.training.trainer import Trainer
@@ -372,8 +361,8 @@ def hanging(bench: Bench, out: Path, number: int, name: str) -> str:
 
         Trainer.save_or_stop = stuck_in_a_collective_call
 
-    job = bench.job(name, out, "--hang_minutes", "0.05", sabotage=hang)
-    ended(job, 1)
-    assert "Timeout" in job.said() and "stuck_in_a_collective_call" in job.said(), job.said()[-2000:]
+    job = bench.job(name, out, "--hang_minutes", "0.05", inject=hang)
+    check_exit(job, 1)
+    assert "Timeout" in job.output() and "stuck_in_a_collective_call" in job.output(), job.output()[-2000:]
     resume(bench, name, out)
     return "stack reported, exit code 1"

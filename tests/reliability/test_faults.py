@@ -1,4 +1,4 @@
-"""The fault-injection harness as a test: every trial must end as the undisturbed run."""
+"""All fault-injection trials (driver.py) as one test."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The SLURM templates: checked by shellcheck, and run as they are against stand-ins for srun and scontrol."""
+"""The SLURM templates, checked by shellcheck and run with replacements for srun and scontrol."""
 
 import json
 import os
@@ -12,11 +12,11 @@ from Finetune import sweep
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset
 from tests.helpers import ROOT, ct, write_nifti
-from tests.reliability.compare import difference
+from tests.reliability.difference import difference
 
 TEMPLATES = sorted((ROOT / "scripts/slurm").glob("*.sbatch"))
 SRUN = """#!/usr/bin/env bash
-# Stand-in: one task per node of SLURM_NNODES, all here. On the first start, Slurm's signal once $UNDER_WAY is there.
+# Run SLURM_NNODES tasks on this machine. On the first start, send Slurm's signal once $UNDER_WAY has content.
 while [[ "$1" == --* ]]; do shift; done
 pids=()
 for ((node = 0; node < ${SLURM_NNODES:-1}; node++)); do
@@ -43,7 +43,7 @@ launch Pretrain.main_pretrain --method glmae --model tiny --embed_dim 24 --depth
 """
 
 
-def test_there_are_templates():
+def test_the_list_of_templates():
     assert [t.name for t in TEMPLATES] == ["compare.sbatch", "pretrain.sbatch", "pretrain_multinode.sbatch"]
 
 
@@ -57,7 +57,7 @@ def test_shellcheck(script):
 
 
 @pytest.mark.parametrize("script", TEMPLATES, ids=lambda p: p.name)
-def test_directives_ask_for_what_the_requeue_needs(script):
+def test_directives_request_signal_and_requeue(script):
     text = script.read_text()
     for directive in ("--signal=USR1@300", "--requeue", "--open-mode=append"):
         assert f"#SBATCH {directive}\n" in text
@@ -66,11 +66,11 @@ def test_directives_ask_for_what_the_requeue_needs(script):
     )
 
 
-# ---------------------------------------------------------------- what is put back into the queue
+# ---------------------------------------------------------------- which jobs are requeued
 
 
-def requeued(tmp_path, command: str, before: str = "", **env) -> tuple[int, str, str]:
-    """(exit code, what was said, what scontrol was told) of run_or_requeue on `command`, in the folder $OUT_DIR."""
+def run_and_requeue(tmp_path, command: str, before: str = "", **env) -> tuple[int, str, str]:
+    """Run `run_or_requeue` on a command. Return its exit code, its output and the arguments of scontrol."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/scontrol").write_text(SCONTROL)
     (tmp_path / "bin/scontrol").chmod(0o755)
@@ -86,49 +86,51 @@ def requeued(tmp_path, command: str, before: str = "", **env) -> tuple[int, str,
     done = subprocess.run(
         ["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, start_new_session=True
     )
-    told = (tmp_path / "requeued").read_text() if (tmp_path / "requeued").exists() else ""
+    arguments = (tmp_path / "requeued").read_text() if (tmp_path / "requeued").exists() else ""
     assert not list((tmp_path / "out").glob(".started*"))
-    return done.returncode, done.stdout + done.stderr, told
+    return done.returncode, done.stdout + done.stderr, arguments
 
 
 OLD = 'mkdir -p "$OUT_DIR"; touch -d yesterday "$OUT_DIR"/{requeue,checkpoint-last.pth}'
 
 
 @pytest.mark.parametrize(
-    "command, again",
+    "command, requeue",
     [
         ("exit 0", False),
         ("exit 75", True),
         ("exit 1", False),
-        ("kill -USR1 $$", True),  # before it listened
-        ("sleep 0.1; touch $OUT_DIR/requeue; exit 1", True),  # torchrun has swallowed the 75
-        (
-            "sleep 0.1; mkdir -p $OUT_DIR/cells/b/run; touch $OUT_DIR/cells/b/run/requeue; exit 2",
-            False,
-        ),  # a neighbour's
-        ("sleep 0.1; touch $OUT_DIR/checkpoint-last.pth; exit 1", True),  # a dead rank, a hang
+        # A program that is stopped before it has installed its handlers:
+        ("kill -USR1 $$", True),
+        # torchrun ends with 1 instead of 75:
+        ("sleep 0.1; touch $OUT_DIR/requeue; exit 1", True),
+        # The marker of another run of the sweep:
+        ("sleep 0.1; mkdir -p $OUT_DIR/cells/b/run; touch $OUT_DIR/cells/b/run/requeue; exit 2", False),
+        # A dead rank, a hang:
+        ("sleep 0.1; touch $OUT_DIR/checkpoint-last.pth; exit 1", True),
         ("sleep 0.1; touch $OUT_DIR/checkpoint-last.pth; exit 0", False),
-        ("kill -USR1 $PPID; sleep 0.1; exit 75", True),  # the signal goes to the script as well
+        # The script receives the signal too:
+        ("kill -USR1 $PPID; sleep 0.1; exit 75", True),
     ],
     ids=str,
 )
-def test_what_was_asked_to_stop_or_got_further_is_started_again(tmp_path, command, again):
-    code, said, told = requeued(tmp_path, command, before=OLD)
-    assert told == ("requeue 4711\n" if again else ""), said
-    assert (code == 0) == (again or command.endswith("exit 0")), said
+def test_a_stopped_job_or_one_with_a_new_checkpoint_is_requeued(tmp_path, command, requeue):
+    code, output, arguments = run_and_requeue(tmp_path, command, before=OLD)
+    assert arguments == ("requeue 4711\n" if requeue else ""), output
+    assert (code == 0) == (requeue or command.endswith("exit 0")), output
 
 
-def test_not_more_often_than_was_allowed_and_with_the_cores_of_the_task(tmp_path):
+def test_not_more_often_than_allowed_and_with_the_tasks_cores(tmp_path):
     env = {"SLURM_RESTART_COUNT": 3, "MAX_RESTARTS": 3, "SLURM_CPUS_PER_TASK": 64}
-    code, said, told = requeued(tmp_path, "echo cores: $SRUN_CPUS_PER_TASK; exit 75", **env)
-    assert code == 75 and told == "" and "started 3 times, not again" in said and "cores: 64" in said
+    code, output, arguments = run_and_requeue(tmp_path, "echo cores: $SRUN_CPUS_PER_TASK; exit 75", **env)
+    assert code == 75 and arguments == "" and "started 3 times, not again" in output and "cores: 64" in output
 
 
 @pytest.mark.parametrize(
     "script, flag",
     [("pretrain.sbatch", "--out_dir"), ("pretrain_multinode.sbatch", "--out_dir"), ("compare.sbatch", "--out")],
 )
-def test_a_folder_that_the_script_would_not_look_into_is_refused(tmp_path, script, flag):
+def test_a_folder_the_script_would_not_look_into_is_refused(tmp_path, script, flag):
     cluster = Cluster(tmp_path, tmp_path / "never")
     for words in ((flag, "elsewhere"), (f"{flag}=elsewhere",)):
         done = cluster.start(script, *words, OUT_DIR=tmp_path / "out")
@@ -136,8 +138,8 @@ def test_a_folder_that_the_script_would_not_look_into_is_refused(tmp_path, scrip
     assert not (tmp_path / "out").exists()
 
 
-def test_a_signal_to_every_process_of_the_job_waits_for_the_program(tmp_path):
-    """`launch` becomes the program, so there is no shell that dies before it has saved."""
+def test_a_signal_to_the_whole_job_waits_for_the_program(tmp_path):
+    """`launch` replaces the shell by the program, so that no shell ends before the program has saved."""
     program = tmp_path / "program"
     program.write_text(
         '#!/usr/bin/env bash\ntrap asked=1 USR1\ntouch $OUT_DIR/ready\nuntil [ -n "${asked:-}" ]; do sleep 0.05; done\n'
@@ -147,15 +149,15 @@ def test_a_signal_to_every_process_of_the_job_waits_for_the_program(tmp_path):
     (tmp_path / "recipe.sh").write_text(f"source {ROOT}/scripts/env.sh\nlaunch some.module --flag\n")
     watch = "(until [ -e $OUT_DIR/ready ]; do sleep 0.05; done; kill -USR1 -- -$$) & "
     env = {"LAUNCHER": program, "PYTHON": sys.executable}
-    _, said, _ = requeued(tmp_path, f"exec bash {tmp_path}/recipe.sh", before=watch, **env)
-    assert 0 <= said.index("saved\n") < said.index("asked to stop: job 4711 goes back into the queue"), said
+    _, output, _ = run_and_requeue(tmp_path, f"exec bash {tmp_path}/recipe.sh", before=watch, **env)
+    assert 0 <= output.index("saved\n") < output.index("asked to stop: job 4711 goes back into the queue"), output
 
 
-# ---------------------------------------------------------------- whole jobs
+# ---------------------------------------------------------------- complete jobs
 
 
 class Cluster:
-    """Starts a template as Slurm would, as often as it asks to be started."""
+    """Runs a template as Slurm would."""
 
     def __init__(self, folder: Path, under_way: Path, nodes: int = 1):
         self.requeued = folder / "requeued.txt"
@@ -193,31 +195,21 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def pretraining(tmp_path_factory):
-    """A recipe, scans, and the run that nothing disturbs."""
+    """Write a recipe and scans, and make the undisturbed run. Return the folder and the template's settings."""
     folder = tmp_path_factory.mktemp("slurm")
     for number in range(3):
         write_nifti(folder / f"scans/scan{number}.nii.gz", ct((40, 36, 30), seed=number))
     (folder / "recipe.sh").write_text(RECIPE.format(root=ROOT))
     settings = {"RECIPE": folder / "recipe.sh", "DATALIST": folder / "scans", "CACHE_DIR": folder / "cache"}
-    command = [
-        "bash",
-        folder / "recipe.sh",
-        "--datalist",
-        folder / "scans",
-        "--cache_dir",
-        folder / "cache",
-        "--out_dir",
-        folder / "whole",
-    ]
+    command = ["bash", folder / "recipe.sh", "--datalist", folder / "scans", "--cache_dir", folder / "cache"]
+    command += ["--out_dir", folder / "undisturbed"]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHON": sys.executable})
     return folder, settings
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("template, nodes", [("pretrain.sbatch", 1), ("pretrain_multinode.sbatch", 2)])
-def test_a_signalled_job_saves_goes_back_into_the_queue_and_ends_as_if_nothing_had_been(
-    pretraining, tmp_path, template, nodes
-):
+def test_a_signalled_job_is_requeued_and_ends_as_undisturbed(pretraining, tmp_path, template, nodes):
     folder, settings = pretraining
     out = tmp_path / "out"
     cluster = Cluster(tmp_path, out / "log.jsonl", nodes)
@@ -229,11 +221,11 @@ def test_a_signalled_job_saves_goes_back_into_the_queue_and_ends_as_if_nothing_h
     assert second.returncode == 0 and "resuming from" in second.stdout, second.stdout[-2000:] + second.stderr[-4000:]
     assert cluster.requeued.read_text() == "requeue 4711\n" and (out / "checkpoint-7.pth").exists()
     if nodes == 1:
-        assert difference(out, folder / "whole") == ""
+        assert difference(out, folder / "undisturbed") == ""
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_is_not_started_again_and_neither_is_one_too_many(pretraining, tmp_path):
+def test_a_job_that_fails_or_restarts_too_often_ends(pretraining, tmp_path):
     _, settings = pretraining
     cluster = Cluster(tmp_path, tmp_path / "never")
     failed = cluster.start(
@@ -247,13 +239,13 @@ def test_a_job_that_fails_is_not_started_again_and_neither_is_one_too_many(pretr
 
 
 @pytest.mark.slow
-def test_a_signalled_cell_of_a_comparison_goes_on_too(tmp_path):
+def test_a_signalled_run_of_a_sweep_resumes_too(tmp_path):
     data = make_dataset(load_preset("MSD09_Spleen"), tmp_path / "spleen")
     small = "model: unetr\nembed_dim: 24\ndepth: 4\nnum_heads: 2\nfeature_size: 4\nroi: 32\npatch_size: 16\nlr: 0.001\n"
     small += (
         "batch_size: 1\ncrops: 1\nworkers: 1\nwarmup_epochs: 0\nvalidate_every: 0\nsamples_per_epoch: 8\nepochs: 8\n"
     )
-    (tmp_path / "cells.yaml").write_text(small)
+    (tmp_path / "settings.yaml").write_text(small)
     out = tmp_path / "out"
     settings = {
         "PRESET": "MSD09_Spleen",
@@ -267,7 +259,7 @@ def test_a_signalled_cell_of_a_comparison_goes_on_too(tmp_path):
     cluster = Cluster(tmp_path, out / "under_way")
 
     def signalled(script, *arguments, when: str):
-        """Started, signalled as soon as `find` finds something, and put back into the queue."""
+        """Start a script, signal it as soon as `find` finds something, and check that it is requeued."""
         watch = f'until [ -n "$(find "$OUT_DIR" {when} 2>/dev/null)" ]; do sleep 0.1; done; echo 1 >"$UNDER_WAY"'
         (out / "under_way").unlink(missing_ok=True)
         watcher = subprocess.Popen(["bash", "-c", watch], env=cluster.env | {"OUT_DIR": str(out)})
@@ -279,14 +271,14 @@ def test_a_signalled_cell_of_a_comparison_goes_on_too(tmp_path):
         assert cluster.requeued.read_text() == "requeue 4711\n" and not list(out.rglob("scores.json"))
         cluster.requeued.unlink()
 
-    signalled("compare.sbatch", "--settings", tmp_path / "cells.yaml", when="-name log.jsonl -size +0")
-    # the same grid as an array that --slurm writes
-    grid = ["--preset", "MSD09_Spleen", "--data", data, "--inits", "scratch", "--seeds", "0", "--out", out]
-    grid += ["--cache_dir", tmp_path / "cache", "--settings", tmp_path / "cells.yaml"]
-    sweep.main([*map(str, grid), "--slurm"])
+    signalled("compare.sbatch", "--settings", tmp_path / "settings.yaml", when="-name log.jsonl -size +0")
+    # The same sweep as the array that --slurm writes.
+    sweep_flags = ["--preset", "MSD09_Spleen", "--data", data, "--inits", "scratch", "--seeds", "0", "--out", out]
+    sweep_flags += ["--cache_dir", tmp_path / "cache", "--settings", tmp_path / "settings.yaml"]
+    sweep.main([*map(str, sweep_flags), "--slurm"])
     signalled(out / "array.sbatch", when="-name predictions")
     last = cluster.start(out / "array.sbatch", restarts=1)
     assert last.returncode == 0 and not cluster.requeued.exists(), last.stdout[-2000:] + last.stderr[-4000:]
     (logs,) = [p for p in out.rglob("log.jsonl")]
-    told = [json.loads(line)["epoch"] for line in logs.read_text().splitlines()]
-    assert told == list(range(8)) and list(out.rglob("scores.json"))
+    epochs = [json.loads(line)["epoch"] for line in logs.read_text().splitlines()]
+    assert epochs == list(range(8)) and list(out.rglob("scores.json"))

@@ -1,4 +1,4 @@
-"""The demo as a user starts it, in its short form, on synthetic scans (so that no test needs a network)."""
+"""The demo in its short form, as a user starts it, on synthetic scans, so that no test needs a network."""
 
 import csv
 import json
@@ -26,12 +26,13 @@ def demo(folder, *args):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method, encoder", [("glmae", "77 of 77"), ("mim", "235 of 235")])
-def test_smoke_goes_from_scans_to_scores(tmp_path, method, encoder):
+def test_the_short_demo_goes_from_scans_to_scores(tmp_path, method, encoder):
     run_module("scripts.make_sample_data", "--out", tmp_path / "data", "--synthetic")
-    said = demo(tmp_path, "--smoke", "--method", method)
+    printed = demo(tmp_path, "--smoke", "--method", method)
     out = tmp_path / "out"
-    assert f"{encoder} encoder tensors" in said
-    assert "SYNTHETIC" in said.upper()  # loudly
+    assert f"{encoder} encoder tensors" in printed
+    # A user must not take the synthetic scans for real ones.
+    assert "SYNTHETIC" in printed.upper()
 
     label_map = nib.load(out / "predictions/abdomen_b.nii.gz")
     scan = read_image(tmp_path / "data/imagesTs/abdomen_b")
@@ -43,11 +44,12 @@ def test_smoke_goes_from_scans_to_scores(tmp_path, method, encoder):
         rows = list(csv.DictReader(file))
     assert len(rows) == 13 and {row["case"] for row in rows} == {"abdomen_b"}
     predicted = np.asarray(label_map.dataobj)
-    kidneys = {2: "right kidney", 3: "left kidney"}  # the second scan has none
+    # The second scan has no kidneys.
+    kidneys = {2: "right kidney", 3: "left kidney"}
     for number, name in kidneys.items():
         (row,) = [row for row in rows if row["name"] == name]
-        wanted = ("false positive", 0.0) if (predicted == number).any() else ("absent", None)
-        assert (row["status"], float(row["dice"]) if row["dice"] else None) == wanted
+        expected = ("false positive", 0.0) if (predicted == number).any() else ("absent", None)
+        assert (row["status"], float(row["dice"]) if row["dice"] else None) == expected
     card = json.loads((out / "scores/scores.json").read_text())
     assert card["counts"]["present"] == 11 and card["counts"]["absent"] + card["counts"]["false_positives"] == 2
     pictures = list(out.rglob("*.png"))
@@ -57,7 +59,8 @@ def test_smoke_goes_from_scans_to_scores(tmp_path, method, encoder):
     assert {"student", "teacher", "dino_loss"} <= set(content) if method == "glmae" else "model" in content
 
     if method == "glmae":
-        assert "0 made now" in demo(tmp_path, "--smoke")  # a second run reuses the cache
+        # A second run reuses the cache.
+        assert "0 made now" in demo(tmp_path, "--smoke")
 
 
 def test_an_unknown_argument_is_named():
@@ -66,4 +69,4 @@ def test_an_unknown_argument_is_named():
         done = subprocess.run(
             ["bash", "scripts/demo.sh", *args], cwd=ROOT, env=environment, capture_output=True, text=True
         )
-        assert done.returncode == 2 and args[-1] in done.stderr and "allowed" in done.stderr
+        assert done.returncode == 2 and args[-1] in done.stderr and "glmae" in done.stderr

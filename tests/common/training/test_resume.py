@@ -11,7 +11,7 @@ from common import checkpoint
 from common.cli import parse
 from common.config import load_yaml, to_dict
 from common.errors import InputError
-from common.signals import EXIT_REQUEUE, mark_requeue
+from common.signals import EXIT_REQUEUE, write_requeue_marker
 from common.training.settings import LoopSettings
 from tests.common.training.toy import Toy, lines, points, run_toy, same_logs, same_weights
 
@@ -193,6 +193,6 @@ def test_saved_every_so_often_within_an_epoch(tmp_path):
 def test_a_stop_before_training_does_not_resume_an_older_run(tmp_path):
     """Started anew in the folder of a finished run, and asked to stop while the cache was filled."""
     run_toy(tmp_path, epochs=1)
-    mark_requeue(tmp_path)
+    write_requeue_marker(tmp_path)
     method, _ = run_toy(tmp_path, resume="none", epochs=1)
     assert method.calls[0][1] == 0
