@@ -129,9 +129,7 @@ class BadUpdateReporter:
             log.add_skipped_update({"step": number, "rollbacks": rollbacks, "files": names})
             self._dump(number, sampler)
         if bad and self.settings.on_nan == "stop":
-            raise InputError(
-                f"--on_nan stop: update {bad[0]} was not finite, or a spike; its files: {log.skipped_path}"
-            )
+            raise InputError(f"--on_nan stop: update {bad[0]} not finite, or a spike; its files: {log.skipped_path}")
         if self.settings.on_nan == "rollback" and in_a_row >= self.settings.nan_row:
             raise RollbackRequested(f"{in_a_row} consecutive bad updates until update {step}")
 

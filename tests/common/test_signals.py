@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 
@@ -19,9 +18,7 @@ from common.signals import (
     write_requeue_marker,
 )
 from common.training import preemption
-from common.training.loop import fit
 from common.training.preemption import Stopped, until_stopped
-from tests.common.training import toy
 from tests.common.training.toy import CPU, lines, points, run_toy, same_logs, same_weights
 from tests.helpers import ROOT
 
@@ -129,10 +126,6 @@ def test_the_marker_still_names_the_save_after_a_second_stop(tmp_path):
 # ---------------------------------------------------------------- validation
 
 
-def set_validation(monkeypatch, validate):
-    monkeypatch.setattr(toy, "fit", partial(fit, after_epoch=validate))
-
-
 def test_training_stopped_in_a_validation_resumes_there(tmp_path, monkeypatch):
     seen, at = [], None
 
@@ -145,19 +138,18 @@ def test_training_stopped_in_a_validation_resumes_there(tmp_path, monkeypatch):
         log.add_scalars({"val/score": float(epoch)}, 3 * epoch + 2)
         return {"val/score": float(epoch)}
 
-    set_validation(monkeypatch, validate)
-    method, _ = run_toy(tmp_path / "undisturbed")
+    method, _ = run_toy(tmp_path / "undisturbed", after_epoch=validate)
     everything = list(seen)
     for at, updates in (((1, 0), 6), ((3, 1), 12)):
         seen.clear()
         with pytest.raises(Requeue) as caught:
-            run_toy(tmp_path / "stopped")
+            run_toy(tmp_path / "stopped", after_epoch=validate)
         assert caught.value.agreed and seen[-1] == at, "no further case starts"
         assert f"after update {updates};" in (tmp_path / "stopped" / MARKER).read_text()
         assert len(lines(tmp_path / "stopped")) == at[0]
     at = None
     seen.clear()
-    resumed, _ = run_toy(tmp_path / "stopped")
+    resumed, _ = run_toy(tmp_path / "stopped", after_epoch=validate)
     # The last validation runs from its first case, and no update is repeated.
     assert seen == everything[-3:]
     assert same_weights(method, resumed)
@@ -200,11 +192,10 @@ def test_a_kill_after_a_validation_doubles_no_point(tmp_path, monkeypatch):
             raise killed.pop()
         return {}
 
-    set_validation(monkeypatch, validate)
-    run_toy(tmp_path / "undisturbed", save_minutes=0.0, log_every=1)
+    run_toy(tmp_path / "undisturbed", save_minutes=0.0, log_every=1, after_epoch=validate)
     killed.append(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        run_toy(tmp_path / "stopped", save_minutes=0.0, log_every=1)
-    run_toy(tmp_path / "stopped", save_minutes=0.0, log_every=1)
+        run_toy(tmp_path / "stopped", save_minutes=0.0, log_every=1, after_epoch=validate)
+    run_toy(tmp_path / "stopped", save_minutes=0.0, log_every=1, after_epoch=validate)
     same_logs(tmp_path / "undisturbed", tmp_path / "stopped")
     assert [step for step, _ in points(tmp_path / "stopped")["val/dice"]] == [2, 5, 8, 11]

@@ -12,28 +12,34 @@ draw, the order of the data), and whose message says so and why. A commit that m
 the records as they are. A new version of torch, MONAI or timm is a reason too, if the differences are explained. Read
 the difference of the JSON files before committing: a line is one value over the 20 updates.
 
-Tolerance. Relative, of each number: `TOLERANCE` for losses, ten times that for gradient norms and monitors, 1e-9 for
-the learning rate. `finetune_mim` has a wider one (see `RUNS`): its coarsest map has two voxels, and an instance norm
-over two voxels amplifies rounding errors. Measured with torch 2.14.1 on an x86 CPU with AVX-512, as the largest
-relative difference over all updates:
+Tolerance. Relative, of each number: for losses that in `RUNS`, ten times that for gradient norms and monitors, 1e-9 for
+the learning rate. It is about three times the spread of rounding errors or more, measured as the largest relative
+difference over all updates (torch 2.14.1, an x86 CPU with AVX-512; a repeated run is equal in every bit):
 
-    spread of rounding errors                  mae, mim, byol,   glmae    finetune_   finetune_
-                                               classifier                 unetr       mim
-      losses, other vector instructions        4e-6              8e-6     4e-6        1e-4
-      losses, two threads                      3e-6              2e-6     -           2e-5
-      losses, two processes instead of one     6e-7              3e-6     -           (differs)
-      gradient norm and monitors, all of them  9e-6              7e-5     2e-5        2e-4
-    effect of a change
-      losses, learning rate +1 %               4e-4 to 5e-2      3e-2     1e-3        2e-3
-      losses, no weight decay                  4e-5 to 6e-5      8e-4     -           -
-      gradient norm, no weight decay           8e-4 to 5e-3      2e-2     -           -
+                                               mae, glmae, mim,       finetune_unetr   finetune_mim
+                                               finetune_classifier
+    tolerance of losses                        5e-5                   2e-4             1e-3
+    spread of rounding errors
+      losses, other vector instructions        1e-5                   6e-6             3e-4
+      losses, two threads                      3e-6                   5e-5             3e-5
+      losses, two processes instead of one     3e-6                   5e-6             (see below)
+      gradient norm and monitors, all of them  7e-5                   1e-4             4e-3
+    effect of a change, on the loss that it moves most
+      learning rate +1 %                       4e-4 to 5e-2           3e-3             3e-3
+      no weight decay                          4e-5 (mae) to 7e-3     6e-4             1e-3
+      mask ratio 0.65 instead of 0.6           9e-3 to 3e-2           -                -
+      another seed                             6e-2 or more           5e-1             2e-1
 
-"Other vector instructions": ATEN_CPU_CAPABILITY=default and avx2, with ONEDNN_MAX_CPU_ISA=SSE41 and AVX2 and
-MKL_CBWR=COMPATIBLE and AVX2, against the defaults (AVX-512). A repeated run is equal in every bit.
+Plain MAE without weight decay is noticed by its gradient norm, which changes by 8e-4; finetune_mim without it is only
+just at its tolerance. Why finetune_mim spreads most is not known; a larger crop, wider stages or a lower learning rate
+did not help. "Other vector instructions": ATEN_CPU_CAPABILITY=default and avx2, with ONEDNN_MAX_CPU_ISA=SSE41 and AVX2
+and MKL_CBWR=COMPATIBLE and AVX2, against the defaults, on one process and (where the spread is largest: the fine-tuned
+networks and mim_published) on two.
 
 Where two processes differ from one by more than rounding: `finetune_mim` (batch norm over the samples of one process),
-`mim_published` (its alignment compares the samples of one process), and `monitor/entropy_of_mean` of `glmae` (the mean
-of two entropies). Each has a record of its own for two processes, as all runs have.
+`mim_published` (the parents that it picks depend on the rows in the batch of one process), and
+`monitor/entropy_of_mean` of `glmae` (each process has its own mean). All runs have a record of their own for two
+processes.
 """
 
 import argparse
@@ -61,7 +67,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWa
 
 FOLDER = Path(__file__).parent
 UPDATES = 20
-TOLERANCE, WIDE = 3e-5, 5e-4
+TOLERANCE = 5e-5
 NOT_RECORDED = ("epoch", "step", "seconds", "skipped")
 PRETRAIN, FINETUNE = "Pretrain.main_pretrain", "Finetune.main_finetune"
 
@@ -92,8 +98,8 @@ RUNS = {
     "mim_cosine": (PRETRAIN, f"{MIM} --align cosine", TOLERANCE),
     "mim_infonce": (PRETRAIN, f"{MIM} --align infonce", TOLERANCE),
     "mim_published": (PRETRAIN, f"{MIM} --align published", TOLERANCE),
-    "finetune_unetr": (FINETUNE, UNETR, TOLERANCE),
-    "finetune_mim": (FINETUNE, HYBRID, WIDE),
+    "finetune_unetr": (FINETUNE, UNETR, 2e-4),
+    "finetune_mim": (FINETUNE, HYBRID, 1e-3),
     "finetune_classifier": (FINETUNE, f"{CLASSIFIER} --micro_batch_size 2", TOLERANCE),
 }
 # These run with the fast tests, about a second each.

@@ -72,7 +72,7 @@ class Numbers(torch.utils.data.Dataset):
         return {"x": x, "y": x.sum()}
 
 
-def run_toy(out_dir, method=None, run=CPU, data="twelve numbers", **settings):
+def run_toy(out_dir, method=None, run=CPU, data="twelve numbers", after_epoch=None, **settings):
     method = method or Toy()
     defaults = dict(
         amp="off", epochs=4, batch_size=4, workers=0, warmup_epochs=0.0, save_every=2, log_every=2, weight_decay=0.1
@@ -92,6 +92,7 @@ def run_toy(out_dir, method=None, run=CPU, data="twelve numbers", **settings):
         data_fingerprint={"data": data},
         make_optimizer=partial(build_optimizer, weight_decay=settings.optim.weight_decay),
         recorded=to_dict(settings),
+        **({"after_epoch": after_epoch} if after_epoch else {}),
     )
     return method, checkpoint.load(trainer.fit())
 
