@@ -20,7 +20,7 @@ from Finetune.presets import Layout, Preset
 
 def find_cases(preset: Preset, data: str | Path, root: str | Path | None = None) -> list[Case]:
     """The labelled cases of a data set: `data` is its folder in the published layout, or a Decathlon JSON of one's own,
-    whose paths start from `root` and may not leave it (`read_cases`).
+    whose relative paths start from `root` (`read_cases`).
 
     Raises InputError when nothing is there, or a label is missing.
     """
@@ -224,7 +224,7 @@ def with_mapped_labels(cases: Sequence[Case], preset: Preset, folder: Path) -> l
         return list(cases)
     mapped = []
     for case in progress(cases, desc="map label values", unit="case"):
-        if case.problem:  # its paths may lead anywhere; it is told when the cache is filled
+        if case.problem:
             mapped.append(case)
             continue
         stat = case.label.stat()

@@ -20,7 +20,7 @@ import numpy as np
 from common.cli import parse, run_program
 from common.config import setting
 from common.data import geometry, volume_io
-from common.data.datalist import ENDINGS, read_cases, stem
+from common.data.datalist import DATA_ROOT_HELP, ENDINGS, read_cases, stem
 from common.errors import InputError
 from common.files import check_writable, save_bytes
 from common.runlog import print_main, progress
@@ -45,10 +45,7 @@ class EvaluateSettings:
         "folder of reference label maps, named as the predictions or as the preset pairs them; "
         "or a Decathlon JSON that names the label of every case",
     )
-    data_root: Path | None = setting(
-        None,
-        "what the paths of the JSON are relative to and may not leave; none: its folder; /: they may lead anywhere",
-    )
+    data_root: Path | None = setting(None, DATA_ROOT_HELP)
     preset: str | None = setting(None, "data set: a name of Finetune/datasets/, or the path of a YAML of one's own")
     images: tuple[Path, ...] = setting(
         (), "folders of the images, to draw the worst cases on; without the image a case is drawn on black"
@@ -151,7 +148,7 @@ def read_pair(prediction: Path, label: Path, preset: Preset) -> tuple[np.ndarray
         raise InputError(
             f"{prediction}: found the shape {found.shape}, its label {label} has {reference.shape} (both in RAS)"
         )
-    shift = geometry.grid_distance(found_affine, affine, found.shape)
+    shift = geometry.corner_distance(found_affine, affine, found.shape)
     if shift > 0.1 * spacing.min():
         raise InputError(
             f"{prediction}: lies up to {shift:.3g} mm off its label {label}, at most a tenth of a voxel is allowed"

@@ -19,6 +19,7 @@ from common import checkpoint, distributed, files, signals
 from common.cache import build, volume
 from common.cli import parse, run_program
 from common.config import group, setting, to_dict
+from common.data.datalist import DATA_ROOT_HELP
 from common.distributed import Run
 from common.errors import InputError
 from common.files import check_writable, digest
@@ -68,10 +69,7 @@ class FinetuneSettings(ModelSettings, LoopSettings):
 
     preset: str = setting(help="data set: a name of Finetune/datasets/, or the path of a YAML of one's own")
     data: Path = setting(help="its folder in the published layout, or a Decathlon JSON")
-    data_root: Path | None = setting(
-        None,
-        "what the paths of the JSON are relative to and may not leave; none: its folder; /: they may lead anywhere",
-    )
+    data_root: Path | None = setting(None, DATA_ROOT_HELP)
     cache_dir: Path = setting(Path("cache"), "where preprocessed volumes are kept; missing ones are added at the start")
     fold: int = setting(0, "this fold validates, the rest trains", least=0)
     label_count: int | None = setting(None, "train on this many cases; smaller sets are nested in larger ones")

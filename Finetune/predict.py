@@ -29,7 +29,7 @@ from common import checkpoint, files
 from common.cli import parse, run_program
 from common.config import setting, to_dict
 from common.data import volume_io
-from common.data.datalist import Case, read_cases
+from common.data.datalist import DATA_ROOT_HELP, Case, read_cases
 from common.data.nifti import write_nifti
 from common.distributed import setup
 from common.errors import InputError
@@ -56,11 +56,7 @@ class PredictSettings:
         "several are an ensemble (folds, seeds)"
     )
     images: Path = setting(help="folder of NIfTI files or DICOM series, a text file of paths, or a Decathlon JSON")
-    data_root: Path | None = setting(
-        None,
-        "what the paths of a list are relative to and, like the links of a folder, may not leave; none: its folder; "
-        "/: they may lead anywhere",
-    )
+    data_root: Path | None = setting(None, DATA_ROOT_HELP)
     out: Path = setting(help="folder for the label maps, one NAME.nii.gz per volume")
     cases: Literal["all", "validation"] = setting(
         "all", "validation: only the validation cases of the checkpoint (of an ensemble: those of every member)"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from common.cli import parse, run_program
 from common.config import from_dict, load_yaml, setting, to_dict
-from common.data.datalist import Case
+from common.data.datalist import DATA_ROOT_HELP, Case
 from common.errors import InputError
 from common.files import check_writable, file_sha256, lock_folder, save_bytes
 from common.runlog import print_main
@@ -58,10 +58,7 @@ class SweepSettings:
 
     preset: str = setting(help="data set: a name of Finetune/datasets/, or the path of a YAML of one's own")
     data: Path = setting(help="its folder in the published layout, or a Decathlon JSON")
-    data_root: Path | None = setting(
-        None,
-        "what the paths of the JSON are relative to and may not leave; none: its folder; /: they may lead anywhere",
-    )
+    data_root: Path | None = setting(None, DATA_ROOT_HELP)
     out: Path = setting(help="folder for cells/, compare.json, compare.txt, compare.png")
     inits: str = setting("scratch", "initialisations, separated by commas: scratch, or checkpoints")
     label_counts: str = setting("all", "numbers of training cases, separated by commas; all is every one")
@@ -212,9 +209,9 @@ def _run_programs(config: SweepSettings, preset: Preset, cell: Cell, lock: int) 
     if config.data_root:
         train += ["--data_root", str(config.data_root.resolve())]
     train += ["--cache_dir", str(config.cache_dir.resolve()), "--out_dir", str(run), *_absolute(cell.flags)]
-    predict = ["Finetune.predict", "--checkpoint", str(run), "--images", str(cases), "--data_root", "/"]
+    predict = ["Finetune.predict", "--checkpoint", str(run), "--images", str(cases)]
     predict += ["--out", str(predictions), "--no-overlays"]
-    score = ["Finetune.evaluate", "--predictions", str(predictions), "--labels", str(cases), "--data_root", "/"]
+    score = ["Finetune.evaluate", "--predictions", str(predictions), "--labels", str(cases)]
     score += ["--preset", _preset(config), "--out", str((cell.folder / "scores").resolve()), "--worst", "1"]
     for command in (train, predict, score):
         with open(cell.folder / "log.txt", "a") as log:

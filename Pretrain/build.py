@@ -113,7 +113,7 @@ def build_vit(settings: Any) -> VisionTransformer3D:
     return factory(
         img_size=settings.views.local_size,
         patch_size=encoder.patch_size,
-        in_chans=settings.data.channels,
+        in_chans=settings.data.preprocessing.channels,
         encoder_only=False,
         decoder_embed_dim=encoder.decoder_embed_dim,
         decoder_depth=encoder.decoder_depth,
@@ -194,7 +194,7 @@ def build_mim(settings: Any, plan: BatchPlan) -> Task:
     factory = getattr(models_mim, f"mim_convvit3d_{encoder.model}_patch16")
     method = factory(
         img_size=views.local_size,
-        in_chans=settings.data.channels,
+        in_chans=settings.data.preprocessing.channels,
         decoder_embed_dim=encoder.decoder_embed_dim,
         decoder_depth=encoder.decoder_depth,
         decoder_num_heads=encoder.decoder_num_heads,

@@ -1,7 +1,7 @@
-"""Published data sets for pretraining: one YAML each in Pretrain/datasets/, and lists of them (1k, 10k).
+"""Settings of the data, and the published data sets for pretraining: one YAML each in Pretrain/datasets/.
 
-Adding a data set means adding a YAML. Only images are taken: files and folders that are called labels, masks or
-segmentations are passed over.
+A data set is added by a YAML; a list (1k, 10k) is a YAML with names of data sets. Files and folders that are named as
+labels, masks or segmentations are left out.
 """
 
 import difflib
@@ -9,31 +9,62 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-from common.config import load_yaml, read_yaml, setting
-from common.data.datalist import Case, find_volumes, stem
+from common.config import group, load_yaml, read_yaml, setting
+from common.data.datalist import DATA_ROOT_HELP, Case, find_volumes, read_cases, stem
+from common.data.preprocessing import Preprocessing
 from common.errors import InputError
 from common.runlog import print_main
 
 DATASETS = Path(__file__).parents[1] / "Pretrain" / "datasets"
-LABEL_FILES = ("*label*", "*mask*", "*_seg.*", "*segmentation*", "*-seg.*")  # file names, lower case
+# patterns of file names, lower case
+LABEL_FILES = ("*label*", "*mask*", "*_seg.*", "*segmentation*", "*-seg.*")
+
+
+@dataclass(kw_only=True)
+class DataSettings:
+    """Settings of the data that the cache and the programs share."""
+
+    datasets: tuple[str, ...] = setting((), "pretraining data sets or lists of Pretrain/datasets/, e.g. 1k, 10k, BTCV")
+    datalist: tuple[Path, ...] = setting((), "Decathlon JSONs, folders of NIfTI or DICOM series, text files of paths")
+    data_root: Path | None = setting(None, f"folder of the data sets; {DATA_ROOT_HELP}")
+    section: str = setting("training", "the section of a JSON list to read")
+    cache_dir: Path = setting(Path("cache"), "folder of the cache; volumes that are missing are added at the start")
+    allow_failures: bool = setting(False, "continue without volumes that cannot be used, and print the reasons")
+    preprocessing: Preprocessing = group(Preprocessing, "Preprocessing (part of the key of a cached volume)")
+
+    def cases(self, labels: bool = False) -> list[Case]:
+        """Return the volumes of all data sets and lists. InputError if there are none.
+
+        Args:
+            labels: keep the labels of the lists.
+        """
+        cases = read_datasets(self.datasets, self.data_root) if self.datasets else []
+        for datalist in self.datalist:
+            found = read_cases(datalist, self.data_root, self.section)
+            cases += found if labels else [replace(case, label=None) for case in found]
+        if not cases:
+            raise InputError("no data: expected --datasets or --datalist")
+        return cases
+
+
+# ---------------------------------------------------------------- published data sets
 
 
 @dataclass(frozen=True)
 class Source:
-    """A published data set: where to get it, its licence, what of its folder is taken, how much there should be."""
+    """A published data set: where to get it, its licence, the files to use, and the number of volumes."""
 
     name: str
     description: str
-    where: str = setting(help="address, and what it takes to get it")
-    licence: str = setting(help="as far as we know; the source decides")
-    citation: str = setting(help="whom to cite")
-    folders: tuple[str, ...] = setting(help="folder below the data root; the first that exists is taken")
-    layout: str = setting(help="what the folder looks like, in words")
-    count: int = setting(help="volumes that the papers' tables give")
+    where: str = setting(help="address, and how to get access")
+    licence: str = setting(help="as far as known; the source decides")
+    citation: str = setting(help="publication to cite")
+    folders: tuple[str, ...] = setting(help="folder in the data root; the first that exists is used")
+    layout: str = setting(help="description of the files in the folder")
+    count: int = setting(help="number of volumes in the papers' tables")
     include: tuple[str, ...] = setting(("*",), "patterns of paths relative to the folder")
-    exclude: tuple[str, ...] = setting((), "patterns of paths that are left out")
+    exclude: tuple[str, ...] = setting((), "patterns of paths to leave out")
     modality: str = "CT"
 
 
@@ -47,33 +78,37 @@ class SourceList:
 
 
 def available() -> list[str]:
+    """Return the names of the data sets and lists of this repository."""
     return sorted(path.stem for path in DATASETS.glob("*.yaml"))
 
 
 def load(name: str) -> list[Source]:
-    """The data sets of one of our names, or of a YAML of one's own. InputError says what is wrong with it."""
+    """Return the data sets of a name in Pretrain/datasets/, or of a custom YAML file.
+
+    Raises:
+        InputError: there is no such name or file, or the YAML is not valid.
+    """
     path = Path(name) if name.endswith((".yaml", ".yml")) else DATASETS / f"{name}.yaml"
     if not path.is_file():
         near = difflib.get_close_matches(name, available(), n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"datasets: found '{name}', {hint}allowed: {', '.join(available())}, or the path of a YAML")
+        raise InputError(
+            f"--datasets {name}: {hint}expected one of {', '.join(available())}, or the path of a YAML file"
+        )
     if "datasets" not in (load_yaml(path) or {}):
-        source = read_yaml(path, Source)
-        outside = next((f for f in source.folders if Path(f).is_absolute() or ".." in Path(f).parts), None)
-        if outside:
-            raise InputError(f"{path}: folders: found '{outside}', needs folders below the data root")
-        return [source]
+        return [read_yaml(path, Source)]
     return [source for part in read_yaml(path, SourceList).datasets for source in load(part)]
 
 
 def read_datasets(names: Sequence[str], data_root: str | Path | None = None) -> list[Case]:
-    """The images of data sets and lists, told with how many were expected ("BTCV: 24 of 24 found").
+    """Return the images of data sets and lists, and print how many of each were found ("BTCV: 24 of 24 found").
 
-    A set that is not there is said and left out; InputError when nothing is found at all.
+    Raises:
+        InputError: no volume was found.
     """
     root = Path(data_root or "data")
     if not root.is_dir():
-        raise InputError(f"data_root {root}: no such folder")
+        raise InputError(f"--data_root {root}: no such folder")
     sources = {source.name: source for name in names for source in load(name)}
     cases = []
     for source in sources.values():
@@ -87,7 +122,7 @@ def read_datasets(names: Sequence[str], data_root: str | Path | None = None) -> 
 
 
 def find(source: Source, root: Path) -> list[Case]:
-    """The images of one data set below `root`, sorted by path, named after the set."""
+    """Return the images of a data set in `root`, sorted by path, with the name of the set in theirs."""
     folder = next((root / name for name in source.folders if (root / name).is_dir()), None)
     if folder is None:
         return []
@@ -113,62 +148,3 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
 
 def _is_label(path: Path) -> bool:
     return _matches(path.name.lower(), LABEL_FILES)
-
-
-def unlabelled(cases: Sequence[Case]) -> list[Case]:
-    """The cases without their labels: what pretraining takes."""
-    return [replace(case, label=None) for case in cases]
-
-
-# ---------------------------------------------------------------- datasettings
-# Which volumes, and how they are preprocessed: the settings that the cache's writer and its readers share.
-
-if TYPE_CHECKING:
-    from common.data.datalist import Case
-    from common.data.preprocessing import Preprocessing
-
-
-@dataclass(kw_only=True)
-class DataSettings:
-    """Settings of the data. All from `spacing` on are part of the cache's key. Defaults are those of pretraining."""
-
-    datasets: tuple[str, ...] = setting((), "pretraining data sets or lists of Pretrain/datasets/, e.g. 1k, 10k, BTCV")
-    datalist: tuple[Path, ...] = setting((), "Decathlon JSONs, folders of NIfTI or DICOM series, text files of paths")
-    data_root: Path | None = setting(
-        None,
-        "folder of the data sets; what a list's paths are relative to and may not leave, none: the list's folder; "
-        "/ lets them lead anywhere, relative ones from the list's folder",
-    )
-    section: str = setting("training", "the section of a JSON list to read")
-    cache_dir: Path = setting(Path("cache"), "the cache; a program adds what is missing at its start")
-    allow_failures: bool = setting(False, "go on without the volumes that cannot be used, with a table of the reasons")
-
-    spacing: tuple[float, float, float] | None = setting(None, "mm per voxel (D H W, or one for all); none: as scanned")
-    intensity: Literal["window", "percentiles", "zscore"] = setting(
-        "window", "window: low..high HU; percentiles: low..high of each case; zscore: per channel"
-    )
-    low: float = setting(-1000.0, "HU or percentile that becomes 0")
-    high: float = setting(1000.0, "HU or percentile that becomes 1")
-    foreground_threshold: float | None = setting(0.05, "crop to voxels above this, of the [0,1] scale; none: no crop")
-    margin: int = setting(8, "voxels kept around the foreground")
-    channels: int = setting(1, "channels of a volume; more than one: 4D NIfTI, channels last")
-    dtype: Literal["int16", "uint8"] = setting("int16", "int16 keeps whole HU; uint8: half the bytes, 255 steps")
-
-    def preprocessing(self) -> "Preprocessing":
-        from common.data.preprocessing import Preprocessing  # slow to import: --help does not wait for it
-
-        names = ("spacing", "intensity", "low", "high", "foreground_threshold", "margin", "channels", "dtype")
-        return Preprocessing(**{name: getattr(self, name) for name in names})
-
-    def cases(self, labels: bool = False) -> "list[Case]":
-        """The volumes of all data sets and lists, without labels unless asked for. InputError where none is named."""
-        from common.data.datalist import read_cases
-        from Pretrain.catalog import read_datasets, unlabelled
-
-        cases = read_datasets(self.datasets, self.data_root) if self.datasets else []
-        for datalist in self.datalist:
-            found = read_cases(datalist, self.data_root, self.section)
-            cases += found if labels else unlabelled(found)
-        if not cases:
-            raise InputError("no data: give --datasets or --datalist")
-        return cases

@@ -91,7 +91,7 @@ def prepare_volumes(settings: PretrainSettings) -> list[CachedVolume]:
     data = settings.data
     with distributed.main_first(), Watchdog(settings.hang_minutes):
         return build_cache(
-            data.cases(), data.preprocessing(), data.cache_dir, settings.workers, skip_failures=data.allow_failures
+            data.cases(), data.preprocessing, data.cache_dir, settings.workers, skip_failures=data.allow_failures
         )
 
 

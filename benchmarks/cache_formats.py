@@ -1,11 +1,11 @@
-"""Which array format should the cache use? Bytes on disk, time to write, time and bytes read per random crop.
+"""Compare array formats for the cache: bytes on disk, time to write, time and bytes read per random crop.
 
-    python -m benchmarks.cache_formats                        a CT-like volume of 512 x 512 x 200, drawn
+    python -m benchmarks.cache_formats                        a synthetic volume of 512 x 512 x 200
     python -m benchmarks.cache_formats --volume SCAN          a NIfTI file or a folder with a DICOM series
 
-One thread; every method gives the crop as float32 in [0, 1]. Warm: median of `repeats` crops from the page cache.
-Cold: the file is dropped from the page cache before each crop; bytes read: what the kernel fetched, with read-ahead.
-h5py and zarr are no requirement: they are measured where they are installed.
+One thread; every format returns the crop as float32 in [0, 1]. Warm: median of `repeats` crops from the page cache.
+Cold: the file is dropped from the page cache before each crop; bytes read: those that the kernel read, with read-ahead.
+h5py and zarr are measured if they are installed.
 
 Measured 2026-11-22 with `--repeats 7` (two cores of an AMD EPYC, other work running; blosc2 4.14.1, numpy 2.4.6,
 h5py 3.16.0, zarr 3.1.6): MB on disk, seconds to write, and milliseconds per warm crop of 96^3, 160^3, 192^3.
@@ -19,10 +19,11 @@ h5py 3.16.0, zarr 3.1.6): MB on disk, seconds to write, and milliseconds per war
     HDF5 lzf shuffle c64                  53.6   0.48   16.05  48.03  69.74
     zarr, its default zstd, c64           46.2   0.44    9.26  25.46  45.03
 
-Chosen: blosc2, lz4hc 5 with bitshuffle, chunks of 64^3, blocks of 32^3. It reads as fast as the memory map at less than
-half the bytes; zstd saves another tenth to fifth and takes half as long again; HDF5 and zarr take 2 to 7 times as long.
-Bitshuffle beside shuffle: 5 % fewer bytes here, 9 % on a real series (3.1 and 3.4 MB), large crops a fifth slower.
-Cold, a 96^3 crop makes the kernel fetch 26 MB with blosc2's memory map and its read-ahead, HDF5 5.8 and zarr 3.1 MB.
+The cache uses blosc2, lz4hc 5 with bitshuffle, chunks of 64^3, blocks of 32^3. It reads as fast as the memory map with
+less than half the bytes; zstd saves another 10 to 20 % and takes 1.5 times as long; HDF5 and zarr take 2 to 7 times as
+long. Bitshuffle needs 5 % fewer bytes than shuffle here, 9 % on a real series (3.1 and 3.4 MB), and reads large crops 20 %
+slower. For a cold 96^3 crop the kernel reads 26 MB with blosc2's memory map and its read-ahead, 5.8 with HDF5, 3.1 with
+zarr.
 """
 
 import importlib.util
@@ -52,8 +53,8 @@ from scripts.synthetic_ct import phantom
 class FormatSettings:
     """Settings of the comparison."""
 
-    volume: Path | None = setting(None, "a CT scan; none: a drawn one")
-    shape: tuple[int, int, int] = setting((512, 512, 200), "of the drawn volume")
+    volume: Path | None = setting(None, "a CT scan; none: a synthetic one")
+    shape: tuple[int, int, int] = setting((512, 512, 200), "shape of the synthetic volume")
     sizes: tuple[int, ...] = setting((96, 160, 192), "edges of the crops")
     repeats: int = setting(9, "crops per size")
 
@@ -72,18 +73,18 @@ def main() -> None:
 
 
 def load(settings: FormatSettings) -> tuple[np.ndarray, str]:
-    """Stored numbers (1, D, H, W) int16 of a preprocessed volume, and what it is."""
+    """Return the stored numbers (1, D, H, W) int16 of a preprocessed volume, and its description."""
     if settings.volume is None:
         hu = torch.from_numpy(phantom(settings.shape, noise=20.0)[0])[None].float()
-        return storage.quantise(((hu + 1000) / 2000).clamp(0, 1), Preprocessing()), "drawn, white noise of 20 HU"
+        return storage.quantise(((hu + 1000) / 2000).clamp(0, 1), Preprocessing()), "synthetic, white noise of 20 HU"
     image, _ = Preprocessing().apply(read_image(settings.volume))
     return storage.quantise(image.as_tensor(), Preprocessing()), settings.volume.name
 
 
 def measure(folder: Path, numbers: np.ndarray, settings: FormatSettings) -> list[str]:
-    """A line per method. Methods take turns, so that what else the machine does falls on all of them."""
+    """Return a line per format. The formats take turns, so that other load on the machine affects all of them."""
     lines, reads = {}, {}
-    for name, write, read in methods():
+    for name, write, read in formats():
         path = folder / f"{len(reads)}"
         start = time.perf_counter()
         write(path, numbers)
@@ -132,25 +133,25 @@ def drop(file: Path) -> None:
 
 
 def bytes_read() -> int:
-    """Bytes that this process has made the kernel fetch from disk."""
+    """Return the bytes that the kernel has read from disk for this process."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
 
 
 def check(crop: torch.Tensor, numbers: np.ndarray, box: tuple[slice, ...]) -> None:
     wanted = torch.from_numpy(numbers[0][box].astype(np.float32)) / 2000
-    assert torch.allclose(crop.reshape(wanted.shape), wanted), "a method returned other voxels"
+    assert torch.allclose(crop.reshape(wanted.shape), wanted), "a format returned other voxels"
 
 
 def scaled(crop: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(crop.astype(np.float32) * np.float32(1 / 2000))
 
 
-# ---------------------------------------------------------------- the methods
+# ---------------------------------------------------------------- formats
 
 
-def methods() -> list[tuple[str, Callable, Callable]]:
-    """(name, write(path, numbers), read(path, box) -> float32) of each format."""
+def formats() -> list[tuple[str, Callable, Callable]]:
+    """Return (name, write(path, numbers), read(path, box) -> float32) of each format."""
     found = [("numpy memory map, int16", write_npy, read_npy)]
     for codec, level, filter_, chunk, block in (
         ("LZ4HC", 5, "SHUFFLE", 64, 32),

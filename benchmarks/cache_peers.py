@@ -1,26 +1,26 @@
-"""Our cache beside MONAI's PersistentDataset: bytes on disk, crops per second, sets of GL-MAE views per second.
+"""Compare the cache with MONAI's PersistentDataset: bytes on disk, crops and sets of GL-MAE views per second.
 
-    python -m benchmarks.cache_peers                          drawn volumes of 512 x 512 x 200
+    python -m benchmarks.cache_peers                          synthetic volumes of 512 x 512 x 200
     python -m benchmarks.cache_peers --volumes A B            NIfTI files or DICOM folders
 
-Same volumes, same preprocessing (RAS, HU -1000..1000 -> [0, 1], foreground box), same boxes, one thread, one run.
-The peer's time is the load of the cached item, the crop and, for views, MONAI's Resize (trilinear); random transforms
-and collation are left out on both sides. Its float32 item is cached the way both papers' loaders do it.
+Both use the same volumes, preprocessing (RAS, HU -1000..1000 -> [0, 1], foreground crop) and boxes, in one thread and
+one run. The time of PersistentDataset is that for loading the cached item, the crop and, for views, MONAI's Resize
+(trilinear), without random transforms and collation. Its item is float32, as in the loaders of both papers.
 
 Measured 2026-11-22 with the defaults (two cores of an AMD EPYC, other work running; torch 2.14.1, monai 1.6.1, blosc2
 4.14.1); the second pair of columns with `--volumes` on the chest CT (233 x 167 x 191) and the abdomen series
 (512 x 371 x 20) of the sample data:
 
-                                              PersistentDataset      ours   ratio       PersistentDataset   ours   ratio
+                                              PersistentDataset     cache   ratio       PersistentDataset  cache   ratio
     MB on disk                                           629.15    142.25     4.4                   50.71  13.97     3.6
     96^3 crops per second, 4 per visit                    26.12    360.24    13.8                  215.22 827.55     3.8
     96^3 crops per second, 1 per visit                     8.75    456.72    52.2                  153.32 706.18     4.6
     sets of GL-MAE views per second                        3.55      7.81     2.2                   12.52  23.93     1.9
-    the same, peer's volume held in memory                 7.37      7.81     1.1                   13.15  23.93     1.8
+    the same, MONAI's volume in memory                     7.37      7.81     1.1                   13.15  23.93     1.8
 
-So on volumes as they are scanned the aims of ten times the crops and a quarter of the bytes are met; on small or
-resampled ones they are not; and ten times the view sets is missed: a set resizes 15 million voxels, which alone takes
-the peer half its time, and decoding half to all of a scan twice takes us about as long as that.
+On volumes as scanned the cache gives more than ten times the crops for less than a quarter of the bytes, on small or
+resampled ones less than that. It gives twice the sets of views: a set resizes 15 million voxels, which takes half of
+MONAI's time, and decoding half to all of a scan twice takes the cache about as long.
 """
 
 import os
@@ -64,55 +64,55 @@ GLMAE = (
 
 
 @dataclass(kw_only=True)
-class PeerSettings:
+class MonaiSettings:
     """Settings of the comparison."""
 
-    volumes: tuple[Path, ...] = setting((), "CT scans; none: drawn ones")
-    count: int = setting(3, "drawn volumes")
-    shape: tuple[int, int, int] = setting((512, 512, 200), "of a drawn volume")
+    volumes: tuple[Path, ...] = setting((), "CT scans; none: synthetic ones")
+    count: int = setting(3, "number of synthetic volumes")
+    shape: tuple[int, int, int] = setting((512, 512, 200), "shape of a synthetic volume")
     crop: tuple[int, int, int] = setting((96, 96, 96), "voxels of a crop")
-    crops: int = setting(4, "crops per visit of a volume, as both papers' loaders draw them")
+    crops: int = setting(4, "crops per visit of a volume, as in the loaders of both papers")
     visits: int = setting(8, "visits of each volume")
 
 
 def main() -> None:
-    settings = parse(PeerSettings, description=__doc__)
+    settings = parse(MonaiSettings, description=__doc__)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="cache-peers-", dir=os.environ.get("BENCH_DIR")) as folder:
-        compare(settings, Path(folder))
+        measure(settings, Path(folder))
 
 
-def compare(settings: PeerSettings, folder: Path) -> None:
+def measure(settings: MonaiSettings, folder: Path) -> None:
     paths = list(settings.volumes) or draw(settings, folder)
-    entries = build.build_cache([Case(stem(path), path) for path in paths], Preprocessing(), folder / "ours")
-    peer = persistent_dataset(paths, folder / "peer")
-    shapes = [tuple(peer[i]["image"].shape[1:]) for i in range(len(paths))]  # fills its cache
-    assert shapes == [entry.shape for entry in entries], "the two sides preprocess differently"
+    volumes = build.build_cache([Case(stem(path), path) for path in paths], Preprocessing(), folder / "cache")
+    monai_items = persistent_dataset(paths, folder / "monai")
+    shapes = [tuple(monai_items[i]["image"].shape[1:]) for i in range(len(paths))]
+    assert shapes == [volume.shape for volume in volumes], "the two preprocess differently"
     print_main(
         f"torch {torch.__version__}, monai {monai.__version__}, {os.cpu_count()} cores, one thread; volumes {shapes}"
     )
-    mine = sum(maintenance.folder_bytes(entry.folder) for entry in entries)
-    theirs = maintenance.folder_bytes(folder / "peer")
-    row("MB on disk", theirs / 1e6, mine / 1e6, theirs / mine)
+    cache_bytes = sum(maintenance.folder_bytes(volume.folder) for volume in volumes)
+    monai_bytes = maintenance.folder_bytes(folder / "monai")
+    row("MB on disk", monai_bytes / 1e6, cache_bytes / 1e6, monai_bytes / cache_bytes)
     fixed = ViewSpec(settings.crops, settings.crop, crop_mode="fixed", flip_prob=0.0)
-    visits = [(i, v) for v in range(settings.visits) for i in range(len(entries))]
+    visits = [(i, v) for v in range(settings.visits) for i in range(len(volumes))]
     for title, specs, per_visit in (
         (f"{settings.crop[0]}^3 crops per second, {settings.crops} per visit", (fixed,), settings.crops),
         (f"{settings.crop[0]}^3 crops per second, 1 per visit", (ViewSpec(1, settings.crop, crop_mode="fixed"),), 1),
         ("sets of GL-MAE views per second", GLMAE, 1),
     ):
-        boxes = {visit: draw_boxes(entries[visit[0]].shape, specs, sum(visit)) for visit in visits}
-        same(entries, peer, boxes[visits[0]], visits[0][0])
-        slow, fast, held = seconds(entries, peer, boxes)
+        boxes = {visit: draw_boxes(volumes[visit[0]].shape, specs, sum(visit)) for visit in visits}
+        check_views(volumes, monai_items, boxes[visits[0]], visits[0][0])
+        slow, fast, in_memory = seconds(volumes, monai_items, boxes)
         row(title, per_visit / slow, per_visit / fast, slow / fast)
-    row("the same, peer's volume held in memory", 1 / held, 1 / fast, held / fast)
+    row("the same, MONAI's volume in memory", 1 / in_memory, 1 / fast, in_memory / fast)
 
 
-def row(title: str, theirs: float, ours: float, ratio: float) -> None:
-    print_main(f"{title:44s} PersistentDataset {theirs:9.2f}   ours {ours:9.2f}   ratio {ratio:6.1f}")
+def row(title: str, monai_value: float, cache_value: float, ratio: float) -> None:
+    print_main(f"{title:44s} PersistentDataset {monai_value:9.2f}   cache {cache_value:9.2f}   ratio {ratio:6.1f}")
 
 
-def draw(settings: PeerSettings, folder: Path) -> list[Path]:
+def draw(settings: MonaiSettings, folder: Path) -> list[Path]:
     paths = [folder / f"volume{seed}.nii" for seed in range(settings.count)]
     for seed, path in enumerate(paths):
         hu, _ = phantom(settings.shape, seed=seed, noise=20.0)
@@ -121,7 +121,7 @@ def draw(settings: PeerSettings, folder: Path) -> list[Path]:
 
 
 def persistent_dataset(paths: Sequence[Path], folder: Path) -> PersistentDataset:
-    """What both papers' loaders cache: the preprocessed float32 volume, whole."""
+    """Return a dataset that caches the preprocessed volume as float32, as the loaders of both papers do."""
     steps = [
         LoadImaged("image", image_only=True),
         EnsureChannelFirstd("image"),
@@ -137,7 +137,7 @@ def draw_boxes(shape: Sequence[int], specs: Sequence[ViewSpec], seed: int) -> li
     return [(draw_box(shape, spec, rng), spec.size) for spec in specs for _ in range(spec.count)]
 
 
-def read_peer(image: Tensor, boxes: Sequence[tuple[Box, tuple[int, ...]]]) -> list[Tensor]:
+def monai_views(image: Tensor, boxes: Sequence[tuple[Box, tuple[int, ...]]]) -> list[Tensor]:
     views = []
     for box, size in boxes:
         end = [a + n for a, n in zip(box.start, box.size)]
@@ -149,29 +149,31 @@ def read_peer(image: Tensor, boxes: Sequence[tuple[Box, tuple[int, ...]]]) -> li
     return views
 
 
-def same(entries: Sequence, peer: PersistentDataset, boxes: Sequence, number: int) -> None:
-    """Both sides give the same views, as far as reduced levels and rounding allow."""
-    theirs = read_peer(peer[number]["image"], boxes)
-    for mine, other, (_, size) in zip((crop(entries[number], *box) for box in boxes), theirs, boxes):
-        assert tuple(mine.shape[1:]) == tuple(size)
-        correlation = torch.corrcoef(torch.stack([mine.flatten(), torch.as_tensor(other).flatten()]))[0, 1]
+def check_views(volumes: Sequence, monai_items: PersistentDataset, boxes: Sequence, number: int) -> None:
+    """Check that both give the same views, except for reduced levels and rounding."""
+    wanted = monai_views(monai_items[number]["image"], boxes)
+    for view, other, (_, size) in zip((crop(volumes[number], *box) for box in boxes), wanted, boxes):
+        assert tuple(view.shape[1:]) == tuple(size)
+        correlation = torch.corrcoef(torch.stack([view.flatten(), torch.as_tensor(other).flatten()]))[0, 1]
         assert correlation > 0.95, f"views differ: correlation {correlation:.3f}"
 
 
-def seconds(entries: Sequence, peer: PersistentDataset, boxes: dict) -> tuple[float, float, float]:
-    """Median time of a visit: the peer's, ours, the peer's without its load. They take turns, so that what else the
-    machine does falls on all."""
+def seconds(volumes: Sequence, monai_items: PersistentDataset, boxes: dict) -> tuple[float, float, float]:
+    """Return the median time of a visit: of MONAI, of the cache, and of MONAI without loading the volume.
+
+    They take turns, so that other load on the machine affects all of them.
+    """
     times: list[list[float]] = [[], [], []]
     for (index, _), wanted in boxes.items():
         start = time.perf_counter()
-        image = peer[index]["image"]
+        image = monai_items[index]["image"]
         loaded = time.perf_counter()
-        read_peer(image, wanted)
+        monai_views(image, wanted)
         done = time.perf_counter()
         del image
         again = time.perf_counter()
         for box in wanted:
-            crop(entries[index], *box)
+            crop(volumes[index], *box)
         for kind, value in zip(times, (done - start, time.perf_counter() - again, done - loaded)):
             kind.append(value)
     return tuple(statistics.median(kind) for kind in times)

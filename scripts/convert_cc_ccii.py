@@ -1,10 +1,11 @@
-"""CC-CCII's pictures to volumes: CLASS/PATIENT/SCAN/*.png -> CLASS/CLASS_PATIENT-SCAN.nii.gz, which preset CC_CCII
-reads.
+"""Convert the slices of CC-CCII to volumes for preset CC_CCII.
+
+CLASS/PATIENT/SCAN/*.png become CLASS/CLASS_PATIENT-SCAN.nii.gz.
 
     python -m scripts.convert_cc_ccii --data CC-CCII --out data/CC_CCII
 
-The published slices are 8-bit pictures without a spacing: voxels are written as 1 mm cubes, which they are not. What
-is there already is left as it is; a scan that cannot be read is reported and the rest goes on.
+The published slices are 8-bit images without a spacing. The volumes get a spacing of 1 mm, which is not the true one.
+Volumes that exist are not written again. A scan that cannot be read is reported, and the others are converted.
 """
 
 import re
@@ -19,7 +20,7 @@ from PIL import Image
 from common.cli import parse, run_program
 from common.config import setting
 from common.data.nifti import write_nifti
-from common.errors import InputError
+from common.errors import InputError, one_line
 from common.runlog import print_main, progress
 from Finetune.presets import load_preset
 
@@ -30,7 +31,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 class ConvertSettings:
     """Settings of the conversion."""
 
-    data: Path = setting(help="folder with the class folders as published")
+    data: Path = setting(help="folder with the published class folders")
     out: Path = setting(help="folder for the volumes")
 
 
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     scans = [scan for name in classes for scan in sorted((config.data / name).glob("*/*")) if scan.is_dir()]
     if not scans:
         raise InputError(
-            f"{config.data}: found no scan, needs CLASS/PATIENT/SCAN/*.png with the classes {', '.join(classes)}"
+            f"{config.data}: found no scan, expected CLASS/PATIENT/SCAN/*.png with the classes {', '.join(classes)}"
         )
     failures = []
     for scan in progress(scans, desc="convert", unit="scan"):
@@ -59,28 +60,29 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def stack(scan: Path) -> np.ndarray:
-    """The slices of a scan as (columns, rows, slices) uint8, in the order of the numbers in their names."""
-    paths = sorted((p for p in scan.iterdir() if p.suffix.lower() in PICTURES), key=in_order)
+    """Return a scan as (columns, rows, slices) uint8, slices in the order of the numbers in their names."""
+    paths = sorted((p for p in scan.iterdir() if p.suffix.lower() in PICTURES), key=natural_order)
     if not paths:
-        raise InputError(f"{scan}: found no picture ({', '.join(PICTURES)})")
+        raise InputError(f"{scan}: found no image, expected slices ({', '.join(PICTURES)})")
     slices = []
     for path in paths:
         try:
             picture = Image.open(path)
-            if picture.mode.startswith(("I", "F")):  # convert("L") would cut it off at 255
-                raise InputError(f"{path}: found a picture of mode {picture.mode}, needs 8 bits per pixel")
+            # convert("L") would clip these at 255
+            if picture.mode.startswith(("I", "F")):
+                raise InputError(f"{path}: found an image of mode {picture.mode}, expected 8 bits per pixel")
             slices.append(np.asarray(picture.convert("L")).T)
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error})") from None
+            raise InputError(f"{path}: cannot be read ({one_line(error)})") from None
         if slices[-1].shape != slices[0].shape:
             raise InputError(
-                f"{path}: found a slice of {slices[-1].shape}, the first of its scan has {slices[0].shape}"
+                f"{path}: found a slice of {slices[-1].shape}, expected {slices[0].shape} as the first of its scan"
             )
     return np.stack(slices, axis=2)
 
 
-def in_order(path: Path) -> list:
-    """2.png before 10.png."""
+def natural_order(path: Path) -> list:
+    """Return a sorting key that puts 2.png before 10.png."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 

@@ -1,9 +1,9 @@
-"""The data set of the demo and of the tests: two abdominal CT scans with BTCV's classes, and a chest CT.
+"""Make the data set of the demo and of the tests: two abdominal CT scans with BTCV's classes, and a chest CT.
 
     python -m scripts.make_sample_data --out data/sample_abdomen
 
-Real CT, taken by package name from the sample files of TotalSegmentator (Apache-2.0); the labels were made by a model,
-not by hand. Without a network it makes labelled synthetic volumes instead, and says so. A second call does nothing.
+The scans are real CT from the sample files in the package TotalSegmentator (Apache-2.0). A model made the labels, not
+an expert. Without a network, labelled synthetic volumes are made instead, with a notice. A second call does nothing.
 """
 
 import json
@@ -57,7 +57,7 @@ class SampleSettings:
     """Settings of the sample data."""
 
     out: Path = setting(Path("data/sample_abdomen"), "folder to make")
-    synthetic: bool = setting(False, "draw synthetic volumes, also where there is a network")
+    synthetic: bool = setting(False, "make synthetic volumes, with or without a network")
     archive: Path | None = setting(None, f"the package {PACKAGE}-{VERSION} as a .tar.gz, instead of downloading it")
 
 
@@ -67,16 +67,17 @@ def main() -> None:
 
 
 def make(out: Path, synthetic: bool = False, archive: Path | None = None) -> Path:
-    """The data set in `out`, made where it is not there; returns its dataset.json.
+    """Make the data set in `out`, unless it is complete, and return its dataset.json.
 
-    InputError when the downloaded archive is not the expected one, or `out` cannot be written.
+    Raises:
+        InputError: the archive is not the expected one, or `out` cannot be written.
     """
     listing = out / "dataset.json"
     if is_complete(out):
         kind = "synthetic, NOT REAL CT" if is_synthetic(out) else "real CT"
         if synthetic and not is_synthetic(out):
-            raise InputError(f"{out}: found real CT there already; give another --out for synthetic volumes")
-        print_main(f"sample data: {out} is there ({kind})")
+            raise InputError(f"{out}: found real CT, expected another --out for synthetic volumes")
+        print_main(f"sample data: {out} is complete ({kind})")
         return listing
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +93,8 @@ def make(out: Path, synthetic: bool = False, archive: Path | None = None) -> Pat
             draw(new)
         else:
             convert(unpack(found, temporary), new)
-        if out.exists():  # incomplete: from an older version, or tampered with
+        # incomplete: from an older version, or changed
+        if out.exists():
             out.replace(temporary / "old")
         new.replace(out)
     finally:
@@ -102,15 +104,17 @@ def make(out: Path, synthetic: bool = False, archive: Path | None = None) -> Pat
 
 
 def is_complete(out: Path) -> bool:
+    """Return whether all files of the data set exist."""
     return all((out / name).exists() for name in ("dataset.json", "README.txt", *IMAGES, *LABELS))
 
 
 def is_synthetic(out: Path) -> bool:
-    """Whether the data set in `out` was drawn rather than scanned."""
+    """Return whether the data set in `out` is synthetic."""
     return bool(json.loads((out / "dataset.json").read_text())["synthetic"])
 
 
 def announce_synthetic() -> None:
+    """Print that the volumes are not real CT."""
     print_main(
         "!"
         * 100
@@ -123,7 +127,7 @@ def announce_synthetic() -> None:
 
 
 def download(folder: Path) -> Path | None:
-    """The package's source archive, fetched by name; None where there is no network (or no pip)."""
+    """Download the source archive of the package by name. Return None without a network (or without pip)."""
     print_main(f"sample data: downloading {PACKAGE} {VERSION} (38 MB)")
     source = ["--no-deps", "--no-binary", PACKAGE, f"{PACKAGE}=={VERSION}"]
     quiet = ["-q", "--disable-pip-version-check", "--retries", "1", "--timeout", "20"]
@@ -135,21 +139,22 @@ def download(folder: Path) -> Path | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         found, reason = [], [str(error)]
     if not found:
-        print_main(f"sample data: the download failed ({' '.join(reason) or 'no archive came'})")
+        print_main(f"sample data: the download failed ({' '.join(reason) or 'no archive was found'})")
         return None
     return found[0]
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """The wanted files of the archive, its hash checked; returns the folder that holds them."""
+    """Check the hash of the archive, extract the wanted files, and return the folder that holds them."""
     try:
         found = file_sha256(archive)
     except OSError as error:
         raise InputError(f"{archive}: cannot be read ({error.strerror})") from None
     if found != SHA256:
-        raise InputError(f"{archive}: found the SHA-256 {found}, needs {SHA256}: this is not {PACKAGE} {VERSION}")
+        raise InputError(f"{archive}: found the SHA-256 {found}, expected {SHA256} of {PACKAGE} {VERSION}")
     with tarfile.open(archive) as tar:
-        for member in tar:  # by hand: `extractall` knows its safe filter from Python 3.11.4 on
+        # without `extractall`, whose safe filter needs Python 3.11.4
+        for member in tar:
             if member.isfile() and member.name.startswith(tuple(FILES + name for name in WANTED)):
                 target = folder / "unpacked" / member.name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +163,7 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 
 def convert(source: Path, out: Path) -> None:
-    """The package's sample files in the data set's layout, labels with BTCV's ids."""
+    """Write the sample files of the package in the layout of the data set, labels with BTCV's ids."""
     import nibabel as nib
     import numpy as np
     from monai.transforms import Orientation
@@ -178,24 +183,26 @@ def convert(source: Path, out: Path) -> None:
     label = nib.load(source / "example_seg_fast_force_split.nii.gz")
     write_nifti(out / LABELS[0], ids[np.asarray(label.dataobj, np.uint8)], label.affine)
     scan = read_image(out / IMAGES[1])
-    label = read_label(source / "example_seg_dicom.nii.gz", scan)  # its axes are flipped against the series'
+    # its axes are flipped relative to those of the series
+    label = read_label(source / "example_seg_dicom.nii.gz", scan)
     axes = "".join(nib.aff2axcodes(np.asarray(scan.meta["original_affine"])))
     label = Orientation(axes, labels=None)(label)
     write_nifti(out / LABELS[1], ids[label.numpy()[0]], label.affine.numpy())
     describe(out, synthetic=False)
 
 
-# ---------------------------------------------------------------- drawn ones
+# ---------------------------------------------------------------- synthetic scans
 
 KIDNEYS = (2, 3)
 
 
 def draw(out: Path) -> None:
-    """Synthetic volumes in the same layout."""
+    """Write synthetic volumes in the same layout."""
     from scripts.synthetic_ct import affine_of, phantom, write_dicom, write_nifti
 
     for number, (shape, spacing) in enumerate((((112, 96, 80), (3, 3, 3)), ((160, 128, 48), (2, 2, 3)))):
-        hu, label = phantom(shape, seed=number, without=KIDNEYS if number == 1 else ())  # as in the real second scan
+        # the real second scan has no kidneys either
+        hu, label = phantom(shape, seed=number, without=KIDNEYS if number == 1 else ())
         affine = affine_of(shape, spacing)
         if number == 0:
             write_nifti(out / IMAGES[0], hu, affine)
@@ -208,9 +215,9 @@ def draw(out: Path) -> None:
 
 
 def describe(out: Path, synthetic: bool) -> None:
-    """dataset.json and README.txt."""
+    """Write dataset.json and README.txt."""
     if synthetic:
-        source, labels_by = "drawn by scripts/synthetic_ct.py, NOT REAL CT", "synthetic"
+        source, labels_by = "made by scripts/synthetic_ct.py, NOT REAL CT", "synthetic"
         licence = "Apache-2.0 (this project)"
     else:
         source = f"sample files of {PACKAGE} {VERSION} (Wasserthal et al., Radiology: AI 2023), by package name"
@@ -230,14 +237,15 @@ def describe(out: Path, synthetic: bool) -> None:
         "numTraining": len(training),
         "numTest": 0,
         "training": training,
-        "pretraining": [{"image": IMAGES[0]}, {"image": IMAGES[2]}],  # never the scan that is tested on
+        # without the scan that validates
+        "pretraining": [{"image": IMAGES[0]}, {"image": IMAGES[2]}],
         "test": [],
     }
     readme = f"""sample_abdomen, made by `python -m scripts.make_sample_data`
 
 Source:  {source}
 Licence: {licence}
-Labels:  made by {labels_by}; BTCV's 13 ids. Say so wherever a score on them is shown.
+Labels:  made by {labels_by}; BTCV's 13 ids. Mention this with every score on them.
 
 {IMAGES[0]}   abdomen and pelvis; trains (fold 1), and pretrains
 {IMAGES[1]}/          another patient, upper abdomen, a DICOM series; validates (fold 0)

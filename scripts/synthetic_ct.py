@@ -1,4 +1,4 @@
-"""CT-like volumes with labels, drawn from a seed: for a demo without a network, tests and benchmarks."""
+"""Synthetic CT-like volumes with labels, for tests, benchmarks and the demo without a network."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-# BTCV id -> centre and radii in units of the body's half axes (right, anterior, superior; superior in units of the
-# volume's half height), and HU. Places and sizes are roughly anatomical: right is +, as in RAS.
+# BTCV id -> centre, radii and HU. Lengths are in units of the half axes of the body (right, anterior) and of half the
+# height of the volume (superior), with the signs of RAS. Places and sizes are roughly anatomical.
 ORGANS = {
     6: ((0.42, 0.15, 0.25), (0.45, 0.55, 0.55), 105),  # liver
     1: ((-0.62, -0.25, 0.35), (0.20, 0.28, 0.30), 115),  # spleen
@@ -28,17 +28,24 @@ ORGANS = {
 def phantom(
     shape: Sequence[int], seed: int = 0, noise: float = 12.0, without: Collection[int] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(HU int16, label uint8 with BTCV's ids), both (D, H, W) in RAS: a body with fat, muscle, a spine and 13 blobs.
+    """Return HU (int16) and a label map with BTCV's ids (uint8), both (D, H, W) in RAS.
 
-    Sizes and places vary with `seed`; `noise` is the deviation of the grain in HU; organs `without` are not there.
+    The body has fat, muscle, a spine and 13 ellipsoids as organs.
+
+    Args:
+        seed: seed of the noise, and of sizes and places of the organs.
+        noise: standard deviation of the noise in HU.
+        without: ids of organs to leave out.
     """
     rng = np.random.default_rng(seed)
     axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
-    x, y, z = np.meshgrid(axes[0] / 0.86, axes[1] / 0.72, axes[2], indexing="ij", sparse=True)  # the body's half axes
+    # in units of the half axes of the body
+    x, y, z = np.meshgrid(axes[0] / 0.86, axes[1] / 0.72, axes[2], indexing="ij", sparse=True)
     body = x**2 + y**2
-    hu = np.full(shape, -1000, np.float32)  # air
-    hu[np.broadcast_to(body < 1, hu.shape)] = -90  # fat
-    hu[np.broadcast_to(body < 0.85, hu.shape)] = 50  # muscle
+    air, fat, muscle, bone = -1000, -90, 50, 350
+    hu = np.full(shape, air, np.float32)
+    hu[np.broadcast_to(body < 1, hu.shape)] = fat
+    hu[np.broadcast_to(body < 0.85, hu.shape)] = muscle
     label = np.zeros(shape, np.uint8)
     for number, (centre, radii, value) in ORGANS.items():
         middle = np.add(centre, rng.uniform(-0.03, 0.03, 3))
@@ -47,21 +54,21 @@ def phantom(
         inside = inside & (body < 0.85) & (number not in without)
         hu[inside], label[inside] = value + rng.uniform(-8, 8), number
     spine = (x / 0.14) ** 2 + ((y + 0.62) / 0.16) ** 2 < 1
-    hu[np.broadcast_to(spine, hu.shape)] = 350
+    hu[np.broadcast_to(spine, hu.shape)] = bone
     label[np.broadcast_to(spine, hu.shape)] = 0
     hu += noise * rng.standard_normal(shape, dtype=np.float32)
     return np.clip(np.rint(hu), -1024, 3071).astype(np.int16), label
 
 
 def affine_of(shape: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
-    """(4, 4): RAS, the origin in the middle of the volume."""
+    """Return an affine (4, 4) in RAS with the origin in the middle of the volume."""
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = -np.multiply(np.subtract(shape, 1), spacing) / 2
     return affine
 
 
 def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
-    """A NIfTI file, its folder made where there is none."""
+    """Write a NIfTI file and the folder that it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
@@ -69,14 +76,14 @@ def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
 
 
 def write_dicom(folder: Path, hu: np.ndarray, affine: np.ndarray, name: str = "synthetic") -> None:
-    """`hu` (D, H, W; RAS, `affine` diagonal) as a DICOM series of axial CT slices, slice-000.dcm and so on."""
+    """Write `hu` (D, H, W; RAS, `affine` diagonal) as a DICOM series of axial CT slices, slice-000.dcm, ..."""
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
     folder.mkdir(parents=True, exist_ok=True)
     study, series, frame = (generate_uid(entropy_srcs=[name, kind]) for kind in ("study", "series", "frame"))
     dx, dy, dz = (float(mm) for mm in np.diag(affine)[:3])
-    # DICOM's axes point left and posterior, ours right and anterior: the first pixel is our last voxel
+    # DICOM's axes point left and posterior, those of RAS right and anterior: the first pixel is the last voxel
     left, posterior = (-(affine[axis, 3] + (hu.shape[axis] - 1) * affine[axis, axis]) for axis in (0, 1))
     for k in range(hu.shape[2]):
         meta = FileMetaDataset()

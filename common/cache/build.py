@@ -1,30 +1,29 @@
-"""The on-disk cache: one folder per preprocessed volume, written once, read in crops. Axis order (C, D, H, W).
+"""The on-disk cache: one folder per preprocessed volume, written once, read in boxes. Axis order (C, D, H, W).
 
     cache_dir/<key>/image.b2nd         blosc2 arrays: int16 (or uint8), compressed, in chunks of 64^3 and blocks of 32^3
                     image_2x.b2nd ...  reduced levels, area-averaged, for views that cover much of a scan
                     label.b2nd  points.npz  meta.json
-    cache_dir/index.jsonl              (path, size, time of change) -> content hash: a second call reads no volume
-    cache_dir/quarantine.jsonl         volumes that cannot be used, and why
-    cache_dir/locks/                   which volumes are being built
+    cache_dir/index.jsonl              (path, size, modification time) -> hash: a second call reads no volume
+    cache_dir/failures.jsonl           volumes that cannot be used, with the reasons
+    cache_dir/locks/                   locks of the volumes that are being built
 
-The key is content: the bytes of the files, every preprocessing setting, the format's version. So another spacing makes
-new entries, a replaced file is noticed, and the same call again does nothing. An entry is written under a temporary
-name and renamed: it is whole or absent. Any number of processes may fill one cache; each takes what no other is at.
+The key is a hash of the files, of every preprocessing setting and of the format's version. So another spacing makes
+another volume, a changed file is noticed, and the same call again does nothing. A volume is written to a temporary
+folder and renamed, so it is complete or absent. Any number of processes may build one cache; each builds the volumes
+that no other process is building.
 """
 
 import fcntl
 import hashlib
 import json
-import os
-import shutil
-import socket
+import resource
+import sys
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from typing import Any, NamedTuple
 import blosc2
 import numpy as np
 import torch
+from monai.data import MetaTensor
 
 from common import watchdog
 from common.cache import hashing, storage
@@ -41,22 +41,28 @@ from common.data.datalist import Case
 from common.data.preprocessing import Preprocessing
 from common.data.volume_io import read_image, read_label
 from common.errors import InputError, one_line
+from common.files import naming_errors
 from common.runlog import print_main, progress
 
-MAX_POINTS = 2000  # sampled voxels per label class
-WORTH_WORKERS = 8  # fewer volumes are built faster than worker processes start
+# sampled voxels per label class
+MAX_POINTS = 2000
+# fewer volumes are built faster than worker processes start
+MIN_VOLUMES_FOR_WORKERS = 8
 PERCENTILES = (0.5, 5, 25, 50, 75, 95, 99.5)
 
 
 @dataclass
 class BuildResult:
-    """What `fill` did: an entry per usable case, in the order of the cases, and the reason for each of the others."""
+    """The usable volumes in the order of the cases, the other cases with reasons, and what building cost.
 
-    entries: list[CachedVolume]
+    `peak_memory` is the largest memory of a process that built, in bytes.
+    """
+
+    volumes: list[CachedVolume]
     failures: list[Failure] = field(default_factory=list)
     built: int = 0
     seconds: float = 0.0
-    peak_memory: int = 0  # bytes, the largest of any process that built
+    peak_memory: int = 0
 
 
 def build_cache(
@@ -66,103 +72,104 @@ def build_cache(
     workers: int = 0,
     skip_failures: bool = False,
 ) -> list[CachedVolume]:
-    """The cached volumes of `cases`, in their order; missing ones are built, with a progress bar.
+    """Return the cached volumes of `cases`, in their order; build those that are missing, with a progress bar.
 
     Args:
-        skip_failures: leave out a volume that cannot be used, or whose voxels occur twice, and print why.
+        skip_failures: leave out a volume that cannot be used, or whose voxels are those of another, and print why.
 
     Raises:
         InputError: a volume cannot be used (the others are built first), or with `skip_failures` none can.
     """
-    result = fill_cache(cases, preprocessing, cache_dir, workers, unique=skip_failures)
+    result = build_missing(cases, preprocessing, cache_dir, workers, unique=skip_failures)
     failures = result.failures
     if not skip_failures and failures:
         others = f" (and {len(failures) - 1} more of {len(cases)} volumes cannot be used)" if len(failures) > 1 else ""
         raise InputError(failures[0].reason + others)
     if failures:
         print_main(failure_table(failures, limit=20))
-    if skip_failures and not result.entries:
+    if skip_failures and not result.volumes:
         reason = failures[0].reason if failures else "the list is empty"
         raise InputError(f"none of the {len(cases)} volumes can be used: {reason}")
-    return result.entries
+    return result.volumes
 
 
-def fill_cache(
+def build_missing(
     cases: Sequence[Case],
     preprocessing: Preprocessing,
     cache_dir: str | Path,
     workers: int = 0,
     unique: bool = False,
 ) -> BuildResult:
-    """Build what is missing. A case that cannot be used goes to the quarantine list and the rest goes on.
+    """Build the volumes that are missing. A case that cannot be used is logged, and the others are built.
 
-    `unique`: of several cases with the same voxels the first is used, the others count as failures.
+    Args:
+        unique: of several cases with the same voxels use the first; the others are failures.
+
+    Raises:
+        InputError: the cache cannot be written.
     """
     cache_dir, start = Path(cache_dir), time.monotonic()
-    try:
+    outcomes: dict[int, CachedVolume | Failure | Built] = {}
+    jobs: dict[int, Job] = {}
+    with naming_errors(cache_dir):
         (cache_dir / "locks").mkdir(parents=True, exist_ok=True)
         index = hashing.HashIndex(cache_dir / "index.jsonl")
-        quarantine = FailureLog(cache_dir / "quarantine.jsonl")
-        filled = _fill(cases, preprocessing, cache_dir, workers, index, quarantine)
-    except OSError as error:
-        raise InputError(f"cache_dir {cache_dir}: cannot be written ({error.strerror or error})") from None
+        log = FailureLog(cache_dir / "failures.jsonl")
+        for number, case in enumerate(cases):
+            job = Job(case, preprocessing, cache_dir, _state_key(case, preprocessing))
+            if known := _known_outcome(job, index, log):
+                outcomes[number] = known
+            else:
+                jobs[number] = job
+        outcomes |= _run_and_log(jobs, workers, index, log)
+    built = [outcome for outcome in outcomes.values() if isinstance(outcome, Built)]
+    final = [o.volume if isinstance(o, Built) else o for _, o in sorted(outcomes.items())]
     if unique:
-        _leave_out_doubles(filled, {case.name: case for case in cases})
-    filled.seconds = time.monotonic() - start
-    return filled
-
-
-def _fill(
-    cases: Sequence[Case],
-    preprocessing: Preprocessing,
-    cache_dir: Path,
-    workers: int,
-    index: hashing.HashIndex,
-    quarantine: FailureLog,
-) -> BuildResult:
-    entries: dict[int, CachedVolume] = {}
-    failures: dict[int, Failure] = {}
-    jobs: dict[int, tuple[Case, Preprocessing, Path]] = {}
-    keys: dict[int, str] = {}
-    for number, case in enumerate(cases):
-        entry = lookup(case, preprocessing, cache_dir, index)
-        keys[number] = _state_key(case, preprocessing)
-        if case.problem:
-            failures[number] = Failure(case, case.problem)
-        elif entry:
-            entries[number] = entry
-        elif reason := quarantine.reason(keys[number]):
-            failures[number] = Failure(case, reason, lasting=True)
-        else:
-            jobs[number] = (case, preprocessing, cache_dir)
-    built = peak = 0
-    bar = progress(desc="cache", total=len(jobs), unit="volume") if jobs else None
-    for number, result in _run(jobs, workers):
-        watchdog.reset()
-        if isinstance(result, Failure):
-            failures[number] = result
-            if result.lasting:
-                quarantine.add(keys[number], result)
-        else:
-            entries[number] = result.entry
-            index.add(result.files)
-            built += result.fresh
-            peak = max(peak, result.memory)
-        bar.update()
-    if bar is not None:
-        bar.close()
+        final = _without_repeats(final, cases)
     return BuildResult(
-        entries=[entries[n] for n in sorted(entries)],
-        failures=[failures[n] for n in sorted(failures)],
-        built=built,
-        peak_memory=peak,
+        volumes=[outcome for outcome in final if isinstance(outcome, CachedVolume)],
+        failures=[outcome for outcome in final if isinstance(outcome, Failure)],
+        built=sum(outcome.fresh for outcome in built),
+        seconds=time.monotonic() - start,
+        peak_memory=max((outcome.memory for outcome in built), default=0),
     )
 
 
-def lookup(case: Case, preprocessing: Preprocessing, cache_dir: Path, index: hashing.HashIndex) -> CachedVolume | None:
-    """The entry of a case whose files the index knows; None when it must be built, or cannot be."""
-    hashes = [index.get(path) for path in _files(case)]
-    return None if None in hashes else open_volume(cache_dir / volume_key(hashes, preprocessing), case)
+class Job(NamedTuple):
+    """A volume to build. `key` identifies case, files and settings, for the lock and the log of failures."""
+
+    case: Case
+    preprocessing: Preprocessing
+    cache_dir: Path
+    key: str
+
+
+class Built(NamedTuple):
+    """A volume, the records of its files, whether it was built by this call, and the peak memory in bytes."""
+
+    volume: CachedVolume
+    records: list[hashing.FileRecord]
+    fresh: bool
+    memory: int
+
+
+def _known_outcome(job: Job, index: hashing.HashIndex, log: FailureLog) -> CachedVolume | Failure | None:
+    if job.case.problem:
+        return Failure(job.case, job.case.problem)
+    if volume := find_volume(job.case, job.preprocessing, job.cache_dir, index):
+        return volume
+    reason = log.reason(job.key)
+    return Failure(job.case, reason, lasting=True) if reason else None
+
+
+def find_volume(
+    case: Case, preprocessing: Preprocessing, cache_dir: Path, index: hashing.HashIndex
+) -> CachedVolume | None:
+    """Return the cached volume of a case, None if it must be built or cannot be."""
+    records = [index.get(path) for path in _files(case)]
+    if None in records:
+        return None
+    return open_volume(cache_dir / volume_key([record.hash for record in records], preprocessing), case)
 
 
 def _files(case: Case) -> list[Path]:
@@ -170,7 +177,6 @@ def _files(case: Case) -> list[Path]:
 
 
 def _state_key(case: Case, preprocessing: Preprocessing) -> str:
-    """Name of a case for locks and quarantine: its paths, their state, every setting. Reads no file."""
     states = []
     for path in _files(case):
         try:
@@ -181,180 +187,217 @@ def _state_key(case: Case, preprocessing: Preprocessing) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _leave_out_doubles(filled: BuildResult, cases: dict[str, Case]) -> None:
+def _run_and_log(
+    jobs: dict[int, Job], workers: int, index: hashing.HashIndex, log: FailureLog
+) -> dict[int, Built | Failure]:
+    if not jobs:
+        return {}
+    outcomes = {}
+    with progress(desc="cache", total=len(jobs), unit="volume") as bar:
+        for number, outcome in _run(jobs, workers):
+            watchdog.reset()
+            outcomes[number] = outcome
+            if isinstance(outcome, Built):
+                index.add(outcome.records)
+            elif outcome.lasting:
+                log.add(jobs[number].key, outcome)
+            bar.update()
+    return outcomes
+
+
+def _without_repeats(outcomes: Sequence[CachedVolume | Failure], cases: Sequence[Case]) -> list[CachedVolume | Failure]:
     first: dict[str, CachedVolume] = {}
-    kept = []
-    for entry in filled.entries:
-        twin = first.setdefault(entry.content_hash, entry)
-        if twin is entry:
-            kept.append(entry)
-        else:
-            reason = f"{entry.source}: found the same voxels as in {twin.source}, a volume is used once"
-            filled.failures.append(Failure(cases[entry.name], reason))
-    filled.entries = kept
+    result: list[CachedVolume | Failure] = []
+    for case, outcome in zip(cases, outcomes):
+        if isinstance(outcome, CachedVolume):
+            other = first.setdefault(outcome.content_hash, outcome)
+            if other is not outcome:
+                reason = f"{outcome.source}: found the same voxels as in {other.source}, expected each volume once"
+                outcome = Failure(case, reason)
+        result.append(outcome)
+    return result
 
 
 # ---------------------------------------------------------------- workers
 
 
-def _run(jobs: dict[int, tuple], workers: int) -> Iterator[tuple[int, Any]]:
-    """(number, result of `_build_case`) for each job as it is done; a job that another process is at comes last."""
+def _run(jobs: dict[int, Job], workers: int) -> Iterator[tuple[int, Built | Failure]]:
+    """Yield (number, outcome) for each job when it is done, last those that other processes are building."""
     waiting = dict(jobs)
     pause = 0.0
     while waiting:
-        watchdog.reset()  # another process may take long
+        # another process may take long
+        watchdog.reset()
         busy = {}
-        step = _in_workers if workers > 0 and len(waiting) >= WORTH_WORKERS else _here
-        for number, result in step(waiting, workers):
-            if result is None:
+        step = _in_workers if workers > 0 and len(waiting) >= MIN_VOLUMES_FOR_WORKERS else _here
+        for number, outcome in step(waiting, workers):
+            if outcome is None:
                 busy[number] = waiting[number]
             else:
-                yield number, result
+                yield number, outcome
         pause = 0.0 if len(busy) < len(waiting) else min(1.0, pause + 0.05)
         time.sleep(pause)
         waiting = busy
 
 
-def _here(jobs: dict[int, tuple], workers: int) -> Iterator[tuple[int, Any]]:
+def _here(jobs: dict[int, Job], workers: int) -> Iterator[tuple[int, Built | Failure | None]]:
     for number, job in jobs.items():
-        yield number, _build_case(*job)
+        yield number, _build_case(job)
 
 
-def _in_workers(jobs: dict[int, tuple], workers: int) -> Iterator[tuple[int, Any]]:
-    """As `_here` in worker processes. When one dies (out of memory, a crash in a library), the jobs that were running
-    are tried again one by one, and the one that kills its worker is reported."""
+def _in_workers(jobs: dict[int, Job], workers: int) -> Iterator[tuple[int, Built | Failure | None]]:
+    """Yield as `_here`, from worker processes.
+
+    If a worker dies (out of memory, a crash in a library), the jobs that were running are tried again one by one, and
+    the one that kills its worker is a failure.
+    """
     waiting = list(jobs.items())
-    suspects: list[tuple[int, tuple]] = []
+    suspects: list[tuple[int, Job]] = []
     while waiting or suspects:
         alone = bool(suspects)
         queue = suspects if alone else waiting
-        running: dict[Future, tuple[int, tuple]] = {}
+        running: dict[Future, tuple[int, Job]] = {}
         pool = _pool(1 if alone else min(workers, len(queue)))
         try:
-            while queue or running:
-                while queue and len(running) < (1 if alone else workers):
-                    job = queue.pop(0)
-                    running[pool.submit(_build_case, *job[1])] = job
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    result = future.result()
-                    yield running.pop(future)[0], result
+            yield from _drain(pool, queue, running, limit=1 if alone else workers)
         except BrokenProcessPool:
             if alone:
                 ((number, job),) = running.values()
                 reason = "the process that read it died (out of memory, or a crash in a library)"
-                yield number, Failure(job[0], f"{job[0].image}: {reason}")
+                yield number, Failure(job.case, f"{job.case.image}: {reason}")
             else:
                 suspects = list(running.values())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _drain(
+    pool: ProcessPoolExecutor, queue: list[tuple[int, Job]], running: dict[Future, tuple[int, Job]], limit: int
+) -> Iterator[tuple[int, Built | Failure | None]]:
+    """Run the jobs of `queue`, at most `limit` at a time, which `running` holds."""
+    while queue or running:
+        while queue and len(running) < limit:
+            number, job = queue.pop(0)
+            running[pool.submit(_build_case, job)] = number, job
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            outcome = future.result()
+            yield running.pop(future)[0], outcome
+
+
 def _pool(workers: int) -> ProcessPoolExecutor:
     context = get_context("forkserver")
-    context.set_forkserver_preload(["common.cache.build"])  # imports once, for all workers
+    # import once, for all workers
+    context.set_forkserver_preload(["common.cache.build"])
     return ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
 
 
-# ---------------------------------------------------------------- building one entry
+# ---------------------------------------------------------------- one volume
 
 
-class _Built(NamedTuple):
-    entry: CachedVolume
-    files: list[hashing.File]  # what the index learns
-    fresh: bool  # made now, not by another process meanwhile
-    memory: int  # peak of this process, bytes
-
-
-def _build_case(case: Case, preprocessing: Preprocessing, cache_dir: Path) -> _Built | Failure | None:
-    """Build one entry, or say why not; None: another process is at it."""
+def _build_case(job: Job) -> Built | Failure | None:
+    """Build one volume. Return None if another process is building it."""
+    case = job.case
     try:
-        with _claim(cache_dir / "locks" / _state_key(case, preprocessing)) as mine:
-            if not mine:
-                return None
-            files = [hashing.fingerprint(path) for path in _files(case)]
-            folder = cache_dir / volume_key([file.hash for file in files], preprocessing)
-            if fresh := open_volume(folder, case) is None:
-                try:
-                    _build(case, preprocessing, folder, [file.hash for file in files])
-                except InputError as error:
-                    return Failure(case, str(error), lasting=True)
-            entry = open_volume(folder, case)
-            files[0] = hashing.File(**(vars(files[0]) | {"content": entry.content_hash}))
-            return _Built(entry, files, fresh, hashing.peak_memory())
+        with _lock(job.cache_dir / "locks" / job.key) as locked:
+            return _build_locked(job) if locked else None
     except InputError as error:
         return Failure(case, str(error))
-    except Exception as error:  # a library met what nobody foresaw: this volume is left out, the run goes on
+    # an unforeseen error of a library: leave out this volume and continue
+    except Exception as error:
         return Failure(case, f"{case.image}: {type(error).__name__}: {one_line(error)}")
 
 
 @contextmanager
-def _claim(path: Path) -> Iterator[bool]:
-    """Whether this process may build what `path` stands for. The claim ends with the process, however that ends."""
+def _lock(path: Path) -> Iterator[bool]:
+    """Give the block whether this process holds the lock `path`. The lock ends with the process, however that ends."""
     with open(path, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
+        # a file system without locks: a volume may be built twice, with the same result
         except OSError:
-            pass  # a file system without locks: work may be done twice, never wrongly
+            pass
         try:
             yield True
         finally:
             path.unlink(missing_ok=True)
 
 
-def _build(case: Case, preprocessing: Preprocessing, folder: Path, hashes: list[str]) -> None:
+def _build_locked(job: Job) -> Built | Failure:
+    case = job.case
+    records = [hashing.file_record(path) for path in _files(case)]
+    hashes = [record.hash for record in records]
+    folder = job.cache_dir / volume_key(hashes, job.preprocessing)
+    fresh = open_volume(folder, case) is None
+    if fresh:
+        try:
+            _write_volume(case, job.preprocessing, folder, hashes)
+        except InputError as error:
+            return Failure(case, str(error), lasting=True)
+    volume = open_volume(folder, case)
+    records[0] = replace(records[0], content=volume.content_hash)
+    return Built(volume, records, fresh, peak_memory())
+
+
+def peak_memory() -> int:
+    """Return the largest memory that this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _write_volume(case: Case, preprocessing: Preprocessing, folder: Path, hashes: list[str]) -> None:
     image = read_image(case.image, preprocessing.channels)
     label = None if case.label is None else read_label(case.label, image)
-    content_hash = hashing.content_hash(image)
-    scanned = {"shape": list(image.shape[1:]), "spacing": _round(image.pixdim), "percentiles": _percentiles(image)}
+    meta = {
+        "format": FORMAT,
+        "name": case.name,
+        "source": str(case.image),
+        "label": case.label and str(case.label),
+        "files": hashes,
+        "content_hash": hashing.content_hash(image),
+        "scanned": _as_scanned(image),
+        "preprocessing": asdict(preprocessing),
+        "has_label": label is not None,
+    }
     image, label = preprocessing.apply(image, label)
-    temporary = folder.parent / f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    try:
-        temporary.mkdir()
+    threshold = preprocessing.foreground_threshold or 0.0
+    with storage.new_folder(folder) as temporary:
         quantisation, levels = storage.write_image(temporary, image, preprocessing)
         if label is not None:
             storage.write(temporary / "label.b2nd", label.numpy(), codec=blosc2.Codec.ZSTD)
             _write_points(temporary / "points.npz", label.numpy()[0])
-        meta = {
-            "format": FORMAT,
-            "name": case.name,
-            "source": str(case.image),
-            "label": case.label and str(case.label),
-            "files": hashes,
-            "content_hash": content_hash,
-            "scanned": scanned,
-            "preprocessing": asdict(preprocessing),
+        meta |= {
             "channels": image.shape[0],
             "levels": levels,
             "affine": _round(image.affine),
             "spacing": _round(image.pixdim),
-            "foreground_share": float((image.as_tensor() > (preprocessing.foreground_threshold or 0.0)).float().mean()),
-            "has_label": label is not None,
+            "foreground_share": float((image.as_tensor() > threshold).float().mean()),
             "quantisation": quantisation,
             "checksums": {path.name: hashing.file_hash(path) for path in sorted(temporary.iterdir())},
         }
-        with open(temporary / "meta.json", "w") as file:
-            json.dump(meta, file, indent=1)
-        storage.publish(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 def _round(values: torch.Tensor) -> Any:
     return np.round(np.asarray(values, np.float64), 9).tolist()
 
 
-def _percentiles(image: torch.Tensor) -> list[float]:
-    """Of a million voxels of the first channel, as scanned."""
-    voxels = torch.as_tensor(image)[0].flatten()
-    return np.percentile(voxels[:: max(1, len(voxels) // 1_000_000)].numpy(), PERCENTILES).round(3).tolist()
+def _as_scanned(image: MetaTensor) -> dict[str, Any]:
+    """Return shape, spacing, and percentiles of a million voxels of the first channel."""
+    voxels = image.as_tensor()[0].flatten()
+    percentiles = np.percentile(voxels[:: max(1, len(voxels) // 1_000_000)].numpy(), PERCENTILES)
+    return {
+        "shape": list(image.shape[1:]),
+        "spacing": _round(image.pixdim),
+        "percentiles": percentiles.round(3).tolist(),
+    }
 
 
 def _write_points(path: Path, label: np.ndarray) -> None:
-    """Sampled voxels of every class present, the same ones each time."""
+    """Write a random sample of the voxels of every class present, the same in every call."""
     rng, points = np.random.default_rng(0), {}
     flat = label.reshape(-1)
     for number in np.flatnonzero(np.bincount(flat, minlength=256)):

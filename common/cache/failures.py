@@ -1,10 +1,9 @@
-"""Volumes that cannot be used, and why, kept beside the cache: a bad file is read once, not on every call.
+"""Volumes that cannot be used, with the reasons, stored beside the cache: a bad file is read once, not in every run.
 
-A volume is tried again when its file, the settings or the cache's format changed, and always when it could not be read
-at all (no such file, no permission, a worker that died).
+A volume is tried again if its file, the settings or the format of the cache have changed, and always if it could not be
+read at all (no such file, no permission, a worker that died).
 """
 
-import json
 import re
 import time
 from collections import Counter
@@ -12,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.cache.jsonlines import append_records, read_records
 from common.data.datalist import Case
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a case cannot be used. `lasting`: the same files give the same answer, so they need not be read again."""
+    """The reason why a case cannot be used. `lasting`: the same files would fail again, so they need not be read."""
 
     case: Case
     reason: str
@@ -25,43 +25,35 @@ class Failure:
 
 
 class FailureLog:
-    """`quarantine.jsonl`: one line per failure, only added to, so any number of processes may write one list."""
+    """The file `failures.jsonl`, one line per failure."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._known: dict[str, str] = {}
-        if path.exists():
-            for line in path.read_bytes().splitlines():
-                try:
-                    record = json.loads(line)
-                    self._known[record["key"]] = record["reason"]
-                except (ValueError, KeyError, TypeError):
-                    continue  # a line cut off: that volume is tried again
+        self._reasons = {r["key"]: r["reason"] for r in read_records(path) if "key" in r and "reason" in r}
 
     def reason(self, key: str) -> str | None:
-        """Why the volume of this key (files, their state, settings) cannot be used; None when it is not known bad."""
-        return self._known.get(key)
+        """Return why the volume of this key (files, their state, settings) cannot be used, None if it is not known."""
+        return self._reasons.get(key)
 
     def add(self, key: str, failure: Failure) -> None:
+        """Append a failure to the file."""
         record = {"key": key, "name": failure.case.name, "image": str(failure.case.image), "reason": failure.reason}
-        record["time"] = time.strftime("%Y-%m-%dT%H:%M:%S")
-        self._known[key] = failure.reason
-        with open(self.path, "ab", buffering=0) as out:
-            out.write((json.dumps(record) + "\n").encode())
+        self._reasons[key] = failure.reason
+        append_records(self.path, [record | {"time": time.strftime("%Y-%m-%dT%H:%M:%S")}])
 
 
 def failure_table(failures: Sequence[Failure], limit: int = 100) -> str:
-    """The failures as lines to print: how many of each kind, then each with its reason."""
+    """Return lines to print: the number of failures of each kind, then up to `limit` of them with their reasons."""
     kinds = Counter(_kind(failure) for failure in failures)
     lines = [f"{len(failures)} volume(s) cannot be used:"]
     lines += [f"  {count:6d}  {kind}" for kind, count in kinds.most_common()]
     lines += [f"    {failure.case.name}: {failure.reason}" for failure in failures[:limit]]
     if len(failures) > limit:
-        lines.append(f"    ... and {len(failures) - limit} more, see quarantine.jsonl in the cache")
+        lines.append(f"    ... and {len(failures) - limit} more, see failures.jsonl in the cache")
     return "\n".join(lines)
 
 
 def _kind(failure: Failure) -> str:
-    """The reason without the file and the numbers, so that equal troubles are counted together."""
+    """Return the reason without the file and the numbers, so that equal reasons are counted together."""
     text = failure.reason.split(": ", 1)[-1]
     return re.sub(r"[-+]?\d[\d.e+-]*", "#", text)[:90]

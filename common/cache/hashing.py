@@ -1,36 +1,40 @@
-"""What a file is, whatever it is called: hashes of bytes and of voxels, and an index that spares reading them twice."""
+"""Hashes of files and of voxels, and an index of them, so that a known file is not read again."""
 
+import contextlib
 import hashlib
 import json
 import os
-import resource
-import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from common.cache.jsonlines import append_records, read_records
 from common.data import dicom
 from common.errors import InputError
 from common.files import file_sha256
 
 
 @dataclass(frozen=True)
-class File:
-    """A volume's file, or the files of a DICOM folder taken together."""
+class FileRecord:
+    """The hash of a file, or of all files of a DICOM folder.
+
+    `state` are size and modification time: the same state means the same content. `content` is the hash of the voxels,
+    if known.
+    """
 
     path: str
-    state: str  # size and time of change: the same state means the same content
+    state: str
     hash: str
-    content: str | None = None  # hash of the voxels, where it is known
+    content: str | None = None
 
 
-def fingerprint(path: Path) -> File:
-    """The file's path, state and hash. InputError when it cannot be read."""
+def file_record(path: Path) -> FileRecord:
+    """Return the record of a file. InputError if it cannot be read."""
     try:
         state = file_state(path)
-        return File(str(path.absolute()), state, file_hash(path))
+        return FileRecord(str(path.absolute()), state, file_hash(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file or folder") from None
     except OSError as error:
@@ -38,7 +42,7 @@ def fingerprint(path: Path) -> File:
 
 
 def file_state(path: Path) -> str:
-    """Size and time of change, of a folder those of the files in it. OSError when it cannot be looked at."""
+    """Return size and modification time, of a folder those of all its files. OSError if they cannot be read."""
     if path.is_dir():
         entries = sorted((entry.name, entry.stat()) for entry in os.scandir(path) if entry.is_file())
         text = json.dumps([(name, state.st_size, state.st_mtime_ns) for name, state in entries])
@@ -48,7 +52,7 @@ def file_state(path: Path) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of the bytes; of a DICOM folder, of its slices whatever their names."""
+    """Return the SHA-256 of a file, or of the slices in a DICOM folder regardless of their names."""
     if path.is_dir():
         hashes = sorted(file_hash(slice_) for slice_ in dicom.series_files(path))
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -56,9 +60,9 @@ def file_hash(path: Path) -> str:
 
 
 def content_hash(image: torch.Tensor) -> str:
-    """Hash of the voxels (C, D, H, W) in RAS orientation: the same for NIfTI and DICOM, any compression, any name.
+    """Return a hash of voxels (C, D, H, W) in RAS orientation, the same for any file format, compression and name.
 
-    Whole numbers are hashed as such, so that the storage type plays no part either.
+    Whole numbers are hashed as int32, so that the type they were stored in does not matter either.
     """
     values = torch.as_tensor(image).contiguous()
     whole = values.round()
@@ -69,45 +73,29 @@ def content_hash(image: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def peak_memory() -> int:
-    """Largest memory that this process has held, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 class HashIndex:
-    """(path, state) -> hash, one JSON line each. Lines are only added, so any number of processes may write one index.
-
-    A line that was cut off is passed over: that file is then read again.
-    """
+    """The file `index.jsonl`, which holds a record for every file that was read."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._known: dict[str, File] = {}
-        if path.exists():
-            for line in path.read_bytes().splitlines():
-                try:
-                    file = File(**json.loads(line))
-                    self._known[file.path] = file
-                except (ValueError, TypeError):
-                    continue
+        self._records: dict[str, FileRecord] = {}
+        for fields in read_records(path):
+            # another version of the index may have other fields
+            with contextlib.suppress(TypeError):
+                self._remember([FileRecord(**fields)])
 
-    def get(self, path: Path) -> str | None:
-        """The hash of a file that has not changed since it was added, else None."""
-        known = self.file(path)
-        return known.hash if known else None
-
-    def file(self, path: Path) -> File | None:
-        """What is known of a file that has not changed since it was added, else None."""
-        known = self._known.get(str(path.absolute()))
+    def get(self, path: Path) -> FileRecord | None:
+        """Return the record of a file, None if the file is unknown or has changed since it was added."""
+        record = self._records.get(str(path.absolute()))
         try:
-            return known if known and known.state == file_state(path) else None
+            return record if record and record.state == file_state(path) else None
         except OSError:
             return None
 
-    def add(self, files: Iterable[File]) -> None:
-        files = list(files)
-        self._known |= {file.path: file for file in files}
-        text = "".join(json.dumps(vars(file)) + "\n" for file in files)
-        with open(self.path, "ab", buffering=0) as out:
-            out.write(text.encode())
+    def add(self, records: Sequence[FileRecord]) -> None:
+        """Append records to the file."""
+        self._remember(records)
+        append_records(self.path, map(vars, records))
+
+    def _remember(self, records: Sequence[FileRecord]) -> None:
+        self._records |= {record.path: record for record in records}

@@ -1,6 +1,5 @@
-"""What else can be asked of a cache: what filling would cost, whether it is whole, what is in it, what may go."""
+"""Maintenance of a cache: estimate the cost of building it, verify it, prune it, describe its volumes."""
 
-import json
 import os
 import shutil
 import socket
@@ -10,22 +9,25 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.cache import build, hashing
-from common.cache.volume import CachedVolume
+from common.cache.volume import CachedVolume, read_meta
 from common.data.datalist import Case
 from common.data.preprocessing import Preprocessing
-from common.errors import InputError
+from common.errors import InputError, one_line
 from common.runlog import progress
 
-SAMPLES = 3  # volumes that a dry run builds to measure with
-STALE = 24 * 3600  # seconds after which another machine's unfinished folder is given up
+# volumes that a dry run builds and measures
+SAMPLES = 3
+# seconds after which the unfinished folder of another machine is abandoned
+STALE = 24 * 3600
 
 
-def entry_folders(cache_dir: Path) -> list[Path]:
-    """The folders of all entries, whole or not."""
+def volume_folders(cache_dir: Path) -> list[Path]:
+    """Return the folders of all volumes, complete or not. InputError if the cache cannot be read."""
     try:
         found = [p for p in cache_dir.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "locks"]
     except OSError as error:
@@ -34,15 +36,16 @@ def entry_folders(cache_dir: Path) -> list[Path]:
 
 
 def folder_bytes(folder: Path) -> int:
+    """Return the size of all files under a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-# ---------------------------------------------------------------- before filling
+# ---------------------------------------------------------------- estimate
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What filling would take, extrapolated by the size of the files from a few volumes that were really built."""
+    """The cost of building the missing volumes, extrapolated by file size from a few that were built."""
 
     volumes: int
     cached: int
@@ -50,7 +53,7 @@ class Estimate:
     cache_bytes: int
     seconds: float
     sampled: int
-    bad: int
+    failed: int
 
     def __str__(self) -> str:
         text = f"{self.volumes} volumes, {self.cached} of them cached already"
@@ -58,26 +61,31 @@ class Estimate:
             return text
         return (
             f"{text}; the rest: {self.source_bytes / 1e9:.2f} GB of files -> about {self.cache_bytes / 1e9:.2f} GB of "
-            f"cache in about {duration(self.seconds)} (extrapolated from {self.sampled} volumes; {self.bad} unusable)"
+            f"cache in about {duration(self.seconds)} (from {self.sampled} volumes, {self.failed} of them unusable)"
         )
 
 
 def estimate(cases: Sequence[Case], preprocessing: Preprocessing, cache_dir: Path, workers: int = 0) -> Estimate:
-    """Nothing is written to `cache_dir`; a few volumes are built in a temporary folder and measured."""
+    """Return the cost of building the missing volumes of `cases`; build a few of them in a temporary folder."""
     index = hashing.HashIndex(cache_dir / "index.jsonl")
-    missing = [case for case in cases if build.lookup(case, preprocessing, cache_dir, index) is None]
+    missing = [case for case in cases if build.find_volume(case, preprocessing, cache_dir, index) is None]
     sizes = {case.name: sum(_bytes(path) for path in (case.image, case.label) if path) for case in missing}
     by_size = sorted(missing, key=lambda case: sizes[case.name])
     picks = sorted({round(q * (len(by_size) - 1)) for q in np.linspace(0.2, 0.8, SAMPLES)}) if by_size else []
     sample = [by_size[i] for i in picks]
     with tempfile.TemporaryDirectory(prefix="cache-dry-run-") as folder:
-        filled = build.fill_cache(sample, preprocessing, folder)
-        built = sum(folder_bytes(entry.folder) for entry in filled.entries)
+        result = build.build_missing(sample, preprocessing, folder)
+        built = sum(folder_bytes(volume.folder) for volume in result.volumes)
     total, measured = sum(sizes.values()), max(sum(sizes[case.name] for case in sample), 1)
     share = total / measured
-    seconds = filled.seconds * share / max(workers, 1)
     return Estimate(
-        len(cases), len(cases) - len(missing), total, round(built * share), seconds, len(sample), len(filled.failures)
+        volumes=len(cases),
+        cached=len(cases) - len(missing),
+        source_bytes=total,
+        cache_bytes=round(built * share),
+        seconds=result.seconds * share / max(workers, 1),
+        sampled=len(sample),
+        failed=len(result.failures),
     )
 
 
@@ -89,16 +97,17 @@ def _bytes(path: Path) -> int:
 
 
 def duration(seconds: float) -> str:
+    """Return a time as text: 1.5 h, 2.0 min or 30 s."""
     minutes, hours = seconds / 60, seconds / 3600
     return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.1f} min" if minutes >= 1 else f"{seconds:.0f} s"
 
 
-# ---------------------------------------------------------------- is it whole
+# ---------------------------------------------------------------- verify
 
 
 def verify(cache_dir: Path, workers: int = 0) -> tuple[int, dict[Path, str]]:
-    """(entries read, what is wrong with which folder). Every byte is read and compared with its checksum."""
-    folders = entry_folders(cache_dir)
+    """Compare every file with its checksum; return the number of volumes, and what is wrong with which folder."""
+    folders = volume_folders(cache_dir)
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         results = progress(pool.map(_damage, folders), desc="verify", total=len(folders), unit="volume")
         return len(folders), {folder: wrong for folder, wrong in zip(folders, results) if wrong}
@@ -106,45 +115,50 @@ def verify(cache_dir: Path, workers: int = 0) -> tuple[int, dict[Path, str]]:
 
 def _damage(folder: Path) -> str | None:
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        for name, checksum in meta["checksums"].items():
+        for name, checksum in read_meta(folder)["checksums"].items():
             if hashing.file_hash(folder / name) != checksum:
                 return f"{name} has changed since it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError) as error:
-        return f"meta.json cannot be read ({error})"
+        return f"meta.json cannot be read ({one_line(error)})"
     return None
 
 
-# ---------------------------------------------------------------- what may go
+# ---------------------------------------------------------------- prune
 
 
 def prune(cache_dir: Path, cases: Iterable[Case], remove: bool = True) -> tuple[list[Path], int]:
-    """Remove the entries of volumes that `cases` do not name, and what killed processes left; (folders, bytes).
+    """Remove the volumes that are not of `cases`, and the unfinished folders of killed processes.
 
-    Entries of a named volume stay, whatever their settings. With `remove` False nothing is touched.
+    The volumes of a case stay with any settings.
+
+    Args:
+        remove: False only lists what would be removed.
+
+    Returns:
+        The removed folders and their size in bytes.
     """
     index = hashing.HashIndex(cache_dir / "index.jsonl")
-    named = {index.get(case.image) for case in cases}
-    gone = [folder for folder in entry_folders(cache_dir) if not set(_files(folder)[:1]) & named]
-    gone += [folder for folder in cache_dir.glob(".tmp-*") if _abandoned(folder)]
-    freed = sum(map(folder_bytes, gone))
+    wanted = {record.hash for case in cases if (record := index.get(case.image))}
+    unwanted = [folder for folder in volume_folders(cache_dir) if _image_hash(folder) not in wanted]
+    unwanted += [folder for folder in cache_dir.glob(".tmp-*") if _abandoned(folder)]
+    size = sum(map(folder_bytes, unwanted))
     if remove:
-        for folder in gone:
+        for folder in unwanted:
             shutil.rmtree(folder)
-    return gone, freed
+    return unwanted, size
 
 
-def _files(folder: Path) -> list[str]:
+def _image_hash(folder: Path) -> str | None:
     try:
-        return json.loads((folder / "meta.json").read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return []
+        return read_meta(folder)["files"][0]
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
 
 
 def _abandoned(folder: Path) -> bool:
-    """Whether the process that was writing an unfinished folder is gone (or, on another machine, long silent)."""
+    """Return whether the process that wrote an unfinished folder has ended, or on another machine seems to have."""
     host, _, rest = folder.name.removeprefix(".tmp-").rpartition("-")[0].rpartition("-")
     if host == socket.gethostname() and rest.isdigit():
         return not _alive(int(rest))
@@ -161,27 +175,32 @@ def _alive(pid: int) -> bool:
     return True
 
 
-# ---------------------------------------------------------------- what is in it
+# ---------------------------------------------------------------- describe
 
 
-def describe_cache(entries: Sequence[CachedVolume]) -> str:
-    """The data set in numbers: least, median and most of shape, spacing, intensities as scanned, foreground, bytes."""
-    metas = [json.loads((entry.folder / "meta.json").read_text()) for entry in entries]
+def describe_cache(volumes: Sequence[CachedVolume]) -> str:
+    """Return a table with minimum, median and maximum of shape, spacing, intensities, foreground and bytes."""
+    metas = [read_meta(volume.folder) for volume in volumes]
     if not metas:
         return "no volume"
-    scanned = [meta["scanned"] for meta in metas]
-    rows = [(f"shape {axis} as scanned", [s["shape"][i] for s in scanned]) for i, axis in enumerate("DHW")]
-    rows += [(f"spacing {axis} as scanned, mm", [s["spacing"][i] for s in scanned]) for i, axis in enumerate("DHW")]
-    rows += [(f"shape {axis} cached", [meta["levels"][0][i] for meta in metas]) for i, axis in enumerate("DHW")]
-    rows += [
-        (f"intensity, {p:g} % percentile", [s["percentiles"][i] for s in scanned])
-        for i, p in enumerate(build.PERCENTILES)
-    ]
-    rows.append(("foreground share of the cached box", [meta["foreground_share"] for meta in metas]))
-    rows.append(("rounding error, of the intensity range", [meta["quantisation"]["max_error"] for meta in metas]))
-    rows.append(("MB on disk", [folder_bytes(entry.folder) / 1e6 for entry in entries]))
-    lines = [f"{len(metas)} volumes, {len({entry.content_hash for entry in entries})} different"]
+    lines = [f"{len(metas)} volumes, {len({volume.content_hash for volume in volumes})} different"]
     lines.append(f"{'':42s}{'least':>10s}{'median':>10s}{'most':>10s}")
-    for name, values in rows:
+    rows = _rows(metas) | {"MB on disk": [folder_bytes(volume.folder) / 1e6 for volume in volumes]}
+    for name, values in rows.items():
         lines.append(f"{name:42s}" + "".join(f"{v:10.4g}" for v in (min(values), np.median(values), max(values))))
     return "\n".join(lines)
+
+
+def _rows(metas: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return the rows of the table: name -> one number per volume."""
+    scanned = [meta["scanned"] for meta in metas]
+    rows = {f"shape {axis} as scanned": [s["shape"][i] for s in scanned] for i, axis in enumerate("DHW")}
+    rows |= {f"spacing {axis} as scanned, mm": [s["spacing"][i] for s in scanned] for i, axis in enumerate("DHW")}
+    rows |= {f"shape {axis} cached": [meta["levels"][0][i] for meta in metas] for i, axis in enumerate("DHW")}
+    rows |= {
+        f"intensity, {p:g} % percentile": [s["percentiles"][i] for s in scanned]
+        for i, p in enumerate(build.PERCENTILES)
+    }
+    rows["foreground share of the cached box"] = [meta["foreground_share"] for meta in metas]
+    rows["rounding error, of the intensity range"] = [meta["quantisation"]["max_error"] for meta in metas]
+    return rows

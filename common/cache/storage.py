@@ -1,13 +1,17 @@
-"""Compressed, chunked arrays of one cache entry: how numbers are rounded, written in levels, and read in boxes.
+"""Compressed, chunked arrays of a cached volume: rounding, resolution levels, reading of boxes, resizing.
 
-blosc2, int16, 64^3 chunks of 32^3 blocks, read through a memory map by one thread. Why: benchmarks/cache_formats.py.
+blosc2, int16, 64^3 chunks of 32^3 blocks, read through a memory map by one thread; benchmarks/cache_formats.py compares
+the alternatives.
 """
 
 import os
+import shutil
+import socket
 import threading
+import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +25,18 @@ from common.errors import InputError, one_line
 from common.files import sync
 
 CHUNK, BLOCK = 64, 32
-MAX_LEVELS = 3  # full, 2x, 4x
-MIN_LENGTH = 32  # an axis shorter than this is not halved
-MAX_OPEN = 64  # arrays held open by a process: far below its limit of open files
-blosc2.set_nthreads(1)  # crops are small and loaders have workers
+# full, 2x, 4x
+MAX_LEVELS = 3
+# an axis shorter than this is not halved
+MIN_LENGTH = 32
+# arrays that a process keeps open, far below its limit of open files
+MAX_OPEN = 64
+# crops are small and loaders have workers
+blosc2.set_nthreads(1)
 
 
 def level_name(level: int) -> str:
+    """Return the file name of a resolution level."""
     return "image.b2nd" if level == 0 else f"image_{2**level}x.b2nd"
 
 
@@ -35,9 +44,9 @@ def level_name(level: int) -> str:
 
 
 def quantisation_of(preprocessing: Preprocessing) -> tuple[float, float]:
-    """(scale, offset): stored number * scale + offset = preprocessed intensity.
+    """Return (scale, offset), with preprocessed intensity = stored number * scale + offset.
 
-    int16: a window of HU keeps steps of 1 HU, so whole HU are kept as they are (a window under 100 wide is not HU: 4095
+    int16: a window of HU has steps of 1 HU, so whole HU are stored exactly (a window narrower than 100 is not HU: 4095
     steps); percentiles 1/4095; z-scores 1/512. uint8: 255 steps, z-scores within +-6.
     """
     wide = preprocessing.high - preprocessing.low
@@ -51,7 +60,7 @@ def quantisation_of(preprocessing: Preprocessing) -> tuple[float, float]:
 
 
 def quantise(image: torch.Tensor, preprocessing: Preprocessing) -> np.ndarray:
-    """Preprocessed intensities as the whole numbers that are stored."""
+    """Return preprocessed intensities as the whole numbers that are stored."""
     scale, offset = quantisation_of(preprocessing)
     limits = torch.iinfo(getattr(torch, preprocessing.dtype))
     numbers = ((image - offset) / scale).round().clamp(limits.min, limits.max)
@@ -62,7 +71,7 @@ def quantise(image: torch.Tensor, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def write_image(folder: Path, image: Any, preprocessing: Preprocessing) -> tuple[dict[str, Any], list[list[int]]]:
-    """Write `image` (C, D, H, W) and its reduced levels; returns how it was rounded, and the shape of each level."""
+    """Write `image` (C, D, H, W) and its reduced levels; return the rounding and the shape of each level."""
     scale, offset = quantisation_of(preprocessing)
     spacing = [float(mm) for mm in image.pixdim]
     level, shapes = image.as_tensor(), []
@@ -85,22 +94,23 @@ def write_image(folder: Path, image: Any, preprocessing: Preprocessing) -> tuple
 
 
 def reduced_shape(shape: Sequence[int], spacing: Sequence[float]) -> tuple[int, int, int]:
-    """Shape of the next level: half, but axes that are coarse already (thick slices) or short keep their voxels."""
+    """Return the shape of the next level: half, except for axes that are coarse (thick slices) or short."""
     fine = 1.5 * min(spacing)
     return tuple((n + 1) // 2 if mm <= fine and n >= MIN_LENGTH else n for n, mm in zip(shape, spacing))
 
 
 def halve(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """`x` with (n + 1) // 2 voxels along `axis`, each the mean of the share of the axis that it covers.
+    """Return `x` with (n + 1) // 2 voxels along `axis`, each the mean of the part of the axis that it covers.
 
-    The extent and the mean stay exactly the same, also for an odd n, and nothing is aliased.
+    The extent and the mean do not change, also for an odd n, and nothing is aliased.
     """
     n = x.shape[axis]
     half = (n + 1) // 2
     edges = torch.arange(half + 1, dtype=torch.float64) * n / half
     first = edges[:-1].floor()
     total = torch.zeros([half if a == axis else length for a, length in enumerate(x.shape)])
-    for offset in range(3):  # a new voxel covers n / half <= 2 old ones, so it touches at most 3
+    # a new voxel covers n / half <= 2 old ones, so it touches at most 3
+    for offset in range(3):
         left, right = torch.maximum(edges[:-1], first + offset), torch.minimum(edges[1:], first + offset + 1)
         weight = (
             ((right - left).clamp(min=0) * half / n).float().reshape([-1 if a == axis else 1 for a in range(x.ndim)])
@@ -110,7 +120,7 @@ def halve(x: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def write(path: Path, numbers: np.ndarray, codec: blosc2.Codec = blosc2.Codec.LZ4HC) -> None:
-    """One array (C, D, H, W) as a file."""
+    """Write an array (C, D, H, W) to a file."""
     chunks = (1, *(min(CHUNK, n) for n in numbers.shape[1:]))
     blocks = (1, *(min(BLOCK, n) for n in chunks[1:]))
     params = blosc2.CParams(codec=codec, clevel=5, nthreads=1, filters=[blosc2.Filter.BITSHUFFLE])
@@ -118,48 +128,48 @@ def write(path: Path, numbers: np.ndarray, codec: blosc2.Codec = blosc2.Codec.LZ
     blosc2.asarray(numbers, chunks=chunks, blocks=blocks, cparams=params, urlpath=str(path), mode="w")
 
 
-def publish(temporary: Path, folder: Path) -> None:
-    """Flush the files of a finished entry to disk and give it its name. Another process may have been faster: fine."""
-    for path in temporary.iterdir():
-        sync(path)
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give the block a temporary folder, and rename it to `folder` at the end, unless another process was faster."""
+    temporary = folder.parent / f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
-        os.rename(temporary, folder)
-    except OSError:
-        if not (folder / "meta.json").exists():
-            raise
+        temporary.mkdir()
+        yield temporary
+        for path in temporary.iterdir():
+            sync(path)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not (folder / "meta.json").exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- reading
 
 
-@dataclass
-class Box:
-    """The part of a box that lies in the volume, (C, d, h, w), and how much of the box lies outside on each side."""
+def read_box(path: Path, start: Sequence[int], size: Sequence[int], outside: int = 0) -> np.ndarray:
+    """Return the stored numbers of the box [start, start + size) as (C, d, h, w), with `outside` beyond the array.
 
-    inside: np.ndarray
-    before: tuple[int, ...]
-    size: tuple[int, ...]
-
-    def pad(self, values: np.ndarray, fill: int = 0) -> np.ndarray:
-        """`values`, shaped like `inside`, in a box of the full size with `fill` around."""
-        if values.shape[1:] == self.size:
-            return values
-        full = np.full((values.shape[0], *self.size), fill, values.dtype)
-        full[(slice(None), *(slice(a, a + n) for a, n in zip(self.before, values.shape[1:])))] = values
-        return full
-
-
-def read_box(path: Path, start: Sequence[int], size: Sequence[int]) -> Box:
-    """The stored numbers of [start, start + size) as far as they lie in the array. InputError when it is damaged."""
+    Raises:
+        InputError: the array is missing or damaged.
+    """
     array = _open(path)
     start, size = [int(a) for a in start], tuple(int(n) for n in size)
     first = [min(max(a, 0), n) for a, n in zip(start, array.shape[1:])]
     last = [min(max(a + s, f), n) for a, s, f, n in zip(start, size, first, array.shape[1:])]
     try:
         inside = array[(slice(None), *(slice(f, e) for f, e in zip(first, last)))]
-    except Exception as error:  # blosc2 raises RuntimeError for a damaged chunk
+    # blosc2 raises RuntimeError for a damaged chunk
+    except Exception as error:
         raise _damaged(path, error) from None
-    return Box(inside, tuple(min(f - a, s) for f, a, s in zip(first, start, size)), size)
+    if inside.shape[1:] == size:
+        return inside
+    box = np.full((inside.shape[0], *size), outside, inside.dtype)
+    places = [slice(min(f - a, s), min(f - a, s) + n) for f, a, s, n in zip(first, start, size, inside.shape[1:])]
+    box[(slice(None), *places)] = inside
+    return box
 
 
 _arrays: OrderedDict[Path, Any] = OrderedDict()
@@ -168,7 +178,10 @@ _lock = threading.Lock()
 
 
 def _open(path: Path) -> Any:
-    """The array at `path`, opened once per process (a forked worker opens its own); the least used ones are closed."""
+    """Return the array at `path`, opened once per process (a forked worker opens its own).
+
+    Of more than `MAX_OPEN` arrays the least recently used are closed.
+    """
     global _owner
     with _lock:
         if _owner != os.getpid():
@@ -188,17 +201,18 @@ def _open(path: Path) -> Any:
 
 def _damaged(path: Path, error: Exception) -> InputError:
     what = "is missing" if not path.exists() else f"is damaged ({one_line(error)})"
-    return InputError(f"{path}: this part of the cache {what}; delete {path.parent} to have it made anew")
+    return InputError(f"{path}: this part of the cache {what}; delete {path.parent} to build it again")
 
 
 # ---------------------------------------------------------------- resize
-# Trilinear resizing of one volume on one core, in slabs that stay in its cache.
+# Trilinear resizing of one volume by one core, in slabs that fit into its cache.
 
-SLAB = 1 << 18  # voxels of a slab between two axes: 1 MB of float32
+# voxels of a slab between two axes: 1 MB of float32
+SLAB = 1 << 18
 
 
 def trilinear(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """`image` (C, D, H, W) of any number type -> (C, *size) float32."""
+    """Return `image` (C, D, H, W), of any number type, resized to (C, *size) float32."""
     x, size = image.numpy(), tuple(int(n) for n in size)
     out = np.empty((x.shape[0], *size), np.float32)
     first, second = _taps(x.shape[1], size[0]), _taps(x.shape[2], size[1])
@@ -215,19 +229,19 @@ def trilinear(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 def _taps(length: int, size: int) -> list[np.ndarray]:
-    """Of each new voxel along an axis the two old ones that it lies between, and the share of the second."""
+    """Return the two old voxels around each new voxel along an axis, and the weight of the second."""
     place = np.clip((np.arange(size) + 0.5) * (length / size) - 0.5, 0, length - 1)
     left = np.floor(place).astype(np.int64)
     return [left, np.minimum(left + 1, length - 1), (place - left).astype(np.float32)]
 
 
 def _mix(x: np.ndarray, axis: int, taps: Sequence[np.ndarray]) -> np.ndarray:
-    """Linear interpolation along the first or second axis of a (D, H, W) array."""
-    left, right, share = taps
-    share = share.reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+    """Interpolate a (D, H, W) array linearly along its first or second axis."""
+    left, right, weight = taps
+    weight = weight.reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
     low = x.take(left, axis).astype(np.float32, copy=False)
     high = x.take(right, axis).astype(np.float32, copy=False)
     high -= low
-    high *= share
+    high *= weight
     high += low
     return high

@@ -1,4 +1,4 @@
-"""One cached volume as its readers see it. The folder's layout is told in common/cache/build.py."""
+"""A cached volume as its readers see it. See common/cache/build.py for the layout of its folder."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,44 +15,61 @@ import torch
 from common.cache import storage
 from common.data.datalist import Case
 from common.data.preprocessing import Preprocessing
-from common.errors import InputError
+from common.errors import InputError, one_line
 
 FORMAT = 2
 
 
 @dataclass(frozen=True)
 class CachedVolume:
-    """One cached volume. Cheap to make and to pickle; arrays are opened where they are read, once per process."""
+    """A cached volume. It holds no voxels and is cheap to pickle; each process opens the arrays when it reads them.
+
+    Attributes:
+        source: image file or DICOM folder.
+        folder: folder in the cache.
+        content_hash: hash of the voxels as scanned, whatever the name, format or compression of the file.
+        levels: shape (D, H, W) of each resolution level, the full one first.
+        affine: (4, 4), voxel of the cached volume -> mm, RAS.
+        spacing: mm (D, H, W).
+        scale, offset: preprocessed intensity = stored number * scale + offset.
+    """
 
     name: str
-    source: Path  # image file or DICOM folder of the case
+    source: Path
     folder: Path
-    content_hash: str  # of the voxels as scanned, whatever the file's name, format or compression
+    content_hash: str
     channels: int
-    levels: tuple[tuple[int, int, int], ...]  # shape (D, H, W) of each level, the full one first
-    affine: np.ndarray = field(compare=False, repr=False)  # (4, 4): voxel of the cached grid -> mm, RAS
-    spacing: tuple[float, float, float]  # mm
+    levels: tuple[tuple[int, int, int], ...]
+    affine: np.ndarray = field(compare=False, repr=False)
+    spacing: tuple[float, float, float]
     has_label: bool
-    scale: float  # stored number * scale + offset = preprocessed intensity
+    scale: float
     offset: float
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Shape (D, H, W) of the full level."""
         return self.levels[0]
 
     def read(
         self, start: Sequence[int], size: Sequence[int], level: int = 0, out_size: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """The box [start, start + size) of a level as (C, d, h, w) float32; outside the volume 0, the scale's minimum.
+        """Return the box [start, start + size) of a level as (C, d, h, w) float32, 0 outside the volume.
 
-        With `out_size` resized to that (trilinear). Only the chunks that the box touches are read. InputError when the
-        entry is gone or damaged.
+        Only the chunks that the box touches are read.
+
+        Args:
+            out_size: resize the box to this shape (d, h, w), trilinear.
+
+        Raises:
+            InputError: the cached volume is missing or damaged.
         """
-        box = storage.read_box(self.folder / storage.level_name(level), start, size)
-        numbers = box.pad(box.inside, fill=round(-self.offset / self.scale))
+        zero = round(-self.offset / self.scale)
+        numbers = storage.read_box(self.folder / storage.level_name(level), start, size, outside=zero)
         if out_size is None:
             values = np.multiply(numbers, np.float32(self.scale), dtype=np.float32)
-        else:  # resized as whole numbers: the large box is never turned into floats
+        # resize the stored numbers, so that the large box is never converted to floats
+        else:
             values = storage.trilinear(torch.from_numpy(numbers), out_size).numpy()
             values *= np.float32(self.scale)
         if self.offset:
@@ -59,15 +77,14 @@ class CachedVolume:
         return torch.from_numpy(values)
 
     def read_label(self, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
-        """The box of the label map as (1, d, h, w) uint8; outside the volume 0. InputError without a label."""
+        """Return the box of the label map as (1, d, h, w) uint8, 0 outside the volume. InputError without a label."""
         if not self.has_label:
             raise InputError(f"{self.source}: was cached without a label")
-        box = storage.read_box(self.folder / "label.b2nd", start, size)
-        return torch.from_numpy(box.pad(box.inside))
+        return torch.from_numpy(storage.read_box(self.folder / "label.b2nd", start, size))
 
     @property
     def class_points(self) -> dict[int, np.ndarray]:
-        """Of each label class that is present, up to 2000 random voxels: id -> (K, 3) int32."""
+        """Up to 2000 random voxels of each label class that is present: id -> (K, 3) int32."""
         return _points(self.folder) if self.has_label else {}
 
 
@@ -78,20 +95,25 @@ def _points(folder: Path) -> dict[int, np.ndarray]:
             return {int(name): file[name] for name in file.files}
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{folder}: this cache entry is damaged ({error}); delete the folder to make it anew"
+            f"{folder}: this cached volume is damaged ({one_line(error)}); delete the folder to build it again"
         ) from None
 
 
 def volume_key(hashes: Sequence[str], preprocessing: Preprocessing) -> str:
-    """Name of an entry: a hash of the files' hashes (image, then label), every setting and the format's version."""
+    """Return the folder name of a volume: a hash of the files (image, then label), the settings and the format."""
     text = json.dumps({"files": list(hashes), "preprocessing": asdict(preprocessing), "format": FORMAT}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return the content of a volume's meta.json. OSError or ValueError if it cannot be read."""
+    return json.loads((folder / "meta.json").read_text())
+
+
 def open_volume(folder: Path, case: Case | None = None) -> CachedVolume | None:
-    """The entry in `folder`, under the name of `case`; None when there is none that is whole."""
+    """Return the volume in `folder`, named after `case`; None, and an empty place, if it is missing or incomplete."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_meta(folder)
         return CachedVolume(
             name=case.name if case else meta["name"],
             source=case.image if case else Path(meta["source"]),
@@ -107,6 +129,7 @@ def open_volume(folder: Path, case: Case | None = None) -> CachedVolume | None:
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):  # not one that this code wrote whole: build it anew
+    # damaged, or written by another program: build it again
+    except (OSError, ValueError, KeyError, TypeError):
         shutil.rmtree(folder, ignore_errors=True)
         return None

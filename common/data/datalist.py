@@ -1,208 +1,181 @@
-"""Which volumes: a Decathlon JSON, a folder of NIfTI files or DICOM series, or a text file of paths.
-
-A list has a root, which its paths cannot leave: not by `..`, not as absolute paths, not through links.
-"""
+"""Lists of volumes: a Decathlon JSON, a folder of NIfTI files or DICOM series, or a text file of paths."""
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.data import dicom
-from common.errors import InputError
+from common.errors import InputError, one_line
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
-LABEL_FOLDERS = ("label", "mask", "seg", "annotation")  # how the names of folders with labels begin
+# how the names of folders with labels begin
+LABEL_FOLDERS = ("label", "mask", "seg", "annotation")
+# of folders that may be added to a name to make it unique
+MAX_PARENTS = 7
+DATA_ROOT_HELP = "folder that relative paths of a list start from; none or /: the folder of the list"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One volume of a list, with its label file and its fold where the list names them."""
+    """A volume of a list, with its label and fold if the list has them.
+
+    `problem` is the reason why the volume cannot be used, if the list alone shows it.
+    """
 
     name: str
     image: Path
     label: Path | None = None
     fold: int | None = None
-    problem: str | None = None  # why it cannot be used, when the list alone tells
+    problem: str | None = None
 
 
-def read_cases(
-    source: str | Path, root: str | Path | None = None, section: str = "training", flag: str = "data_root"
-) -> list[Case]:
-    """The cases of a list, in its order.
+def read_cases(source: str | Path, root: str | Path | None = None, section: str = "training") -> list[Case]:
+    """Return the cases of a list, in its order.
 
-    `source`: a JSON in the Decathlon's layout, of which `section` is read; a folder, searched for NIfTI files and DICOM
-    series; or a text file with one path per line (`#` begins a comment). Names are made unique by the folders above.
+    Args:
+        source: a JSON file in the layout of the Medical Segmentation Decathlon; a folder, which is searched for image
+            files and DICOM series; or a text file with one path per line, where `#` starts a comment.
+        root: folder that relative paths start from; None or "/" is the folder of the list. Absolute paths are taken as
+            they are, and links are followed.
+        section: the section of a JSON file to read.
 
-    `root`: where relative paths start, and what no path may leave once its links are followed. "/" lets every path
-    pass; relative ones then start from the list's folder. A folder is a root itself, its links may also lead to `root`.
-    None: the list's folder. `flag`: the setting that names the root, for messages.
+    Returns:
+        Cases with unique names. A name that occurs more than once is prefixed with the names of the parent folders. A
+        file that is listed twice is a case with a `problem`.
 
-    InputError for a list that is missing, empty or malformed, of which all paths leave the root, or with a name that
-    cannot be a file's. Single paths that leave the root and files listed twice are problems of their case.
+    Raises:
+        InputError: the list is missing, empty or malformed, or a name cannot be the name of a file.
     """
     source = Path(source)
-    rules = _Root.of(source, root, flag)
+    base = source.parent if root is None or os.path.abspath(root) == os.sep else Path(root)
+    if source.is_dir():
+        cases = [Case(stem(path), path) for path in find_volumes(source)]
+    elif source.suffix.lower() == ".json":
+        cases = _read_json(source, base, section)
+    else:
+        lines = [line.split("#")[0].strip() for line in _read_text(source).splitlines()]
+        cases = [Case(stem(line), base / line) for line in lines if line]
+    if not cases:
+        where = f", section '{section}'" if source.suffix.lower() == ".json" else ""
+        raise InputError(f"{source}{where}: found an empty data list, expected at least one volume")
+    return _with_unique_names(_with_repeats_marked(cases, source), source)
+
+
+def _read_text(source: Path) -> str:
     try:
-        is_folder = source.is_dir()
-        text = None if is_folder else source.read_text()
+        return source.read_text()
     except OSError as error:
         raise InputError(f"{source}: the data list cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise InputError(f"{source}: found a binary file, needs a JSON or text list, or a folder") from None
-    if is_folder:
-        cases = [Case(stem(path), path, problem=rules.problem(path)) for path in find_volumes(source)]
-    elif source.suffix.lower() == ".json":
-        cases = _from_json(text, rules, section)
-    else:
-        lines = [line.split("#")[0].strip() for line in text.splitlines()]
-        cases = [_case(rules, line) for line in lines if line]
-    if not cases:
-        where = f", section '{section}'" if source.suffix.lower() == ".json" else ""
-        raise InputError(f"{source}{where}: the data list is empty, needs at least one volume")
-    if all(case.problem for case in cases):
-        raise InputError(f"{source}: none of its {len(cases)} paths can be used; {cases[0].problem}")
-    return _unique_names(cases, source)
-
-
-@dataclass(frozen=True)
-class _Root:
-    """Where the relative paths of `source` start (`base`), and the folders, links followed, that its paths must stay in
-    (`fences`)."""
-
-    source: Path
-    base: Path
-    fences: tuple[str, ...]
-    flag: str
-
-    @classmethod
-    def of(cls, source: Path, root: str | Path | None, flag: str) -> "_Root":
-        own = source if source.is_dir() else source.parent
-        root = own if root is None else root
-        fences = {os.path.realpath(root)} | ({os.path.realpath(own)} if own == source else set())
-        anywhere = os.path.abspath(root) == os.sep
-        return cls(source, own if anywhere else Path(root), tuple(sorted(fences)), flag)
-
-    def problem(self, path: str | Path) -> str | None:
-        """Why a path of the list must not be followed; None where it may."""
-        for place in _with_links(self.base / path):
-            target = Path(os.path.realpath(place))
-            if not any(target.is_relative_to(fence) for fence in self.fences):
-                return (
-                    f"{path}: leaves the root {' and '.join(self.fences)}; --{self.flag} FOLDER names another, "
-                    f"--{self.flag} / allows every path (of {self.source}; leads to {target})"
-                )
-        return None
-
-
-def _with_links(path: Path) -> Iterator[Path]:
-    """The path, and the links in it where it is the folder of a series."""
-    yield path
-    try:
-        entries = list(os.scandir(path)) if path.is_dir() else []
-    except OSError:  # is said when the volume is read
-        entries = []
-    yield from (Path(entry.path) for entry in entries if entry.is_symlink())
+        raise InputError(f"{source}: found a binary file, expected a JSON or text list, or a folder") from None
 
 
 def stem(path: str | Path) -> str:
-    """The name of a case: the file's name without .nii.gz and the like, or the name of a DICOM folder."""
+    """Return the name of a file without its image ending (.nii.gz, ...), or the name of a DICOM folder."""
     name = Path(path).name
     return next((name[: -len(ending)] for ending in ENDINGS if name.lower().endswith(ending)), name)
 
 
-def find_volumes(folder: Path) -> list[Path]:
-    """Image files and DICOM folders under `folder`, sorted; label folders (labelsTr, masks, ...) are passed over.
+# ---------------------------------------------------------------- folders
 
-    Links to folders are followed once each, so that a loop of links ends.
+
+def find_volumes(folder: Path) -> list[Path]:
+    """Return the image files and DICOM folders under `folder`, sorted, without label folders (labelsTr, masks, ...).
+
+    Links to folders are followed, each folder is visited once.
     """
     return sorted(_walk(folder, set()))
 
 
-def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
     try:
         state = folder.stat()
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror})") from None
-    if (state.st_dev, state.st_ino) in seen:
+    if (state.st_dev, state.st_ino) in visited:
         return
-    seen.add((state.st_dev, state.st_ino))
-    plain = [entry for entry in entries if not entry.name.startswith(".")]
-    volumes = [Path(entry.path) for entry in plain if entry.name.lower().endswith(ENDINGS) and not _is_dir(entry)]
+    visited.add((state.st_dev, state.st_ino))
+    visible = [entry for entry in entries if not entry.name.startswith(".")]
+    files = [Path(entry.path) for entry in visible if not _is_dir(entry)]
+    volumes = [path for path in files if path.name.lower().endswith(ENDINGS)]
     yield from volumes
-    if not volumes and any(dicom.is_dicom_file(Path(entry.path)) for entry in plain if not _is_dir(entry)):
+    if not volumes and any(map(dicom.is_dicom_file, files)):
         yield folder
-    for entry in plain:
+    for entry in visible:
         if _is_dir(entry) and not entry.name.lower().startswith(LABEL_FOLDERS):
-            yield from _walk(Path(entry.path), seen)
+            yield from _walk(Path(entry.path), visited)
 
 
 def _is_dir(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a loop of links
+    # a loop of links
+    except OSError:
         return False
 
 
-def _from_json(text: str, rules: _Root, section: str) -> list[Case]:
-    source = rules.source
+# ---------------------------------------------------------------- JSON
+
+
+def _read_json(source: Path, base: Path, section: str) -> list[Case]:
     try:
-        content = json.loads(text)
+        content = json.loads(_read_text(source))
     except ValueError as error:
-        raise InputError(f"{source}: not JSON ({error})") from None
+        raise InputError(f"{source}: not JSON ({one_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get(section), list):
         lists = [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
-        raise InputError(f"{source}: found no list '{section}', allowed: {', '.join(lists) or 'none in this file'}")
-    return [_json_case(item, f"{source}: {section}[{i}]", rules) for i, item in enumerate(content[section])]
+        expected = f"one of the sections {', '.join(lists)}" if lists else "a mapping with lists of volumes"
+        raise InputError(f"{source}: found no list '{section}', expected {expected}")
+    return [_json_case(item, f"{source}: {section}[{i}]", base) for i, item in enumerate(content[section])]
 
 
-def _json_case(item: Any, where: str, rules: _Root) -> Case:
+def _json_case(item: Any, where: str, base: Path) -> Case:
     if isinstance(item, str):
         item = {"image": item}
     if not isinstance(item, dict) or not isinstance(item.get("image"), str):
-        raise InputError(f"{where}: found {item!r}, needs a path or a mapping with 'image' (one path)")
+        raise InputError(f"{where}: found {item!r}, expected a path or a mapping with 'image' (one path)")
     label, fold, name = item.get("label"), item.get("fold"), item.get("name")
-    if label is not None and not isinstance(label, str):
-        raise InputError(f"{where}: found the label {label!r}, needs one path")
-    if fold is not None and (not isinstance(fold, int) or isinstance(fold, bool)):
-        raise InputError(f"{where}: found the fold {fold!r}, needs a whole number")
-    if name is not None and not isinstance(name, str):
-        raise InputError(f"{where}: found the name {name!r}, needs text")
-    return _case(rules, item["image"], label, fold, name)
+    if not isinstance(label, str | None):
+        raise InputError(f"{where}: found the label {label!r}, expected one path")
+    if not isinstance(fold, int | None) or isinstance(fold, bool):
+        raise InputError(f"{where}: found the fold {fold!r}, expected a whole number")
+    if not isinstance(name, str | None):
+        raise InputError(f"{where}: found the name {name!r}, expected text")
+    return Case(name or stem(item["image"]), base / item["image"], label and base / label, fold)
 
 
-def _case(rules: _Root, image: str, label: str | None = None, fold: int | None = None, name: str | None = None) -> Case:
-    problem = rules.problem(image) or (label and rules.problem(label)) or None
-    return Case(name or stem(image), rules.base / image, label and rules.base / label, fold, problem)
+# ---------------------------------------------------------------- names
 
 
-def _unique_names(cases: list[Case], source: Path) -> list[Case]:
-    """Cases of one name in different folders (every series called CT) get the names of the folders above as well.
-
-    A name becomes the name of a file: InputError for one that could lead out of the folder it is written to.
-    """
+def _with_repeats_marked(cases: list[Case], source: Path) -> list[Case]:
     seen: set[Path] = set()
-    for number, case in enumerate(cases):
-        if case.image in seen:
-            cases[number] = replace(case, problem=f"{source}: found {case.image} twice, each volume may be listed once")
+    marked = []
+    for case in cases:
+        problem = f"{source}: found {case.image} twice, expected it once" if case.image in seen else None
+        marked.append(replace(case, problem=problem))
         seen.add(case.image)
+    return marked
+
+
+def _with_unique_names(cases: list[Case], source: Path) -> list[Case]:
+    """Prefix names that occur more than once, e.g. series that are all called CT, with names of their folders."""
     names = [case.name for case in cases]
-    for level in range(1, 8):
-        count: dict[str, int] = {}
-        for name in names:
-            count[name] = count.get(name, 0) + 1
+    for level in range(MAX_PARENTS):
+        count = Counter(name for name, case in zip(names, cases) if not case.problem)
         if max(count.values()) == 1:
             break
-        parents = [case.image.parents[level - 1].name if len(case.image.parents) >= level else "" for case in cases]
-        parents = [parent.lstrip(".") for parent in parents]
-        names = [f"{parent}_{name}" if count[name] > 1 else name for parent, name in zip(parents, names)]
+        parents = [case.image.parents[level].name if len(case.image.parents) > level else "" for case in cases]
+        names = [f"{p.lstrip('.')}_{name}" if count[name] > 1 else name for p, name in zip(parents, names)]
     for name, case in zip(names, cases):
+        # outputs are written to files of this name, which must not leave their folder
         if not name.isprintable() or not name or name[0] == "." or "/" in name or "\\" in name:
             raise InputError(
-                f"{source}: found the name {name!r} for {case.image}; a name becomes a file's: "
-                "it may not contain / or \\ or control characters, nor begin with a dot"
+                f"{source}: found the name {name!r} for {case.image}, expected the name of a file: "
+                "without / or \\ or control characters, and not starting with a dot"
             )
     return [replace(case, name=name) for name, case in zip(names, cases)]

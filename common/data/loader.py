@@ -1,4 +1,4 @@
-"""How fast is the loader alone? What `--loader_only` of the training programs prints."""
+"""The data loader, and a measurement of its speed without a model (`--loader_only` of the training programs)."""
 
 import os
 import signal
@@ -18,14 +18,18 @@ from common.runlog import progress
 
 @dataclass(frozen=True)
 class LoaderSpeed:
-    """A loader measured without a model. `waited`: seconds in which the caller had no batch to work on."""
+    """The speed of a loader without a model.
+
+    `waited` are the seconds in which the caller had no batch. `bytes_read` are those that this process and its workers
+    read from disk, 0 if all came from the page cache.
+    """
 
     batches: int
     volumes: int
     crops: int
     seconds: float
     waited: float
-    bytes_read: int  # from disk, by this process and its workers; 0 where all came from the page cache
+    bytes_read: int
 
     def __str__(self) -> str:
         share, read = 100 * self.waited / self.seconds, self.bytes_read / 1e6
@@ -42,10 +46,12 @@ def measure_loader(
     max_batches: int | None = None,
     work: Callable[[Any], None] | None = None,
 ) -> LoaderSpeed:
-    """Go through `loader` (at most `max_batches` batches) and time it.
+    """Iterate over `loader` and return its speed, measured after the first batch, when the workers have started.
 
-    `sizes(batch)` -> (volumes, crops) in a batch. `work` stands for what training would do with a batch; without it
-    the loader is all there is, and all time is waiting. Time runs from the first batch on: workers have started then.
+    Args:
+        sizes: returns the numbers of volumes and crops in a batch.
+        max_batches: stop after so many batches.
+        work: called with every batch, in place of a training step.
     """
     iterator = iter(loader)
     bar = progress(desc="loader", total=max_batches, unit="batch")
@@ -54,9 +60,9 @@ def measure_loader(
     before, start, waited = disk_bytes(workers), time.perf_counter(), 0.0
     batches = volumes = crops = 0
     while max_batches is None or batches < max_batches:
-        asked = time.perf_counter()
+        began = time.perf_counter()
         batch = next(iterator, None)
-        waited += time.perf_counter() - asked
+        waited += time.perf_counter() - began
         if batch is None:
             break
         batches, (more, cut) = batches + 1, sizes(batch)
@@ -70,19 +76,20 @@ def measure_loader(
 
 
 def disk_bytes(workers: Iterable[int] = ()) -> int:
-    """Bytes that this process and `workers` have had read from disk so far; 0 where the system does not tell."""
+    """Return the bytes that this process and `workers` have read from disk, 0 if the system does not report them."""
     total = 0
     for pid in (os.getpid(), *workers):
         try:
             lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-        except OSError:  # not Linux, or a worker that has ended
+        # not Linux, or a worker that has ended
+        except OSError:
             continue
         total += sum(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
     return total
 
 
 def build_loader(dataset: Dataset, sampler: StreamSampler, workers: int, device: torch.device) -> DataLoader:
-    """Batches of this rank in the order of the stream."""
+    """Return a loader of the batches of this rank, in the order of the stream."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -95,9 +102,11 @@ def build_loader(dataset: Dataset, sampler: StreamSampler, workers: int, device:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # meant for the training process, which still needs its data
+    # these are meant for the training process, which still needs its data
+    for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return the batch with its tensors on `device`."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

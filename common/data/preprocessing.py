@@ -1,107 +1,54 @@
-"""Preprocessing of a scanned volume with MONAI's transforms: resampling, intensity scaling, foreground crop."""
+"""Settings of the preprocessing, which are part of the key of a cached volume."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from monai.data import MetaTensor
-from monai.transforms import (
-    CropForeground,
-    NormalizeIntensity,
-    ScaleIntensityRange,
-    ScaleIntensityRangePercentiles,
-    Spacing,
-)
-
+from common.config import setting
 from common.errors import InputError
+
+if TYPE_CHECKING:
+    from monai.data import MetaTensor
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a volume as scanned to what a network sees. Order: resample, scale intensities, crop to the foreground.
+    """From a volume as scanned to the input of a network: resample, scale intensities, crop to the foreground.
 
-    `window` maps low..high (HU) to [0, 1]; `percentiles` maps low..high per cent of the case to [0, 1]; `zscore`
-    normalises each channel by mean and deviation of its non-zero voxels. `dtype` is what the cache stores.
+    The default values of `foreground_threshold` and `margin` are our choice. The order of the steps is fixed.
     """
 
-    spacing: tuple[float, float, float] | None = None  # mm (D, H, W); None keeps the file's
-    intensity: Literal["window", "percentiles", "zscore"] = "window"
-    low: float = -1000.0
-    high: float = 1000.0
-    foreground_threshold: float | None = 0.05  # on the [0, 1] scale; None crops nothing. Our choice, like the margin
-    margin: int = 8  # voxels kept around the foreground
-    channels: int = 1
-    dtype: Literal["int16", "uint8"] = "int16"
+    spacing: tuple[float, float, float] | None = setting(None, "mm per voxel (D H W, or one for all); none: as scanned")
+    intensity: Literal["window", "percentiles", "zscore"] = setting(
+        "window",
+        "window: low..high HU become 0..1; percentiles: low..high per cent of each case become 0..1; "
+        "zscore: mean 0 and deviation 1 of the non-zero voxels, per channel",
+    )
+    low: float = setting(-1000.0, "HU or percentile that becomes 0")
+    high: float = setting(1000.0, "HU or percentile that becomes 1")
+    foreground_threshold: float | None = setting(0.05, "crop to voxels above this, of the [0,1] scale; none: no crop")
+    margin: int = setting(8, "voxels kept around the foreground", least=0)
+    channels: int = setting(1, "channels of a volume; more than one: 4D NIfTI, channels last", least=1)
+    dtype: Literal["int16", "uint8"] = setting("int16", "int16 keeps whole HU; uint8: half the bytes, 255 steps")
 
     def __post_init__(self):
-        for name in ("low", "high", "foreground_threshold"):  # 250 and 250.0 are one setting, and one cache key
+        # 250 and 250.0 are one setting, and one key
+        for name in ("low", "high", "foreground_threshold"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else float(value))
         if self.spacing is not None:
             object.__setattr__(self, "spacing", tuple(map(float, self.spacing)))
         if self.spacing is not None and not all(0 < mm < 1000 for mm in self.spacing):
-            raise InputError(f"spacing: found {self.spacing}, needs three positive numbers of mm")
+            raise InputError(f"spacing: found {self.spacing}, expected three positive numbers of mm")
         if self.intensity == "window" and not self.low < self.high:
-            raise InputError(f"low, high: found {self.low:g} and {self.high:g}, low must be below high")
+            raise InputError(f"low, high: found {self.low:g} and {self.high:g}, expected low < high")
         if self.intensity == "percentiles" and not 0 <= self.low < self.high <= 100:
-            raise InputError(f"low, high: found {self.low:g} and {self.high:g}, needs 0 <= low < high <= 100 per cent")
+            raise InputError(f"low, high: found {self.low:g} and {self.high:g}, expected 0 <= low < high <= 100")
         if self.margin < 0 or self.channels < 1:
-            raise InputError(f"margin {self.margin}, channels {self.channels}: need at least 0 and at least 1")
+            raise InputError(f"margin {self.margin}, channels {self.channels}: must be at least 0 and at least 1")
 
-    def apply(self, image: MetaTensor, label: MetaTensor | None = None) -> tuple[MetaTensor, MetaTensor | None]:
-        """`image` (C, D, H, W) and `label` (1, D, H, W) of `read_image` and `read_label`, preprocessed, affines true.
+    def apply(self, image: "MetaTensor", label: "MetaTensor | None" = None) -> "tuple[MetaTensor, MetaTensor | None]":
+        """Return `image` and `label` preprocessed, see `common.data.transforms.preprocess`."""
+        # slow to import, and not needed for --help
+        from common.data.transforms import preprocess
 
-        The foreground box comes from the image alone, never from the label. InputError when intensities cannot be HU,
-        or no foreground is left.
-        """
-        where = image.meta.get("filename_or_obj", "image")
-        if self.intensity == "window":
-            check_hounsfield(image.as_tensor(), self.low, self.high, where)
-        if self.spacing is not None:
-            image = Spacing(self.spacing, mode="bilinear", padding_mode="border", dtype=torch.float32)(image)
-            if label is not None:
-                nearest = Spacing(self.spacing, mode="nearest", padding_mode="border", dtype=torch.float32)
-                label = nearest(label).to(torch.uint8)
-        image = self._scale(image)
-        if self.foreground_threshold is None:
-            return image, label
-        return self._crop(image, label, where)
-
-    def _scale(self, image: MetaTensor) -> MetaTensor:
-        if self.intensity == "window":
-            return ScaleIntensityRange(self.low, self.high, 0.0, 1.0, clip=True)(image)
-        if self.intensity == "percentiles":
-            return ScaleIntensityRangePercentiles(self.low, self.high, 0.0, 1.0, clip=True, channel_wise=True)(image)
-        return NormalizeIntensity(nonzero=True, channel_wise=True)(image)
-
-    def _crop(self, image: MetaTensor, label: MetaTensor | None, where: str) -> tuple[MetaTensor, MetaTensor | None]:
-        def foreground(x: torch.Tensor) -> torch.Tensor:
-            return x != 0 if self.intensity == "zscore" else x > self.foreground_threshold
-
-        if not bool(foreground(image.as_tensor()).any()):
-            share = f"{self.foreground_threshold:g} of the intensity range"
-            raise InputError(f"{where}: found no voxel above {share}, there is no foreground to crop to")
-        crop = CropForeground(select_fn=foreground, margin=self.margin, allow_smaller=True)
-        start, stop = crop.compute_bounding_box(image)
-        return crop.crop_pad(image, start, stop), label if label is None else crop.crop_pad(label, start, stop)
-
-
-def check_hounsfield(image: torch.Tensor, low: float, high: float, where: str | Path) -> None:
-    """InputError when intensities cannot be HU: scaled already, without the rescale offset, or beyond any scanner.
-
-    Only for windows at least 100 wide, which are HU. Thresholds are our choice.
-    """
-    if high - low < 100:
-        return
-    least, most = float(image.min()), float(image.max())
-    sample = image.flatten()[:: max(1, image.numel() // 1_000_000)]
-    found = f"{where}: found intensities {least:g}..{most:g}"
-    if most - least < 50:
-        raise InputError(f"{found}, not HU: a range below 50 looks scaled already")
-    if least < -33_000 or most > 70_000:
-        raise InputError(f"{found}, implausible as HU: scanners store -32768..65535")
-    if float(((sample >= low) & (sample <= high)).float().mean()) < 0.001:
-        raise InputError(f"{found}, hardly any in {low:g}..{high:g}: implausible as HU")
-    if least >= 0 and float((sample > 800).float().mean()) > 0.2:
-        raise InputError(f"{found}, implausible as HU: none below 0, a fifth above 800: the rescale offset is lost")
+        return preprocess(image, label, self)

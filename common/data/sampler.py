@@ -1,9 +1,9 @@
-"""Which sample comes when, for any number of processes: one endless stream of samples, cut into updates.
+"""The order of samples: one endless stream for any number of processes, divided into updates.
 
-The stream runs through the data set again and again, each time in a new order drawn from the seed. Update `u` with a
-global batch of G takes the positions [u*G, (u+1)*G); a rank and a micro-batch take their share of these. A sample's
-randomness (crop, flip, mask) is drawn from (seed, position) alone. So ranks, accumulation, workers and restarts change
-nothing, and nothing has to be saved to resume.
+The stream repeats the data set, each time in a new order drawn from the seed. Update `u` with a global batch of G takes
+the positions [u*G, (u+1)*G), divided among ranks and micro-batches. The randomness of a sample (crop, flip, mask) is
+drawn from (seed, position) alone. So the number of ranks, accumulation, workers and restarts change no sample, and
+resuming needs no saved state.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,10 @@ _MASK64 = (1 << 64) - 1
 
 
 def mix(*numbers: int) -> int:
-    """A well-mixed 63-bit number from several (the finaliser of splitmix64, Steele et al. 2014), so that seeds that
-    differ by one share nothing."""
+    """Return a 63-bit hash of several numbers, so that seeds that differ by one give unrelated random numbers.
+
+    The finaliser of splitmix64, Steele et al. 2014.
+    """
     state = 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & _MASK64
@@ -28,24 +30,24 @@ def mix(*numbers: int) -> int:
 
 
 def generator(seed: int, position: int) -> torch.Generator:
-    """All the randomness that the sample at `position` of the stream may use."""
+    """Return the random generator of the sample at `position` of the stream."""
     return torch.Generator().manual_seed(mix(seed, position))
 
 
 @lru_cache(maxsize=4)
-def _order(seed: int, num_samples: int, round_: int) -> tuple[int, ...]:
-    shuffled = torch.randperm(num_samples, generator=torch.Generator().manual_seed(mix(seed, num_samples, round_)))
+def _order(seed: int, num_samples: int, repeat: int) -> tuple[int, ...]:
+    shuffled = torch.randperm(num_samples, generator=torch.Generator().manual_seed(mix(seed, num_samples, repeat)))
     return tuple(shuffled.tolist())
 
 
 def index_at(position: int, num_samples: int, seed: int) -> int:
-    """The data set index at `position` of the stream."""
-    round_, offset = divmod(position, num_samples)
-    return _order(seed, num_samples, round_)[offset]
+    """Return the data set index at `position` of the stream."""
+    repeat, offset = divmod(position, num_samples)
+    return _order(seed, num_samples, repeat)[offset]
 
 
 class StreamSampler(Sampler[list[tuple[int, int]]]):
-    """A batch sampler: one list of (position, index) per micro-batch of this rank, for the updates [`start`, `stop`).
+    """A batch sampler: yields a list of (position, index) per micro-batch of this rank, for updates [`start`, `stop`).
 
     Set `start` and `stop` before iterating; `len` is the number of micro-batches between them.
     """

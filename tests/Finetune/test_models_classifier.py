@@ -102,7 +102,7 @@ def test_published_pictures_become_volumes_once(tmp_path, capsys):
     (case,) = find_cases(load_preset("CC_CCII"), tmp_path / "out")
     assert patient_of(case, load_preset("CC_CCII")) == "NCP_12"
     Image.fromarray(np.full((6, 8), 3000, np.uint16)).save(tmp_path / "raw/CP/3/7/0.png")
-    with pytest.raises(InputError, match="0.png: found a picture of mode I.*8 bits"):
+    with pytest.raises(InputError, match="0.png: found an image of mode I.*8 bits"):
         convert_cc_ccii.main(flags)
     with pytest.raises(InputError, match="found no scan"):
         convert_cc_ccii.main(["--data", str(tmp_path / "out"), "--out", str(tmp_path / "x")])

@@ -193,9 +193,8 @@ def test_settings_change_the_cell_and_bad_ones_are_refused(grid):
     after = sweep.plan(parse(sweep.SweepSettings, grid.flags), load_preset("MSD09_Spleen"))
     assert not {cell.folder for cell in before} & {cell.folder for cell in after}  # other cases, another cell
     listing.write_text(json.dumps(content))
-    outside = content["training"][0] | {"image": "../../outside.nii.gz"}
-    listing.write_text(json.dumps(content | {"training": [outside, *content["training"][1:]]}))
-    with pytest.raises(InputError, match="outside.nii.gz.* leaves"):
+    listing.write_text(json.dumps(content | {"training": [content["training"][0], *content["training"]]}))
+    with pytest.raises(InputError, match="nii.gz twice"):
         sweep.main(grid.flags)
     listing.write_text(json.dumps(content))
     for extra, words in (
@@ -234,16 +233,13 @@ def test_differences_are_paired_by_case_and_seed():
 
 
 @pytest.mark.slow
-def test_a_list_of_absolute_paths_needs_its_root(grid):
+def test_a_list_of_absolute_paths(grid):
     data = grid.path / "data"
     content = json.loads((data / "dataset.json").read_text())
     entries = [entry | {name: str(data / entry[name]) for name in ("image", "label")} for entry in content["training"]]
     (grid.path / "lists").mkdir()
     (grid.path / "lists/list.json").write_text(json.dumps(content | {"training": entries}))
     flags = [*grid.flags, "--data", str(grid.path / "lists/list.json"), "--inits", "scratch", "--label_counts", "1"]
-    with pytest.raises(InputError, match="none of its .* leaves the root .*--data_root / allows every path"):
-        sweep.main(flags)
-    assert not grid.calls
-    sweep.main([*flags, "--data_root", str(data)])
+    sweep.main(flags)
     assert [module for module, _ in grid.calls] == ["Finetune.main_finetune", "Finetune.predict", "Finetune.evaluate"]
     assert (next((grid.path / "out/cells").iterdir()) / "scores/scores.json").is_file()

@@ -1,4 +1,4 @@
-"""No bad file stops a run, none is silently used: 300 malformed files of every kind, each with its reason in words."""
+"""A bad file stops no run and is never used: 300 malformed files of all kinds, each with its reason."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ AFFINE = affine_of(SHAPE, SPACING)
 
 
 def _header(path: Path, change) -> Path:
-    """A good file whose header bytes are changed."""
+    """Write a good file and change bytes of its header."""
     nifti(path, HU)
     data = bytearray(gzip.decompress(path.read_bytes()))
     change(data)
@@ -111,7 +111,7 @@ def _no_hu(path, rng):
     nifti(path, made[int(rng.integers(len(made)))].astype(np.float32))
 
 
-def _promises_too_much(path, rng):
+def _too_large(path, rng):
     _header(path, lambda d: d.__setitem__(slice(42, 48), np.asarray([30000, 30000, 30000], "<i2").tobytes()))
 
 
@@ -124,46 +124,47 @@ def _air(path, rng):
 
 
 KINDS = {
-    _truncated: "cut off|not gzip|no NIfTI header",
-    _flipped: "damaged|cut off|header|magic|spacing",
-    _magic: "magic",
-    _garbage: "not gzip|cut off",
+    _truncated: "ended before|Not a gzipped|no NIfTI header",
+    _flipped: "damaged",
+    _magic: "no NIfTI header|without voxels",
+    _garbage: "Not a gzipped|ended before",
     _zipped_garbage: "no NIfTI header",
     _zero_bytes: "0 bytes",
     _two_d: "2D",
     _four_d: "4D",
     _one_slice: "one slice",
     _not_finite: "NaN or infinite",
-    _one_value: "one value",
+    _one_value: "only the value",
     _spacing: "spacing",
     _sheared: "sheared",
     _singular: "spacing|singular",
     _nan_affine: "not finite",
     _no_hu: "HU",
-    _promises_too_much: "at most 1073741824 are read",
-    _unknown_type: "data type",
-    _air: "foreground|not HU",
+    _too_large: "at most 1073741824 voxels",
+    _unknown_type: "data code",
+    _air: "foreground|expected HU",
 }
 
 
-def test_300_malformed_files_none_stops_the_run_and_none_is_used(tmp_path):
+def test_300_malformed_files_are_reported_and_not_used(tmp_path):
     rng = np.random.default_rng(0)
-    cases, said = [], {}
+    cases, patterns = [], {}
     for number in range(304):
-        make, words = list(KINDS.items())[number % len(KINDS)]
+        make, pattern = list(KINDS.items())[number % len(KINDS)]
         path = tmp_path / f"{number:03d}{make.__name__}.nii.gz"
         make(path, rng)
         cases.append(Case(path.name, path))
-        said[path.name] = words
+        patterns[path.name] = pattern
     good = Case("good", nifti(tmp_path / "good.nii.gz", HU))
     cases.insert(150, good)
-    filled = build.fill_cache(cases, Preprocessing(), tmp_path / "cache")
-    assert [entry.name for entry in filled.entries] == ["good"]
-    assert len(filled.failures) == 304
-    for failure in filled.failures:
-        assert re.search(said[failure.case.name], failure.reason), failure
+    result = build.build_missing(cases, Preprocessing(), tmp_path / "cache")
+    assert [volume.name for volume in result.volumes] == ["good"]
+    assert len(result.failures) == 304
+    for failure in result.failures:
+        assert re.search(patterns[failure.case.name], failure.reason), failure
         assert failure.case.name in failure.reason and "\n" not in failure.reason
-        assert failure.lasting, failure  # foreseen: said by a check of ours, not by whatever a library ran into
+        # a check refused it, not an unforeseen error of a library
+        assert failure.lasting, failure
 
 
 def _bad_labels(folder):
@@ -171,8 +172,8 @@ def _bad_labels(folder):
     shifted = AFFINE.copy()
     shifted[1, 3] -= 20
     yield "shape", Case("shape", image, nifti(folder / "shape.nii.gz", LABEL[1:]))
-    yield "off the grid", Case("grid", image, nifti(folder / "grid.nii.gz", LABEL, shifted))
-    yield "only whole numbers", Case("half", image, nifti(folder / "half.nii.gz", LABEL * np.float32(0.5)))
+    yield "off its image", Case("grid", image, nifti(folder / "grid.nii.gz", LABEL, shifted))
+    yield "expected whole numbers", Case("half", image, nifti(folder / "half.nii.gz", LABEL * np.float32(0.5)))
     yield "0..255", Case("minus", image, nifti(folder / "minus.nii.gz", LABEL.astype(np.int16) - 3))
     yield "no such file", Case("gone", image, folder / "gone.nii.gz")
 
@@ -223,59 +224,62 @@ def _bad_paths(folder):
     (folder / "loop.nii.gz").symlink_to(folder / "loop.nii.gz")
     yield "cannot be read", Case("loop", folder / "loop.nii.gz")
     yield "no such file", Case("missing", folder / "missing.nii.gz")
-    (folder / "list.txt").write_text("../outside.nii.gz\ninside.nii.gz\n")
-    yield "leaves", read_cases(folder / "list.txt")[0]
-    if os.geteuid() != 0:  # root may read everything
+    (folder / "list.txt").write_text("a.nii.gz\na.nii.gz\n")
+    yield "twice", read_cases(folder / "list.txt")[1]
+    # root may read everything
+    if os.geteuid() != 0:
         nifti(folder / "secret.nii.gz", HU).chmod(0)
         yield "cannot be read", Case("secret", folder / "secret.nii.gz")
 
 
 def test_labels_series_and_paths_that_cannot_be_used(tmp_path):
     bad = [*_bad_labels(tmp_path), *_bad_paths(tmp_path)]
-    bad += [(words, Case(folder.name, folder)) for words, folder in _bad_series(tmp_path)]
-    filled = build.fill_cache([case for _, case in bad], Preprocessing(), tmp_path / "cache")
-    assert not filled.entries
-    for (words, case), failure in zip(bad, filled.failures):
+    bad += [(pattern, Case(folder.name, folder)) for pattern, folder in _bad_series(tmp_path)]
+    result = build.build_missing([case for _, case in bad], Preprocessing(), tmp_path / "cache")
+    assert not result.volumes
+    for (pattern, case), failure in zip(bad, result.failures):
         assert failure.case is case
-        assert re.search(words, failure.reason), failure
+        assert re.search(pattern, failure.reason), failure
 
 
 def test_the_same_voxels_under_two_names_are_used_once(tmp_path):
     cases = [Case(name, nifti(tmp_path / f"{name}.nii.gz", HU)) for name in "ab"]
     cases.append(Case("c", nifti(tmp_path / "c.nii", HU[:, ::-1], np.diag([6.0, -7.0, 8.0, 1.0]))))
-    filled = build.fill_cache(cases, Preprocessing(), tmp_path / "cache", unique=True)
-    assert [entry.name for entry in filled.entries] == ["a"]
-    assert all("same voxels as in" in failure.reason for failure in filled.failures)
+    result = build.build_missing(cases, Preprocessing(), tmp_path / "cache", unique=True)
+    assert [volume.name for volume in result.volumes] == ["a"]
+    assert all("same voxels as in" in failure.reason for failure in result.failures)
 
 
-def test_a_bad_file_is_read_once_and_again_when_it_changed(tmp_path, monkeypatch):
+def test_a_bad_file_is_read_again_only_if_it_changed(tmp_path, monkeypatch):
     case = Case("x", nifti(tmp_path / "x.nii.gz", np.ones(SHAPE, np.int16)))
-    first = build.fill_cache([case], Preprocessing(), tmp_path / "cache")
+    first = build.build_missing([case], Preprocessing(), tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(build, "read_image", None)  # would be called to look again
-        again = build.fill_cache([case], Preprocessing(), tmp_path / "cache")
+        # would be called to read the file again
+        patch.setattr(build, "read_image", None)
+        again = build.build_missing([case], Preprocessing(), tmp_path / "cache")
     assert again.failures[0].reason == first.failures[0].reason
-    record = json.loads((tmp_path / "cache/quarantine.jsonl").read_text())
-    assert record["name"] == "x" and "one value" in record["reason"]
+    record = json.loads((tmp_path / "cache/failures.jsonl").read_text())
+    assert record["name"] == "x" and "only the value" in record["reason"]
     nifti(case.image, HU)
-    assert build.fill_cache([case], Preprocessing(), tmp_path / "cache").built == 1
+    assert build.build_missing([case], Preprocessing(), tmp_path / "cache").built == 1
 
 
-def test_a_file_without_permission_is_said_and_tried_again(tmp_path, monkeypatch):
+def test_a_file_without_permission_is_tried_again(tmp_path, monkeypatch):
     case = Case("x", nifti(tmp_path / "x.nii.gz", HU))
 
     def denied(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    with monkeypatch.context() as patch:  # root may read everything, so it is played
+    # simulated, because root may read everything
+    with monkeypatch.context() as patch:
         patch.setattr(build.hashing, "file_hash", denied)
-        (failure,) = build.fill_cache([case], Preprocessing(), tmp_path / "cache").failures
+        (failure,) = build.build_missing([case], Preprocessing(), tmp_path / "cache").failures
     assert "x.nii.gz: cannot be read (Permission denied)" in failure.reason
-    assert build.fill_cache([case], Preprocessing(), tmp_path / "cache").built == 1
+    assert build.build_missing([case], Preprocessing(), tmp_path / "cache").built == 1
 
 
-def test_a_missing_file_is_looked_for_again(tmp_path):
+def test_a_missing_file_is_tried_again(tmp_path):
     case = Case("x", tmp_path / "x.nii.gz")
-    assert "no such file" in build.fill_cache([case], Preprocessing(), tmp_path / "cache").failures[0].reason
+    assert "no such file" in build.build_missing([case], Preprocessing(), tmp_path / "cache").failures[0].reason
     nib.save(nib.Nifti1Image(HU, AFFINE), case.image)
-    assert build.fill_cache([case], Preprocessing(), tmp_path / "cache").built == 1
+    assert build.build_missing([case], Preprocessing(), tmp_path / "cache").built == 1

@@ -45,9 +45,9 @@ def test_channels_last_become_channels_first(tmp_path):
     array = np.random.default_rng(0).normal(size=(*SHAPE, 4)).astype(np.float32)
     image = read_image(nifti(tmp_path / "m.nii.gz", array), channels=4)
     np.testing.assert_array_equal(image.numpy(), np.moveaxis(array, 3, 0))
-    with pytest.raises(InputError, match="4D data of shape .* needs a 3D volume"):
+    with pytest.raises(InputError, match="4D data of shape .* expected a 3D volume"):
         read_image(tmp_path / "m.nii.gz")
-    with pytest.raises(InputError, match="needs 4D with 2 channels last"):
+    with pytest.raises(InputError, match="expected 4D with 2 channels last"):
         read_image(tmp_path / "m.nii.gz", channels=2)
 
 
@@ -73,18 +73,19 @@ def test_percentiles_and_zscore_are_per_case_and_channel(tmp_path):
         assert (channel[source == 0] == 0).all()
 
 
-def test_foreground_box_is_the_images_with_its_margin_never_the_labels(tmp_path):
+def test_the_foreground_box_is_that_of_the_image(tmp_path):
     hu = np.full(SHAPE, -1000, np.int16)
     hu[10:20, 12:25, 5:9] = 40
     label = np.zeros(SHAPE, np.uint8)
-    label[0, 0, 0] = 1  # outside the box, where a crop by the label would keep it
+    # outside the box, where a crop by the label would keep it
+    label[0, 0, 0] = 1
     image = read_image(nifti(tmp_path / "a.nii.gz", hu))
     target = read_label(nifti(tmp_path / "l.nii.gz", label), image)
     out, cut = Preprocessing(margin=3).apply(image, target)
     assert out.shape == cut.shape == (1, 16, 19, 10)
     assert not cut.any()
     origin = image.affine @ torch.tensor([7.0, 9.0, 2.0, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(out.affine[:, 3], origin)  # the affine follows the crop
+    torch.testing.assert_close(out.affine[:, 3], origin)
     assert Preprocessing(margin=100).apply(image)[0].shape == image.shape
 
 
@@ -107,38 +108,38 @@ def test_resampling_keeps_places(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage, said",
+    "damage, message",
     [
         (lambda p, d: p.unlink(), "no such file"),
         (lambda p, d: p.write_bytes(b""), "0 bytes"),
-        (lambda p, d: p.write_bytes(d[: len(d) // 2]), "gzip data is cut off"),
-        (lambda p, d: p.write_bytes(d[:-6]), "gzip data is cut off"),
-        (lambda p, d: p.write_bytes(d[:3000] + bytes(64) + d[3064:]), "damaged"),
-        (lambda p, d: p.write_bytes(b"<html>404</html>" * 100), "not gzip"),
-        (lambda p, d: p.write_bytes(gzip.compress(b"RIFF" + gzip.decompress(d)[4:])), "no NIfTI header"),
-        (lambda p, d: p.write_bytes(gzip.compress(gzip.decompress(d)[:-9])), "cut off"),
+        (lambda p, d: p.write_bytes(d[: len(d) // 2]), "ended before"),
+        (lambda p, d: p.write_bytes(d[:-6]), "ended before"),
+        (lambda p, d: p.write_bytes(d[:3000] + bytes(64) + d[3064:]), "damaged.*(CRC|decompressing)"),
+        (lambda p, d: p.write_bytes(b"<html>404</html>" * 100), "Not a gzipped file"),
+        (lambda p, d: p.write_bytes(gzip.compress(b"RIFF" * 5000)), "no NIfTI header"),
+        (lambda p, d: p.write_bytes(gzip.compress(gzip.decompress(d)[:-9])), "Expected .* bytes, got"),
     ],
 )
-def test_a_damaged_file_is_named_with_what_is_wrong(tmp_path, damage, said):
+def test_a_damaged_file_is_refused_by_name(tmp_path, damage, message):
     path = nifti(tmp_path / "bad.nii.gz")
     damage(path, path.read_bytes())
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         read_image(path)
     assert "bad.nii.gz" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "array, said",
+    "array, message",
     [
         (np.zeros((30, 30), np.int16), "2D"),
         (np.zeros((30, 30, 1), np.int16), "one slice"),
         (np.ones((9, 9, 9, 3), np.int16), "4D"),
         (np.full(SHAPE, np.nan, np.float32), "NaN"),
-        (np.full(SHAPE, 7, np.int16), "one value"),
+        (np.full(SHAPE, 7, np.int16), "only the value 7"),
     ],
 )
-def test_an_array_that_is_no_volume_is_refused(tmp_path, array, said):
-    with pytest.raises(InputError, match=said):
+def test_an_array_that_is_no_volume_is_refused(tmp_path, array, message):
+    with pytest.raises(InputError, match=message):
         read_image(nifti(tmp_path / "bad.nii.gz", array))
 
 
@@ -147,39 +148,39 @@ def test_a_label_that_does_not_fit_is_refused(tmp_path):
     image, label = read_image(image_file), np.asarray(nib.load(label_file).dataobj)
     shifted = affine_of(SHAPE, SPACING)
     shifted[0, 3] += 12
-    for array, affine, said in [
+    for array, affine, message in [
         (label[:-1], None, "shape"),
-        (label, shifted, "12 mm off the grid"),
-        (label + np.float32(0.5) * (label > 0), None, "only whole numbers"),
+        (label, shifted, "12 mm off its image"),
+        (label + np.float32(0.5) * (label > 0), None, "expected whole numbers"),
         (label.astype(np.int16) - 1, None, "-1.."),
-        (label.astype(np.int16) * 100, None, "allowed: 0..255"),
+        (label.astype(np.int16) * 100, None, "expected 0..255"),
     ]:
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             read_label(nifti(tmp_path / "l.nii.gz", array, affine), image)
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (lambda hu: hu / 1000, "scaled already"),
-        (lambda hu: hu * 1000.0, "implausible as HU"),
+        (lambda hu: hu * 1000.0, "expected HU: scanners store"),
         (lambda hu: hu + 1024.0 + 24, "rescale offset"),
         (lambda hu: np.where(hu > -500, 5000, 4000), "hardly any"),
     ],
 )
-def test_intensities_that_cannot_be_hu_are_refused(tmp_path, change, said):
+def test_intensities_that_cannot_be_hu_are_refused(tmp_path, change, message):
     image = read_image(nifti(tmp_path / "a.nii.gz", change(phantom(SHAPE)[0]).astype(np.float32)))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         Preprocessing().apply(image)
 
 
-def test_air_alone_has_no_foreground(tmp_path):
+def test_a_scan_of_air_has_no_foreground(tmp_path):
     air = np.random.default_rng(0).integers(-1024, -950, SHAPE).astype(np.int16)
-    with pytest.raises(InputError, match="no foreground"):
+    with pytest.raises(InputError, match="a.nii.gz: found no voxel above 0.05"):
         Preprocessing().apply(read_image(nifti(tmp_path / "a.nii.gz", air)))
 
 
-def test_settings_that_mean_nothing_are_refused():
+def test_invalid_settings_are_refused():
     for settings in (
         {"low": 5, "high": 5},
         {"intensity": "percentiles", "low": 1, "high": 101},

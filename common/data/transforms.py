@@ -1,0 +1,83 @@
+"""Preprocessing of a volume with MONAI's transforms: resampling, intensity scaling, foreground crop."""
+
+from pathlib import Path
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    CropForeground,
+    NormalizeIntensity,
+    ScaleIntensityRange,
+    ScaleIntensityRangePercentiles,
+    Spacing,
+)
+
+from common.data.preprocessing import Preprocessing
+from common.errors import InputError
+
+
+def preprocess(
+    image: MetaTensor, label: MetaTensor | None, settings: Preprocessing
+) -> tuple[MetaTensor, MetaTensor | None]:
+    """Return `image` (C, D, H, W) and `label` (1, D, H, W) preprocessed, with their new affines.
+
+    The foreground is found in the image alone, never in the label.
+
+    Raises:
+        InputError: the intensities cannot be HU, or there is no foreground.
+    """
+    where = image.meta.get("filename_or_obj", "image")
+    if settings.intensity == "window":
+        check_hounsfield(image.as_tensor(), settings.low, settings.high, where)
+    if settings.spacing is not None:
+        image = Spacing(settings.spacing, mode="bilinear", padding_mode="border", dtype=torch.float32)(image)
+        if label is not None:
+            nearest = Spacing(settings.spacing, mode="nearest", padding_mode="border", dtype=torch.float32)
+            label = nearest(label).to(torch.uint8)
+    image = _scale(image, settings)
+    return (image, label) if settings.foreground_threshold is None else _crop(image, label, settings, where)
+
+
+def _scale(image: MetaTensor, settings: Preprocessing) -> MetaTensor:
+    if settings.intensity == "zscore":
+        return NormalizeIntensity(nonzero=True, channel_wise=True)(image)
+    limits = settings.low, settings.high, 0.0, 1.0
+    if settings.intensity == "window":
+        return ScaleIntensityRange(*limits, clip=True)(image)
+    return ScaleIntensityRangePercentiles(*limits, clip=True, channel_wise=True)(image)
+
+
+def _crop(
+    image: MetaTensor, label: MetaTensor | None, settings: Preprocessing, where: str
+) -> tuple[MetaTensor, MetaTensor | None]:
+    def foreground(x: torch.Tensor) -> torch.Tensor:
+        return x != 0 if settings.intensity == "zscore" else x > settings.foreground_threshold
+
+    if not bool(foreground(image.as_tensor()).any()):
+        raise InputError(
+            f"{where}: found no voxel above {settings.foreground_threshold:g} of the intensity range, "
+            "expected a foreground to crop to"
+        )
+    crop = CropForeground(select_fn=foreground, margin=settings.margin, allow_smaller=True)
+    start, stop = crop.compute_bounding_box(image)
+    return crop.crop_pad(image, start, stop), label if label is None else crop.crop_pad(label, start, stop)
+
+
+def check_hounsfield(image: torch.Tensor, low: float, high: float, where: str | Path) -> None:
+    """Raise InputError if intensities cannot be HU: scaled to [0, 1], without the rescale offset, or out of range.
+
+    Only windows of at least 100 are in HU. The thresholds are our choice.
+    """
+    if high - low < 100:
+        return
+    least, most = float(image.min()), float(image.max())
+    sample = image.flatten()[:: max(1, image.numel() // 1_000_000)]
+    found = f"{where}: found intensities {least:g}..{most:g}, expected HU"
+    if most - least < 50:
+        raise InputError(f"{found}: a range below 50 looks scaled already")
+    if least < -33_000 or most > 70_000:
+        raise InputError(f"{found}: scanners store -32768..65535")
+    if float(((sample >= low) & (sample <= high)).float().mean()) < 0.001:
+        raise InputError(f"{found}: hardly any lie in {low:g}..{high:g}")
+    if least >= 0 and float((sample > 800).float().mean()) > 0.2:
+        raise InputError(f"{found}: none is below 0 and a fifth is above 800, so the rescale offset seems lost")
