@@ -202,7 +202,7 @@ def test_bad_input(two_cases):
     damaged = bytearray(gzip.compress(nib.Nifti1Image(label.astype(np.uint8), AFFINE).to_bytes(), mtime=0))
     damaged[200:260] = b"\xff" * 60  # nibabel reads this without a word, as other labels
     (two_cases / "p/img0035.nii.gz").write_bytes(damaged)
-    with pytest.raises(InputError, match="img0035.nii.gz: the gzip data is damaged"):
+    with pytest.raises(InputError, match="img0035.nii.gz: .*CRC check failed"):
         run(two_cases)
     colours = np.zeros(label.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])
     nib.save(nib.Nifti1Image(colours, AFFINE), two_cases / "p/img0035.nii.gz")
