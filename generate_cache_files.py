@@ -39,7 +39,7 @@ class CacheSettings(DataSettings):
     dry_run: bool = setting(False, "print number, size and time without building; with --prune: without removing")
     verify: bool = setting(False, "compare every file of the cache with its checksum")
     prune: bool = setting(False, "remove the volumes that the given lists do not name; name all lists")
-    report: bool = setting(False, "print the data set's shapes, spacings, intensities and foreground")
+    report: bool = setting(False, "print shapes, spacings, intensities, foreground, and the files that were skipped")
 
 
 def main() -> None:
@@ -115,9 +115,12 @@ def build(settings: CacheSettings, cases: Sequence[Case], preprocessing: Preproc
     from common.cache.build import build_missing
 
     result = build_missing(cases, preprocessing, settings.cache_dir, settings.workers, unique=settings.preset is None)
-    print_main(summary(result, settings, len(cases)))
+    skipped = settings.skipped()
+    print_main(summary(result, settings, len(cases), len(skipped)))
     if settings.report:
         print_main(maintenance.describe_cache(result.volumes))
+        for item in skipped:
+            print_main(f"  skipped {item.path}: {item.reason}")
     if result.failures:
         print_main(failures.failure_table(result.failures))
         if not settings.allow_failures:
@@ -125,15 +128,15 @@ def build(settings: CacheSettings, cases: Sequence[Case], preprocessing: Preproc
             raise InputError(f"{failed}; the others are cached (--allow_failures makes this exit with 0)")
 
 
-def summary(result: "BuildResult", settings: CacheSettings, count: int) -> str:
-    """Return one line about the volumes, their size, and the time and memory that building took."""
+def summary(result: "BuildResult", settings: CacheSettings, count: int, skipped: int) -> str:
+    """Return one line about the volumes, their size, the cost of building, and the number of skipped files."""
     from common.cache.maintenance import duration, folder_bytes
 
     size = sum(folder_bytes(volume.folder) for volume in result.volumes)
     text = f"cache: {len(result.volumes)} of {count} volumes in {settings.cache_dir}, {size / 1e9:.2f} GB; "
     text += f"{result.built} built in {duration(result.seconds)}"
-    memory = f", largest memory of a process {result.peak_memory / 2**30:.2f} GiB"
-    return text + (memory if result.built else "")
+    text += f", largest memory of a process {result.peak_memory / 2**30:.2f} GiB" if result.built else ""
+    return text + (f"; {skipped} files or folders skipped" if skipped else "")
 
 
 if __name__ == "__main__":

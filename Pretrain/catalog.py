@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.config import group, load_yaml, read_yaml, setting
-from common.data.datalist import DATA_ROOT_HELP, Case, find_volumes, read_cases, stem
+from common.data.datalist import DATA_ROOT_HELP, Case, Skipped, find_volumes, read_cases, skipped_text, stem
 from common.data.preprocessing import Preprocessing
 from common.errors import InputError
 from common.runlog import print_main
@@ -46,6 +46,12 @@ class DataSettings:
         if not cases:
             raise InputError("no data: expected --datasets or --datalist")
         return cases
+
+    def skipped(self) -> list[Skipped]:
+        """Return the files and folders of the data sets and lists that are not read."""
+        root = Path(self.data_root or "data")
+        found = [item for source in load_all(self.datasets) for item in find(source, root)[1]]
+        return found + [item for path in self.datalist if path.is_dir() for item in find_volumes(path)[1]]
 
 
 # ---------------------------------------------------------------- published data sets
@@ -109,29 +115,41 @@ def read_datasets(names: Sequence[str], data_root: str | Path | None = None) -> 
     root = Path(data_root or "data")
     if not root.is_dir():
         raise InputError(f"--data_root {root}: no such folder")
-    sources = {source.name: source for name in names for source in load(name)}
+    sources = load_all(names)
     cases = []
-    for source in sources.values():
-        found = find(source, root)
+    for source in sources:
+        found, skipped = find(source, root)
         print_main(f"{source.name}: {len(found)} of {source.count} found{_remark(source, root, len(found))}")
+        if skipped:
+            print_main(f"{source.name}: {skipped_text(skipped)}")
         cases += found
     if not cases:
-        wanted = "; ".join(f"{s.name}: {s.layout}" for s in sources.values())
-        raise InputError(f"{root}: found no volume of {', '.join(sources)}; expected {wanted}")
+        names, layouts = zip(*((s.name, f"{s.name}: {s.layout}") for s in sources))
+        raise InputError(f"{root}: found no volume of {', '.join(names)}; expected {'; '.join(layouts)}")
     return cases
 
 
-def find(source: Source, root: Path) -> list[Case]:
-    """Return the images of a data set in `root`, sorted by path, with the name of the set in theirs."""
+def load_all(names: Sequence[str]) -> list[Source]:
+    """Return the data sets of several names, each once."""
+    return list({source.name: source for name in names for source in load(name)}.values())
+
+
+def find(source: Source, root: Path) -> tuple[list[Case], list[Skipped]]:
+    """Return the images of a data set in `root`, with the name of the set in theirs, and what was skipped."""
     folder = next((root / name for name in source.folders if (root / name).is_dir()), None)
     if folder is None:
-        return []
+        return [], []
     cases = []
-    for path in find_volumes(folder):
+    volumes, skipped = find_volumes(folder)
+    for path in volumes:
         inside = path.relative_to(folder).as_posix()
-        if _matches(inside, source.include) and not _matches(inside, source.exclude) and not _is_label(path):
+        if _matches(path.name.lower(), LABEL_FILES):
+            skipped.append(Skipped(path, "named as a label"))
+        elif not _matches(inside, source.include) or _matches(inside, source.exclude):
+            skipped.append(Skipped(path, f"left out by the YAML of {source.name}"))
+        else:
             cases.append(Case(f"{source.name}/{inside[: -len(path.name)]}{stem(path)}", path))
-    return cases
+    return cases, skipped
 
 
 def _remark(source: Source, root: Path, found: int) -> str:
@@ -144,7 +162,3 @@ def _remark(source: Source, root: Path, found: int) -> str:
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-
-
-def _is_label(path: Path) -> bool:
-    return _matches(path.name.lower(), LABEL_FILES)

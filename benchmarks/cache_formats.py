@@ -22,8 +22,8 @@ h5py 3.16.0, zarr 3.1.6): MB on disk, seconds to write, and milliseconds per war
 The cache uses blosc2, lz4hc 5 with bitshuffle, chunks of 64^3, blocks of 32^3. It reads as fast as the memory map with
 less than half the bytes; zstd saves another 10 to 20 % and takes 1.5 times as long; HDF5 and zarr take 2 to 7 times as
 long. Bitshuffle needs 5 % fewer bytes than shuffle here, 9 % on a real series (3.1 and 3.4 MB), and reads large crops
-20 % slower. For a cold 96^3 crop the kernel reads 26 MB with blosc2's memory map and its read-ahead, 5.8 with HDF5, 3.1 with
-zarr.
+20 % slower. For a cold 96^3 crop the kernel reads 26 MB with blosc2's memory map and its read-ahead, 5.8 with HDF5,
+3.1 with zarr.
 """
 
 import importlib.util

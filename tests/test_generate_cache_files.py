@@ -63,6 +63,11 @@ def test_shards_share_a_list_and_together_make_all(tmp_path, monkeypatch, capsys
     run(monkeypatch, *flags, "--report")
     printed = capsys.readouterr().out
     assert "5 of 5 volumes" in printed and "0 built" in printed and "spacing D as scanned" in printed
+    assert "skipped" not in printed
+    nifti(tmp_path / "scans/masks/0.nii.gz")
+    run(monkeypatch, *flags, "--report")
+    printed = capsys.readouterr().out
+    assert "; 1 files or folders skipped" in printed and f"  skipped {tmp_path}/scans/masks: named as" in printed
     with pytest.raises(InputError, match="--shard 2/2: expected i/n"):
         run(monkeypatch, *flags, "--shard", "2/2")
 

@@ -2,18 +2,24 @@
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.data import dicom
 from common.errors import InputError, one_line
+from common.runlog import print_main
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
-# how the names of folders with labels begin
-LABEL_FOLDERS = ("label", "mask", "seg", "annotation")
+# names of folders with labels: whole words, so that a scan in seg_dicom4qi/ is read
+LABEL_FOLDER = re.compile(
+    r"(labels?|masks?|segs?|segmentations?|annotations?)[-_ ]?(tr|ts|va|train|test|val|training|testing|validation)?"
+    r"[-_ ]?\d*",
+    re.IGNORECASE,
+)
 # of folders that may be added to a name to make it unique
 MAX_PARENTS = 7
 DATA_ROOT_HELP = "folder that relative paths of a list start from; none or /: the folder of the list"
@@ -38,7 +44,8 @@ def read_cases(source: str | Path, root: str | Path | None = None, section: str 
 
     Args:
         source: a JSON file in the layout of the Medical Segmentation Decathlon; a folder, which is searched for image
-            files and DICOM series; or a text file with one path per line, where `#` starts a comment.
+            files and DICOM series (what is skipped is printed); or a text file with one path per line, where `#`
+            starts a comment.
         root: folder that relative paths start from; None or "/" is the folder of the list. Absolute paths are taken as
             they are, and links are followed.
         section: the section of a JSON file to read.
@@ -53,7 +60,10 @@ def read_cases(source: str | Path, root: str | Path | None = None, section: str 
     source = Path(source)
     base = source.parent if root is None or os.path.abspath(root) == os.sep else Path(root)
     if source.is_dir():
-        cases = [Case(stem(path), path) for path in find_volumes(source)]
+        volumes, skipped = find_volumes(source)
+        cases = [Case(stem(path), path) for path in volumes]
+        if skipped:
+            print_main(f"{source}: {skipped_text(skipped)}")
     elif source.suffix.lower() == ".json":
         cases = _read_json(source, base, section)
     else:
@@ -83,40 +93,67 @@ def stem(path: str | Path) -> str:
 # ---------------------------------------------------------------- folders
 
 
-def find_volumes(folder: Path) -> list[Path]:
-    """Return the image files and DICOM folders under `folder`, sorted, without label folders (labelsTr, masks, ...).
+@dataclass(frozen=True, order=True)
+class Skipped:
+    """A file or folder that is not read, and the reason."""
 
-    Links to folders are followed, each folder is visited once.
+    path: Path
+    reason: str
+
+
+def find_volumes(folder: Path) -> tuple[list[Path], list[Skipped]]:
+    """Return the image files and DICOM folders under `folder`, and what was skipped, both sorted.
+
+    Folders of labels (labelsTr, masks, ...) are skipped. Links to folders are followed; each folder is read once.
+
+    Raises:
+        InputError: a folder cannot be read.
     """
-    return sorted(_walk(folder, set()))
+    volumes: list[Path] = []
+    skipped: list[Skipped] = []
+    named_as_file: list[Path] = []
+    visited: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_raise_unreadable):
+        state = os.stat(place)
+        if (state.st_dev, state.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((state.st_dev, state.st_ino))
+        found, ignored = _volumes_in(Path(place), files)
+        volumes += found
+        skipped += ignored
+        skipped += [Skipped(Path(place, name), "named as a folder of labels") for name in folders if _is_labels(name)]
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _is_labels(name))
+        named_as_file += [Path(place, name) for name in folders if name.lower().endswith(ENDINGS)]
+    # an unpacked archive may be a folder x.nii.gz with a file x.nii.gz
+    empty = [path for path in named_as_file if not any(volume.is_relative_to(path) for volume in volumes)]
+    skipped += [Skipped(path, "a folder named as a file") for path in empty]
+    return sorted(volumes), sorted(skipped)
 
 
-def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[Path]:
-    try:
-        state = folder.stat()
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read ({error.strerror})") from None
-    if (state.st_dev, state.st_ino) in visited:
-        return
-    visited.add((state.st_dev, state.st_ino))
-    visible = [entry for entry in entries if not entry.name.startswith(".")]
-    files = [Path(entry.path) for entry in visible if not _is_dir(entry)]
-    volumes = [path for path in files if path.name.lower().endswith(ENDINGS)]
-    yield from volumes
-    if not volumes and any(map(dicom.is_dicom_file, files)):
-        yield folder
-    for entry in visible:
-        if _is_dir(entry) and not entry.name.lower().startswith(LABEL_FOLDERS):
-            yield from _walk(Path(entry.path), visited)
+def _raise_unreadable(error: OSError) -> None:
+    raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
-def _is_dir(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    # a loop of links
-    except OSError:
-        return False
+def _is_labels(name: str) -> bool:
+    return LABEL_FOLDER.fullmatch(name) is not None
+
+
+def _volumes_in(folder: Path, files: list[str]) -> tuple[list[Path], list[Skipped]]:
+    """Return the volumes directly in a folder: its image files, or itself if it has DICOM files only."""
+    visible = [folder / name for name in sorted(files) if not name.startswith(".")]
+    images = [path for path in visible if path.name.lower().endswith(ENDINGS)]
+    has_series = any(dicom.is_dicom_file(path) for path in visible if path not in images)
+    if images and has_series:
+        return images, [Skipped(folder, "DICOM files beside image files")]
+    return [folder] if has_series else images, []
+
+
+def skipped_text(skipped: Sequence[Skipped], limit: int = 3) -> str:
+    """Return the number of skipped files and folders, and up to `limit` of them with the reasons."""
+    named = [f"{item.path} ({item.reason})" for item in skipped[:limit]]
+    named += [f"{len(skipped) - limit} more"] if len(skipped) > limit else []
+    return f"skipped {len(skipped)} files or folders: {', '.join(named)}"
 
 
 # ---------------------------------------------------------------- JSON

@@ -38,6 +38,30 @@ def test_a_folder_gives_its_images_and_series_but_no_label(tmp_path):
     assert [case.name for case in read_cases(tmp_path)] == ["two", "one", "patient"]
 
 
+@pytest.mark.parametrize("name", ["labelsTr", "labels", "LABELS_ts", "seg", "masks", "labelsTr2200", "Segmentations"])
+def test_a_folder_of_labels_is_skipped_and_printed(tmp_path, capsys, name):
+    nifti(tmp_path / "a.nii.gz"), nifti(tmp_path / name / "b.nii.gz")
+    assert [case.name for case in read_cases(tmp_path)] == ["a"]
+    assert f"skipped 1 files or folders: {tmp_path / name} (named as a folder of labels)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["seg_dicom4qi", "mask-fitting study", "labelled", "segment7", "annotated"])
+def test_a_folder_is_not_skipped_for_the_start_of_its_name(tmp_path, capsys, name):
+    write_dicom(tmp_path / name, phantom(SHAPE)[0][:, :, :3], affine_of(SHAPE, SPACING))
+    assert [case.name for case in read_cases(tmp_path)] == [name]
+    assert not capsys.readouterr().out
+
+
+def test_what_else_is_skipped_is_printed(tmp_path, capsys):
+    (tmp_path / "x.nii.gz").mkdir()
+    nifti(tmp_path / "y.nii.gz/y.nii.gz"), nifti(tmp_path / "both/z.nii")
+    write_dicom(tmp_path / "both", phantom(SHAPE)[0][:, :, :3], affine_of(SHAPE, SPACING))
+    assert [case.name for case in read_cases(tmp_path)] == ["z", "y"]
+    printed = capsys.readouterr().out
+    assert "skipped 2 " in printed and "both (DICOM files beside image files)" in printed
+    assert "x.nii.gz (a folder named as a file)" in printed
+
+
 def test_a_text_file_of_paths(tmp_path):
     (tmp_path / "list.txt").write_text("a/x.nii.gz  # comment\n\n# nothing\nb/x.nii.gz\n/abs/y.nii\n")
     cases = read_cases(tmp_path / "list.txt", "/")
