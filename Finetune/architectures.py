@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from common import checkpoint
 from common.config import from_dict, setting
 from common.errors import InputError, one_line
-from Finetune.models_3dvit import VisionTransformer3D, grid_of, read_checkpoint
+from Finetune.models_3dvit import VisionTransformer3D, grid_of
 from Finetune.models_classifier import Classifier
 from Finetune.models_convvit3d import STRIDE, ConvViT3D
 from Finetune.models_unetr import UNETR, ConvViT3DUNETR, LinearProbe
 from Finetune.presets import Preset
+from Finetune.pretrained import read_checkpoint
 
 Triple = tuple[int, int, int]
 Quadruple = tuple[int, int, int, int]
@@ -317,7 +318,7 @@ def dynunet(a: Architecture) -> DynUNet:
 
 def freeze_encoder(model: nn.Module) -> None:
     """No gradient for what pretraining hands on. The hybrid's pyramid has parts of its own, which stay trainable."""
-    names = set(getattr(model.backbone, "_shared_names", None) or dict(model.backbone.named_parameters()))
+    names = set(getattr(model.backbone, "encoder_names", None) or dict(model.backbone.named_parameters()))
     for name, parameter in model.backbone.named_parameters():
         if name in names:
             parameter.requires_grad_(False)

@@ -1,25 +1,21 @@
-"""3D vision transformer: the encoder of MAE and GL-MAE, its MAE decoder, and the loading of pretrained weights.
+"""3D vision transformer: the encoder of MAE and GL-MAE, with the decoder of MAE.
 
-    B batch   (D, H, W) voxels   (d, h, w) grid of patches   N = d*h*w patches   K kept patches   C width
+    B batch   (D, H, W) voxels   (d, h, w) patch grid   N = d*h*w patches   K kept patches   C width
     tokens (B, 1+N, C): the CLS token first, then the patches in raster order of (d, h, w)
 
-Stands alone on torch and timm, so that a notebook needs this one file:
+Needs torch, timm and pretrained.py beside it, nothing else of this repository:
 
     from models_3dvit import vit_base_patch16_3d
     model = vit_base_patch16_3d(img_size=(96, 96, 96))
     missing_keys, unexpected_keys = model.load_pretrained_checkpoint("checkpoint-1599.pth")
 
-Architecture and parameter names: those of the weights released with GL-MAE (arXiv 2306.08913, IEEE TMI 2025), so that
-they load; the numerics of a block are timm's `Block`.
+Architecture and parameter names are those of the weights released with GL-MAE (arXiv 2306.08913, IEEE TMI 2025), so
+that these load. The blocks are timm's `Block`.
 """
 
-import argparse
 import math
 import os
-import re
-import zipfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -28,37 +24,59 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+if __package__:
+    from . import pretrained
+else:
+    # a notebook has Finetune/ itself on its path
+    import pretrained
+
 Grid = tuple[int, int, int]
+SIZES = {
+    "tiny": dict(embed_dim=192, depth=12, num_heads=3),
+    "small": dict(embed_dim=384, depth=12, num_heads=6),
+    "base": dict(embed_dim=768, depth=12, num_heads=12),
+    "large": dict(embed_dim=1024, depth=24, num_heads=16),
+    "huge": dict(embed_dim=1280, depth=32, num_heads=16),
+}
 
 
 # ---------------------------------------------------------------- functions
 
 
-def triple(value: int | Sequence[int]) -> Grid:
-    """One number for all three axes, or one per axis (D, H, W)."""
+def triple(value: int | Sequence[int], name: str = "size") -> Grid:
+    """Return one number for all three axes, or one per axis, as (D, H, W). `name` is used in errors."""
     values = (value,) * 3 if isinstance(value, int) else tuple(int(v) for v in value)
     if len(values) != 3 or min(values) < 1:
-        raise ValueError(f"found {value!r}, needs one positive number or three (D, H, W)")
+        raise ValueError(f"{name}: found {value!r}, expected one number of at least 1, or three (D, H, W)")
     return values
 
 
 def grid_of(img_size: Sequence[int], patch_size: Sequence[int]) -> Grid:
-    """The grid (d, h, w) of patches in a volume; ValueError when the patch size does not divide it."""
+    """Return the patch grid (d, h, w) of a volume. ValueError when the patch size does not divide the volume."""
     if any(s % p or s < p for s, p in zip(img_size, patch_size)):
         raise ValueError(f"volume {tuple(img_size)} is not divisible by the patch size {tuple(patch_size)}")
     return tuple(s // p for s, p in zip(img_size, patch_size))
 
 
-def get_3d_sincos_pos_embed(embed_dim: int, grid: Grid, cls_token: bool = False) -> Tensor:
-    """Fixed sine-cosine positions (1, [1+]N, C) on integer coordinates of the grid (d, h, w); the CLS row is zero.
+def check_sizes(embed_dim: int, num_heads: int, depth: int = 1) -> None:
+    """Raise ValueError unless the sizes of a transformer are positive and its heads divide its width."""
+    for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("depth", depth)):
+        if size < 1:
+            raise ValueError(f"{name}: found {size}, expected at least 1")
+    if embed_dim % num_heads:
+        raise ValueError(f"embed_dim: found {embed_dim}, expected a multiple of num_heads {num_heads}")
 
-    Three equal parts of the width for d, h, w, each [sin(p*w_k), cos(p*w_k)] with w_k = 10000^(-k/(C/6)), as in the
-    authors' code. Where 6 does not divide C (1024, 1280, 512), C//6 frequencies are used and the last C mod 6 channels
-    stay zero (our choice).
+
+def get_3d_sincos_pos_embed(embed_dim: int, grid: Grid, cls_token: bool = False) -> Tensor:
+    """Return fixed sine-cosine positions (1, [1+]N, C) for the coordinates 0, 1, ... of a patch grid (d, h, w).
+
+    The width has three equal parts for d, h and w, each [sin(p*w_k), cos(p*w_k)] with w_k = 10000^(-k/(C/6)), as in
+    the authors' code. If C is not divisible by 6 (1024, 1280, 512), C//6 frequencies are used and the last C mod 6
+    channels are zero (our choice). With `cls_token` a row of zeros comes first.
     """
     frequencies = embed_dim // 6
     if frequencies < 1:
-        raise ValueError(f"width {embed_dim} is too small for 3D sine-cosine positions, needs at least 6")
+        raise ValueError(f"embed_dim: found {embed_dim}, expected at least 6 for 3D sine-cosine positions")
     omega = 10000.0 ** (-torch.arange(frequencies, dtype=torch.float64) / frequencies)
     axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     angles = [axis.reshape(-1, 1) * omega for axis in axes]  # 3 x (N, C/6)
@@ -68,9 +86,9 @@ def get_3d_sincos_pos_embed(embed_dim: int, grid: Grid, cls_token: bool = False)
 
 
 def resample_pos_embed(table: Tensor, source: Grid, target: Grid, num_prefix_tokens: int = 1) -> Tensor:
-    """Position table (1, prefix+n, C) of the grid `source` at the grid `target`, trilinear; prefix rows (CLS) are kept.
+    """Resample a position table (1, prefix+n, C) trilinearly from one patch grid to another. Prefix rows are kept.
 
-    The grids are explicit: a grid guessed from a token count scrambles every volume that is not a cube.
+    Both grids are explicit: guessing the grid from the number of tokens scrambles every volume that is not a cube.
     """
     prefix, patches = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
     if patches.shape[1] != math.prod(source):
@@ -82,12 +100,41 @@ def resample_pos_embed(table: Tensor, source: Grid, target: Grid, num_prefix_tok
     return torch.cat([prefix, volume.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
+def fit_pos_embed(
+    table: Tensor,
+    target_grid: Grid,
+    num_prefix_tokens: int = 1,
+    source_grid: Sequence[int] | None = None,
+    resample: bool = True,
+    where: object = "position table",
+) -> Tensor:
+    """Return the position table of a file, (1, n or 1+n, C), as (1, prefix+N, C) for the patch grid `target_grid`.
+
+    A CLS row is dropped, or added as zeros. The grid of the file is `source_grid`; without it `target_grid` if the
+    number of rows fits, else a cube.
+
+    Raises:
+        ValueError: the rows fit none of these grids, or the grids differ and `resample` is False.
+    """
+    if table.ndim != 3:
+        raise ValueError(f"{where}: found a position table of shape {tuple(table.shape)}, expected (1, rows, width)")
+    rows, target = table.shape[1], tuple(target_grid)
+    cubes = [(side,) * 3 for side in (round(n ** (1 / 3)) for n in (rows - 1, rows)) if side > 0]
+    candidates = [triple(source_grid, "source_grid")] if source_grid else [target, *cubes]
+    grid = next((grid for grid in candidates if rows - math.prod(grid) in (0, 1)), None)
+    if grid is None:
+        expected = f"the grid {candidates[0]}" if source_grid else f"the grid {target} or a cube"
+        raise ValueError(f"{where}: position table: found {rows} rows, expected {expected}; pass source_grid=(d, h, w)")
+    if grid != target and not resample:
+        raise ValueError(f"{where}: position table: found the grid {grid}, expected {target} as resampling is off")
+    prefix = rows - math.prod(grid)
+    patches = resample_pos_embed(table[:, prefix:], grid, target, num_prefix_tokens=0)
+    cls_row = table[:, :1] if prefix else torch.zeros_like(table[:, :1])
+    return torch.cat([cls_row, patches], dim=1) if num_prefix_tokens else patches
 
 
 def take(tokens: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids` (B, K) of `tokens` (B, N, C) -> (B, K, C)."""
+    """Return the rows `ids` (B, K) of `tokens` (B, N, C) as (B, K, C)."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
@@ -95,7 +142,7 @@ def take(tokens: Tensor, ids: Tensor) -> Tensor:
 
 
 class PatchEmbed3D(nn.Module):
-    """Non-overlapping patches, linearly embedded: (B, in_chans, D, H, W) -> (B, N, C)."""
+    """Linear embedding of non-overlapping patches: (B, in_chans, D, H, W) -> (B, N, C)."""
 
     def __init__(self, patch_size: Grid, in_chans: int, embed_dim: int):
         super().__init__()
@@ -106,16 +153,21 @@ class PatchEmbed3D(nn.Module):
 
 
 class VisionTransformer3D(nn.Module):
-    """3D ViT: fixed sine-cosine positions, a CLS token, pre-norm timm blocks (LayerNorm eps 1e-6), a final norm.
+    """3D ViT with fixed sine-cosine positions, a CLS token, pre-norm blocks (LayerNorm eps 1e-6) and a final norm.
 
     Args:
-        img_size: voxels (D, H, W) or one number; sets the grid of the stored position table. Inputs of any other size
-            that the patch size divides are accepted: the table is resampled from its true grid.
-        patch_size: voxels (D, H, W) or one number.
-        encoder_only: False adds the MAE decoder (`decoder_*`, `mask_token`). 576 wide by default (our choice: the width
-            of the authors' own 3D MAE; the released class has 512).
-        class_token: False leaves the CLS token out, as the authors do when they fine-tune for segmentation.
-        num_classes: more than 0 adds a classification head at once, as `add_classification_head` does later.
+        img_size: voxels (D, H, W), or one number. Sets the grid of the stored position table. Inputs of any other size
+            that the patch size divides are accepted: the table is resampled for them.
+        patch_size: voxels (D, H, W), or one number.
+        encoder_only: False adds the MAE decoder (`decoder_*`, `mask_token`). Its default width of 576 is our choice:
+            that of the authors' own 3D MAE, where the released class has 512.
+        class_token: False leaves out the CLS token, as the authors do for segmentation.
+        num_classes: more than 0 adds a classification head, as `add_classification_head` does.
+        drop_path_rate: stochastic depth, growing linearly from 0 over the blocks.
+
+    Raises:
+        ValueError: a size is not positive, the patch size does not divide `img_size`, or the heads do not divide the
+            width.
     """
 
     def __init__(
@@ -137,7 +189,8 @@ class VisionTransformer3D(nn.Module):
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        self.img_size, self.patch_size = triple(img_size), triple(patch_size)
+        check_sizes(embed_dim, num_heads, depth)
+        self.img_size, self.patch_size = triple(img_size, "img_size"), triple(patch_size, "patch_size")
         self.grid_size = grid_of(self.img_size, self.patch_size)
         self.in_chans, self.embed_dim = in_chans, embed_dim
         self.num_prefix_tokens = int(class_token)
@@ -152,10 +205,11 @@ class VisionTransformer3D(nn.Module):
         self.pos_embed = self._position_table(embed_dim)
         self.blocks = nn.ModuleList(block(embed_dim, num_heads, drop_path=rate) for rate in drop_paths)
         self.norm = norm_layer(embed_dim)
-        self._encoder_names = tuple(self.state_dict())
+        self.encoder_names = tuple(self.state_dict())
 
         self.has_decoder = not encoder_only
         if self.has_decoder:
+            check_sizes(decoder_embed_dim, decoder_num_heads)
             self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
             self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
             self.decoder_pos_embed = self._position_table(decoder_embed_dim)
@@ -174,7 +228,7 @@ class VisionTransformer3D(nn.Module):
         return nn.Parameter(table, requires_grad=False)
 
     def _init_weights(self) -> None:
-        """MAE's: xavier-uniform linears, the patch embedding likewise on its flattened view, tokens N(0, 0.02)."""
+        """As MAE: Xavier-uniform linear layers and (flattened) patch embedding, tokens from N(0, 0.02)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -195,18 +249,18 @@ class VisionTransformer3D(nn.Module):
         return_layers: Sequence[int] = (),
         return_features: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]] | dict[str, Tensor]:
-        """A volume (B, in_chans, D, H, W) to what its caller needs.
+        """Encode a volume (B, in_chans, D, H, W). What is returned depends on the arguments:
 
         ======================  ====================================================================================
-        `model(x)`              the CLS token (B, C) after the final norm, or the classification head's logits
+        none                    the CLS token (B, C) after the final norm, or the logits of the classification head
         `return_features=True`  dict of `cls_token` (B, C), `patch_features` (B, N, C), `all_features` (B, 1+N, C)
-        `ids_keep` (B, K)       an autoencoder's: tokens (B, 1+K, C) of the kept patches alone, normed, in that order
-        `return_layers` (3, 6)  a segmentation head's: (tokens (B, 1+N, C) normed, [hidden states of blocks 3, 6]),
-                                counted from 0, before the final norm; each (B, 1+N, C)
+        `ids_keep` (B, K)       tokens (B, 1+K, C) of the kept patches in that order, for an autoencoder
+        `return_layers` (3, 6)  (tokens (B, 1+N, C), [hidden states after the blocks 3 and 6, each (B, 1+N, C)]), for a
+                                segmentation head; blocks are counted from 0
         ======================  ====================================================================================
 
-        With `class_token=False` there is no CLS row: token counts drop by one, and the mean patch token stands in for
-        `cls_token`.
+        Tokens are those after the final norm, hidden states those before it. With `class_token=False` there is no CLS
+        row, and the mean of the patch tokens is returned as `cls_token`.
         """
         tokens, hidden = self.forward_tokens(x, ids_keep, return_layers)
         if return_features:
@@ -222,7 +276,7 @@ class VisionTransformer3D(nn.Module):
     def forward_tokens(
         self, x: Tensor, ids_keep: Tensor | None = None, return_layers: Sequence[int] = ()
     ) -> tuple[Tensor, list[Tensor]]:
-        """Normed tokens (B, 1+K, C) and the hidden states after the blocks `return_layers`, each (B, 1+K, C)."""
+        """Return the normed tokens (B, 1+K, C) and the hidden states after `return_layers`, each (B, 1+K, C)."""
         x, pos_embed = self._embed(x)  # (B, N, C), (1, 1+N, C)
         x = x + pos_embed[:, self.num_prefix_tokens :]
         if ids_keep is not None:
@@ -241,10 +295,12 @@ class VisionTransformer3D(nn.Module):
         return self.norm(x), hidden
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor, grid: Grid | None = None) -> Tensor:
-        """The removed patches predicted: (B, N, pd*ph*pw*in_chans), for all patches of the grid (d, h, w).
+        """Predict the voxels of all patches: (B, N, pd*ph*pw*in_chans).
 
-        `latent` (B, 1+K, C) are the tokens of the kept patches; `ids_restore` (B, N) puts kept, then removed patches
-        back into raster order.
+        Args:
+            latent: tokens (B, 1+K, C) of the kept patches.
+            ids_restore: (B, N), puts the kept patches followed by the removed ones back into raster order.
+            grid: patch grid (d, h, w) of the input, by default that of the position table.
         """
         prefix = self.num_prefix_tokens
         x = self.decoder_embed(latent)
@@ -259,7 +315,7 @@ class VisionTransformer3D(nn.Module):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.ndim != 5 or x.shape[1] != self.in_chans:
-            raise ValueError(f"found an input of shape {tuple(x.shape)}, needs (B, {self.in_chans}, D, H, W)")
+            raise ValueError(f"found an input of shape {tuple(x.shape)}, expected (B, {self.in_chans}, D, H, W)")
         grid = grid_of(x.shape[2:], self.patch_size)
         return self.patch_embed(x), resample_pos_embed(self.pos_embed, self.grid_size, grid, self.num_prefix_tokens)
 
@@ -269,40 +325,40 @@ class VisionTransformer3D(nn.Module):
     # ------------------------------------------------------------ for fine-tuning
 
     def add_classification_head(self, num_classes: int) -> None:
-        """A linear head on the CLS token; from then on `model(x)` gives its logits (B, num_classes)."""
+        """Add a linear layer on the CLS token. `model(x)` then returns its logits (B, num_classes)."""
         self.head = nn.Linear(self.embed_dim, num_classes).to(self.norm.weight.device)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
     def remove_decoder(self) -> None:
-        """Leave the encoder alone, as `encoder_only=True` builds it."""
+        """Delete the MAE decoder."""
         for name in {key.split(".")[0] for key in self.state_dict() if key.startswith(("decoder_", "mask_token"))}:
             delattr(self, name)
         self.has_decoder = False
 
     def freeze_encoder(self) -> None:
-        """No gradient for the encoder; decoder and head stay as they are."""
+        """Stop training the encoder. Decoder and head are unchanged."""
         self._set_encoder_trainable(False)
 
     def unfreeze_encoder(self) -> None:
-        """Gradients for the encoder again, except for the position table, which is fixed by design."""
+        """Train the encoder again, except for its fixed position table."""
         self._set_encoder_trainable(True)
 
     def _set_encoder_trainable(self, trainable: bool) -> None:
-        for name in self._encoder_names:
+        for name in self.encoder_names:
             if name != "pos_embed":
                 self.get_parameter(name).requires_grad_(trainable)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass: less memory, about a third more time."""
+        """Recompute the blocks in the backward pass, which saves memory and takes about a third more time."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names that weight decay leaves alone besides biases and norms, as in timm's ViT."""
+        """Return the names of parameters without weight decay, besides biases and norms, as in timm's ViT."""
         return {"pos_embed", "cls_token", "decoder_pos_embed", "mask_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Depth of each parameter for timm's layer-wise learning-rate decay."""
+        """Return patterns that order the parameters by depth, for timm's layer-wise learning-rate decay."""
         return {
             "stem": r"^cls_token|^pos_embed|^patch_embed",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
@@ -319,245 +375,65 @@ class VisionTransformer3D(nn.Module):
         source_grid: Grid | None = None,
         rescale_channels: bool = True,
     ) -> tuple[list[str], list[str]]:
-        """Load pretrained weights and print a short report; returns (missing_keys, unexpected_keys), under clean names.
+        """Load pretrained weights and print a short report.
 
         Args:
-            path: a checkpoint of ours or of the authors. The weights are taken from `student`, `state_dict`, `model` or
-                the top level, whichever comes first; the EMA teacher only when asked for with
-                `checkpoint_key="teacher"`. Nothing is ever unpickled beyond tensors, plain types and
-                `argparse.Namespace`.
-            encoder_only: take the encoder and leave decoder and head alone. False also loads those that fit by name and
-                shape.
-            interpolate_pos_embed: resample the position table when the grids differ; False makes that an error.
-            source_grid: the (d, h, w) grid of the file's position table. Needed only for a table that is neither
-                recorded in the file, nor of this model's grid, nor of a cube.
-            rescale_channels: a 1-channel patch embedding is repeated over `in_chans` and divided by it, so that an
-                image repeated over the channels gives the same features; False repeats only, as the authors' loader
-                does.
+            path: a checkpoint of this repository or of the authors. Nothing in the file is executed.
+            encoder_only: load the encoder alone. False also loads decoder and head tensors that fit by name and shape.
+            interpolate_pos_embed: resample the position table if the patch grids differ. False makes that an error.
+            checkpoint_key: where the weights are in the file; by default under `student`, `state_dict` or `model`, or
+                at the top level. `"teacher"` is the EMA teacher.
+            source_grid: patch grid (d, h, w) of the file's position table. Needed only if the file does not record
+                it, and it is neither that of this model nor a cube.
+            rescale_channels: divide a 1-channel patch embedding that is repeated over `in_chans` by their number, so
+                that an image repeated over the channels has the same features. False is what the authors' loader does.
+
+        Returns:
+            (missing_keys, unexpected_keys), without prefixes such as `module.`.
 
         Raises:
-            ValueError: the file cannot be read safely, or an encoder tensor is missing or does not fit. The model is
-                then unchanged.
+            ValueError: the file cannot be read, or an encoder tensor is missing, does not fit or is not finite. The
+                model is then unchanged.
         """
-        state, extras = read_checkpoint(path, checkpoint_key)
-        args = extras.get("args")
-        recorded = args.get("grid_size") if isinstance(args, dict) else None
-        fit_table = partial(
-            fit_pos_embed,
-            target_grid=self.grid_size,
-            num_prefix_tokens=self.num_prefix_tokens,
-            source_grid=source_grid or recorded,
-            resample=interpolate_pos_embed,
-            where=path,
-        )
-        fitted = {name: fit_table(state[name]) for name in ("pos_embed", "decoder_pos_embed") if name in state}
-        weight = "patch_embed.proj.weight"
-        if weight in state:
-            fitted[weight] = inflate_channels(state[weight], self.in_chans, rescale_channels)
-        self.load_report = load_matching(self, state | fitted, self._encoder_names, encoder_only, path)
-        self.load_report.resampled = [
-            n for n in self.load_report.matched if n in fitted and not same(fitted[n], state[n])
-        ]
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(self.load_report)
+
+        def adapt(state: pretrained.State, recorded_grid: Sequence[int] | None) -> pretrained.State:
+            adapted, grid = dict(state), source_grid or recorded_grid
+            for name in ("pos_embed",) if encoder_only else ("pos_embed", "decoder_pos_embed"):
+                if name in state:
+                    adapted[name] = fit_pos_embed(
+                        state[name], self.grid_size, self.num_prefix_tokens, grid, interpolate_pos_embed, path
+                    )
+            if (weight := "patch_embed.proj.weight") in state:
+                adapted[weight] = pretrained.inflate_channels(state[weight], self.in_chans, rescale_channels)
+            return adapted
+
+        self.load_report = pretrained.load_pretrained(self, path, adapt, encoder_only, checkpoint_key)
         return self.load_report.missing, self.load_report.unexpected
 
 
 # ---------------------------------------------------------------- factories
 
 
-def _vit(defaults: dict, overrides: dict) -> VisionTransformer3D:
-    return VisionTransformer3D(**dict(defaults, **overrides))
-
-
 def vit_tiny_patch16_3d(**kwargs) -> VisionTransformer3D:
-    """192 wide, 12 blocks, 3 heads. Every keyword argument of `VisionTransformer3D` may be given, `patch_size` too."""
-    return _vit(dict(patch_size=16, embed_dim=192, depth=12, num_heads=3), kwargs)
+    """Return the tiny ViT: width 192, 12 blocks, 3 heads. Takes all keyword arguments of `VisionTransformer3D`."""
+    return VisionTransformer3D(**(SIZES["tiny"] | kwargs))
 
 
 def vit_small_patch16_3d(**kwargs) -> VisionTransformer3D:
-    """384 wide, 12 blocks, 6 heads."""
-    return _vit(dict(patch_size=16, embed_dim=384, depth=12, num_heads=6), kwargs)
+    """Return the small ViT: width 384, 12 blocks, 6 heads."""
+    return VisionTransformer3D(**(SIZES["small"] | kwargs))
 
 
 def vit_base_patch16_3d(**kwargs) -> VisionTransformer3D:
-    """768 wide, 12 blocks, 12 heads: GL-MAE's encoder."""
-    return _vit(dict(patch_size=16, embed_dim=768, depth=12, num_heads=12), kwargs)
+    """Return the base ViT, GL-MAE's encoder: width 768, 12 blocks, 12 heads."""
+    return VisionTransformer3D(**(SIZES["base"] | kwargs))
 
 
 def vit_large_patch16_3d(**kwargs) -> VisionTransformer3D:
-    """1024 wide, 24 blocks, 16 heads."""
-    return _vit(dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16), kwargs)
+    """Return the large ViT: width 1024, 24 blocks, 16 heads."""
+    return VisionTransformer3D(**(SIZES["large"] | kwargs))
 
 
 def vit_huge_patch16_3d(**kwargs) -> VisionTransformer3D:
-    """1280 wide, 32 blocks, 16 heads."""
-    return _vit(dict(patch_size=16, embed_dim=1280, depth=32, num_heads=16), kwargs)
-
-
-# ---------------------------------------------------------------- loading
-
-
-@dataclass
-class LoadReport:
-    """What became of a checkpoint's tensors. Names are clean (without `module.` and the like)."""
-
-    path: str
-    matched: list[str] = field(default_factory=list)
-    resampled: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    encoder_total: int = 0
-    encoder_matched: int = 0
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.path}: {self.encoder_matched} of {self.encoder_total} encoder tensors, {len(self.matched)} in all"
-        ]
-        for label, names in (("resampled", self.resampled), ("missing", self.missing), ("dropped", self.unexpected)):
-            if names:
-                lines.append(f"  {label} {len(names)}: {shorten(names)}")
-        return "\n".join(lines)
-
-
-def shorten(names: Sequence[str], most: int = 4) -> str:
-    """The first few names and how many more there are."""
-    return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
-
-
-_WRAPPERS = re.compile(r"^(module|_orig_mod|backbone|vit|encoder)\.")
-
-
-def clean_keys(state: dict[str, Tensor], where: object = "state dict") -> dict[str, Tensor]:
-    """Names without the prefixes that DDP, torch.compile and surrounding modules add. Only at the start, as often as
-    they stand there."""
-    cleaned = {}
-    for key, value in state.items():
-        name = key
-        while _WRAPPERS.match(name):
-            name = _WRAPPERS.sub("", name)
-        if name in cleaned:
-            raise ValueError(f"{where}: two tensors are both called '{name}' without their prefixes (one is '{key}')")
-        cleaned[name] = value
-    return cleaned
-
-
-def read_checkpoint(path: str | os.PathLike, checkpoint_key: str | None = None) -> tuple[dict[str, Tensor], dict]:
-    """The weights of a checkpoint under clean names, and what else the file holds (epoch, args, ...).
-
-    Raises:
-        ValueError: no such file, torn, altered (each of its records has a CRC32), holding code (a pickle of anything
-            but tensors, plain types and `argparse.Namespace`), or without weights under a known key.
-    """
-    try:
-        if zipfile.is_zipfile(path):  # torch does not compare the checksums that it writes
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"damaged: the checksum of record {damaged} does not match")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # torch raises a different type for each way a file can be broken
-        reason = str(error).strip().splitlines()
-        refused = [line for line in reason if "Unsupported" in line or "GLOBAL" in line]
-        detail = (refused or reason or [type(error).__name__])[0]
-        raise ValueError(f"{path}: not a checkpoint that can be read safely ({detail})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: found {type(content).__name__}, needs a dict of weights")
-    extras = {key: value for key, value in content.items() if not isinstance(value, (dict, Tensor)) or key == "args"}
-    if isinstance(extras.get("args"), argparse.Namespace):
-        extras["args"] = vars(extras["args"])
-    keys = [checkpoint_key] if checkpoint_key else ["student", "state_dict", "model"]
-    for key in keys:
-        if isinstance(content.get(key), dict):
-            return _tensors(content[key], path), extras
-    if checkpoint_key is None and any(isinstance(value, Tensor) for value in content.values()):
-        return _tensors(content, path), extras
-    hint = (
-        "; it has a teacher: ask for it with checkpoint_key='teacher'"
-        if "teacher" in content and not checkpoint_key
-        else ""
-    )
-    raise ValueError(
-        f"{path}: no weights under {' or '.join(map(repr, keys))}, found the keys {sorted(map(str, content))}{hint}"
-    )
-
-
-def _tensors(state: dict, path: object) -> dict[str, Tensor]:
-    return clean_keys({key: value for key, value in state.items() if isinstance(value, Tensor)}, path)
-
-
-def fit_pos_embed(
-    table: Tensor,
-    target_grid: Grid,
-    num_prefix_tokens: int = 1,
-    source_grid: Grid | None = None,
-    resample: bool = True,
-    where: object = "position table",
-) -> Tensor:
-    """A file's position table (1, n or 1+n, C) as (1, prefix+N, C) of `target_grid`: CLS row added (zero) or dropped,
-    grid resampled.
-
-    The source grid is `source_grid` where given; else the target's where the row count allows it; else a cube. Nothing
-    else is guessed.
-    """
-    rows = table.shape[1]
-    cubes = [(side,) * 3 for side in (round(n ** (1 / 3)) for n in (rows - 1, rows)) if side > 0]
-    for grid in [triple(source_grid)] if source_grid else [tuple(target_grid), *cubes]:
-        prefix = rows - math.prod(grid)
-        if prefix in (0, 1):
-            break
-    else:
-        known = f"the grid {tuple(source_grid)}" if source_grid else f"neither the grid {tuple(target_grid)} nor a cube"
-        raise ValueError(f"{where}: position table of {rows} rows fits {known}; pass source_grid=(d, h, w)")
-    if grid != tuple(target_grid) and not resample:
-        raise ValueError(
-            f"{where}: position table of grid {grid}, the model has {tuple(target_grid)}, resampling is off"
-        )
-    patches = resample_pos_embed(table[:, prefix:], grid, target_grid, num_prefix_tokens=0)
-    cls_row = table[:, :1] if prefix else torch.zeros_like(table[:, :1])
-    return torch.cat([cls_row, patches], dim=1) if num_prefix_tokens else patches
-
-
-def inflate_channels(weight: Tensor, in_chans: int, rescale: bool = True) -> Tensor:
-    """A 1-channel convolution (C, 1, ...) for `in_chans` channels; divided by their number, an image repeated over them
-    gives the same."""
-    if weight.shape[1] != 1 or in_chans == 1:
-        return weight
-    return weight.repeat(1, in_chans, *[1] * (weight.ndim - 2)) / (in_chans if rescale else 1)
-
-
-def load_matching(
-    model: nn.Module, state: dict[str, Tensor], required: Iterable[str], required_only: bool, where: object
-) -> LoadReport:
-    """Copy `state` into `model`: every name of `required` must be there and fit; others are taken where they fit,
-    unless `required_only`.
-
-    Raises ValueError, with the model unchanged, when a required tensor is missing or has another shape.
-    """
-    own, required = model.state_dict(), list(required)
-    wanted = required if required_only else list(own)
-    fits = {name: state[name] for name in wanted if name in state and state[name].shape == own[name].shape}
-    report = LoadReport(
-        path=str(where),
-        matched=list(fits),
-        missing=[name for name in wanted if name not in fits],
-        unexpected=[name for name in state if name not in fits],
-        encoder_total=len(required),
-        encoder_matched=sum(name in fits for name in required),
-    )
-    misfits = [
-        f"{name} found {tuple(state[name].shape)}, needs {tuple(own[name].shape)}"
-        if name in state
-        else f"{name} is missing"
-        for name in required
-        if name not in fits
-    ]
-    if misfits:
-        raise ValueError(
-            f"{where}: only {report.encoder_matched} of {len(required)} encoder tensors fit this model: "
-            f"{shorten(misfits)}"
-        )
-    model.load_state_dict(fits, strict=False)
-    return report
+    """Return the huge ViT: width 1280, 32 blocks, 16 heads."""
+    return VisionTransformer3D(**(SIZES["huge"] | kwargs))

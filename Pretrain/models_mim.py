@@ -32,8 +32,9 @@ from torch import Tensor, nn
 
 from common.config import setting
 from common.training.method import Batch, Method, Reconstruction
-from Finetune.models_3dvit import Grid, get_3d_sincos_pos_embed, load_matching, read_checkpoint, take
+from Finetune.models_3dvit import Grid, get_3d_sincos_pos_embed, take
 from Finetune.models_convvit3d import ConvViT3D, convvit3d_base_patch16, convvit3d_tiny_patch16, to_map, to_tokens
+from Finetune.pretrained import load_matching, read_checkpoint
 from Pretrain.losses import masked_mse, norm_pix, patchify
 from Pretrain.masking import derive, num_keep, random_masking, uniform
 

@@ -1,0 +1,199 @@
+"""Read pretrained checkpoints and copy their tensors into a model. Needs torch and nothing else.
+
+The loader of models_3dvit.py and models_convvit3d.py: copy this file along with either of them.
+"""
+
+import argparse
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+WEIGHTS_KEYS = ("student", "state_dict", "model")
+_PREFIXES = re.compile(r"^((module|_orig_mod|backbone|vit|encoder)\.)+")
+
+
+@dataclass
+class LoadReport:
+    """What happened to the tensors of a checkpoint. Names are without prefixes such as `module.`."""
+
+    path: str
+    matched: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    encoder_total: int
+    encoder_matched: int
+    resampled: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.path}: {self.encoder_matched} of {self.encoder_total} encoder tensors, {len(self.matched)} in all"
+        ]
+        for label, names in (("resampled", self.resampled), ("missing", self.missing), ("dropped", self.unexpected)):
+            if names:
+                lines.append(f"  {label} {len(names)}: {shorten(names)}")
+        return "\n".join(lines)
+
+
+def shorten(names: Sequence[str], most: int = 4) -> str:
+    """Return the first few names and the number of the others."""
+    return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_pretrained(
+    model: nn.Module,
+    path: str | os.PathLike,
+    adapt: Callable[[State, Sequence[int] | None], State],
+    encoder_only: bool,
+    checkpoint_key: str | None = None,
+) -> LoadReport:
+    """Load a checkpoint into an encoder and print a short report on rank 0.
+
+    Args:
+        model: its `encoder_names` are the tensors that must be in the file and fit.
+        adapt: returns the tensors of the file in the shapes of the model, given them and the patch grid that the file
+            records (None if it records none).
+        encoder_only: leave all other tensors of the model alone.
+
+    Raises:
+        ValueError: as `read_checkpoint` and `load_matching`; the model is then unchanged.
+    """
+    state, extras = read_checkpoint(path, checkpoint_key)
+    args = extras.get("args")
+    adapted = adapt(state, args.get("grid_size") if isinstance(args, dict) else None)
+    report = load_matching(model, adapted, model.encoder_names, encoder_only, path)
+    report.resampled = [name for name in report.matched if not _same(adapted[name], state[name])]
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(report)
+    return report
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def load_matching(
+    model: nn.Module, state: State, required: Iterable[str], required_only: bool, where: object
+) -> LoadReport:
+    """Copy `state` into `model`: all tensors named in `required`, others where name and shape match.
+
+    Args:
+        required_only: copy no others.
+        where: names the file in errors.
+
+    Raises:
+        ValueError: a required tensor is missing or has another shape, or a tensor to copy is not finite. The model is
+            then unchanged.
+    """
+    own, required = model.state_dict(), list(required)
+    wanted = required if required_only else list(own)
+    fits = {name: state[name] for name in wanted if name in state and state[name].shape == own[name].shape}
+    report = LoadReport(
+        path=str(where),
+        matched=list(fits),
+        missing=[name for name in wanted if name not in fits],
+        unexpected=[name for name in state if name not in fits],
+        encoder_total=len(required),
+        encoder_matched=sum(name in fits for name in required),
+    )
+    if misfits := [_misfit(name, state, own) for name in required if name not in fits]:
+        raise ValueError(
+            f"{where}: only {report.encoder_matched} of {len(required)} encoder tensors fit this model: "
+            f"{shorten(misfits)}"
+        )
+    model.load_state_dict(fits, strict=False)
+    return report
+
+
+def _misfit(name: str, state: State, own: State) -> str:
+    if name not in state:
+        return f"{name} is missing"
+    return f"{name} found {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+
+
+def inflate_channels(weight: Tensor, in_chans: int, rescale: bool = True) -> Tensor:
+    """Return a 1-channel convolution weight (C, 1, ...) repeated over `in_chans` channels; others are unchanged.
+
+    With `rescale` it is divided by `in_chans`, so that an image repeated over the channels gives the same output.
+    """
+    if weight.ndim < 2 or weight.shape[1] != 1 or in_chans == 1:
+        return weight
+    return weight.repeat(1, in_chans, *[1] * (weight.ndim - 2)) / (in_chans if rescale else 1)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_checkpoint(path: str | os.PathLike, checkpoint_key: str | None = None) -> tuple[State, dict]:
+    """Return the weights of a checkpoint under clean names, and what else it holds (epoch, args, ...).
+
+    The weights are those under `checkpoint_key`, or under the first of `student`, `state_dict` and `model`, or the top
+    level of the file. Only tensors, plain types and `argparse.Namespace` are unpickled.
+
+    Raises:
+        ValueError: the file does not exist, is torn, fails its checksums, holds other objects, has no weights under
+            the keys, or a weight is a sparse tensor.
+    """
+    content = _read_file(path)
+    extras = {key: value for key, value in content.items() if not isinstance(value, (dict, Tensor)) or key == "args"}
+    if isinstance(extras.get("args"), argparse.Namespace):
+        extras["args"] = vars(extras["args"])
+    weights = {
+        name: value for name, value in _weights(content, checkpoint_key, path).items() if isinstance(value, Tensor)
+    }
+    return clean_keys(weights, path), extras
+
+
+def _read_file(path: str | os.PathLike) -> dict:
+    try:
+        # torch writes a checksum for each record and does not compare it
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"damaged: the checksum of record {damaged} does not match")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    # torch raises a different type for each way in which a file can be broken
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        refused = [line for line in reason if "Unsupported" in line or "GLOBAL" in line]
+        detail = (refused or reason or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not a checkpoint that can be read safely ({detail})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: found {type(content).__name__}, expected a dict of weights")
+    return content
+
+
+def _weights(content: dict, checkpoint_key: str | None, path: object) -> dict:
+    keys = (checkpoint_key,) if checkpoint_key else WEIGHTS_KEYS
+    for key in keys:
+        if isinstance(content.get(key), dict):
+            return content[key]
+    if checkpoint_key is None and any(isinstance(value, Tensor) for value in content.values()):
+        return content
+    hint = "; for its teacher pass checkpoint_key='teacher'" if "teacher" in content and not checkpoint_key else ""
+    raise ValueError(
+        f"{path}: found the keys {sorted(map(str, content))}, expected weights under "
+        f"{' or '.join(map(repr, keys))}{hint}"
+    )
+
+
+def clean_keys(state: State, where: object = "state dict") -> State:
+    """Return the tensors without the leading prefixes that DDP, torch.compile and wrapping modules add to names."""
+    cleaned: State = {}
+    for key, value in state.items():
+        name = _PREFIXES.sub("", key)
+        if name in cleaned:
+            raise ValueError(f"{where}: two tensors are called '{name}' without their prefixes (one is '{key}')")
+        cleaned[name] = value
+    return cleaned
