@@ -136,6 +136,25 @@ def test_volumes_not_divisible_by_the_patch_are_refused():
         vit_base_patch16_3d(img_size=(120, 96, 96))
 
 
+@pytest.mark.parametrize(
+    "sizes, words",
+    [
+        ({"depth": -2}, "depth.*-2"),
+        ({"depth": 0}, "depth.*0"),
+        ({"patch_size": 0}, "patch_size.*0"),
+        ({"patch_size": (8, 8, -8)}, r"patch_size.*\(8, 8, -8\)"),
+        ({"img_size": -32}, "img_size.*-32"),
+        ({"embed_dim": 0}, "embed_dim.*0"),
+        ({"embed_dim": 4, "num_heads": 1}, "embed_dim.*4"),
+        ({"num_heads": 0}, "num_heads.*0"),
+        ({"num_heads": 5}, "embed_dim.*48.*num_heads 5"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes, words):
+    with pytest.raises(ValueError, match=words):
+        small(**sizes)
+
+
 def test_decoder_puts_patches_back_in_raster_order():
     """The order in which all patches are kept does not change what the decoder predicts."""
     model = small(encoder_only=False, decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=4).eval()

@@ -244,6 +244,8 @@ def test_checkpointed_blocks_give_the_same_gradients():
         (lambda: small()(torch.rand(1, 1, 32, 32, 32), return_layers=(4,)), r"return_layers \(4,\).*0 to 3"),
         (lambda: small(48, pyramid=True)(torch.rand(1, 1, 48, 48, 48), return_layers=(4,)), "divisible by 32"),
         (lambda: small()(torch.rand(1, 1, 32, 32, 32), torch.tensor([[0]]), (1,)), "ids_keep"),
+        (lambda: small(depths=(1, 1, 0, 2)), r"depths \(1, 1, 0, 2\)"),
+        (lambda: small(embed_dims=(6, 12, 24)), r"embed_dims \(6, 12, 24\)"),
         (lambda: small(num_heads=5), "embed_dim.*24.*num_heads 5"),
     ],
 )
