@@ -109,6 +109,8 @@ def load_matching(
             f"{where}: only {report.encoder_matched} of {len(required)} encoder tensors fit this model: "
             f"{shorten(misfits)}"
         )
+    if broken := [name for name, value in fits.items() if not torch.isfinite(value).all()]:
+        raise ValueError(f"{where}: found NaN or infinity in {len(broken)} tensor(s): {shorten(broken)}")
     model.load_state_dict(fits, strict=False)
     return report
 
@@ -149,6 +151,8 @@ def read_checkpoint(path: str | os.PathLike, checkpoint_key: str | None = None) 
     weights = {
         name: value for name, value in _weights(content, checkpoint_key, path).items() if isinstance(value, Tensor)
     }
+    if sparse := [name for name, value in weights.items() if value.layout != torch.strided]:
+        raise ValueError(f"{path}: found {len(sparse)} sparse tensor(s), expected dense ones: {shorten(sparse)}")
     return clean_keys(weights, path), extras
 
 

@@ -210,3 +210,37 @@ def test_a_model_without_class_token_loads_the_rest(tmp_path):
     missing, unexpected = model.load_pretrained_checkpoint(tmp_path / "c.pth")
     assert missing == [] and unexpected == ["cls_token"]
     assert model(torch.rand(1, 1, 32, 32, 32), return_features=True)["all_features"].shape == (1, 64, 48)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
+    state = small().state_dict()
+    state["blocks.1.mlp.fc1.weight"][3, 4] = value
+    torch.save({"student": state}, tmp_path / "c.pth")
+    model = small()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"c\.pth.*1 tensor.*blocks\.1\.mlp\.fc1\.weight"):
+        model.load_pretrained_checkpoint(tmp_path / "c.pth")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_tensors_that_are_not_loaded_need_not_be_finite(tmp_path):
+    weights = small(encoder_only=False, decoder_depth=1).state_dict()
+    weights["decoder_pred.weight"][:] = float("nan")
+    torch.save({"student": weights}, tmp_path / "c.pth")
+    assert small().load_pretrained_checkpoint(tmp_path / "c.pth")[0] == []
+
+
+def test_sparse_tensors_are_refused_by_name(tmp_path):
+    state = small().state_dict()
+    state["norm.weight"] = state["norm.weight"].to_sparse()
+    torch.save({"student": state}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=r"c\.pth.*sparse.*norm\.weight"):
+        small().load_pretrained_checkpoint(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "patch_embed.proj.weight"])
+def test_tensors_with_too_few_axes_are_refused(tmp_path, name):
+    torch.save({"student": small().state_dict() | {name: torch.zeros(48)}}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=r"c\.pth.*\(48,\)"):
+        small().load_pretrained_checkpoint(tmp_path / "c.pth")
