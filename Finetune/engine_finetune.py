@@ -16,7 +16,7 @@ from common.training.method import Method
 from common.training.optim import build_optimizer
 from common.training.parallel import autocast_dtype
 from common.training.preemption import until_stopped
-from Finetune.architectures import freeze_encoder, load_state
+from Finetune.architectures import load_state
 from Finetune.cases import class_of
 from Finetune.data import resized
 from Finetune.evaluation.classification import class_scores, write_scores
@@ -35,7 +35,7 @@ class Finetuning(Method):
         super().__init__()
         self.model, self.losses, self.frozen = model, losses, freeze
         if freeze:
-            freeze_encoder(model)
+            model.backbone.freeze_encoder()
 
     def forward(self, batch: dict[str, Tensor], step: int = 0, part: int = 0) -> dict[str, Tensor]:
         return self.losses(self.model, batch)
@@ -72,8 +72,6 @@ def make_optimizer(method: Finetuning, weight_decay: float, layer_decay: float |
     if not 0 < layer_decay <= 1:
         raise InputError(f"layer_decay: found {layer_decay}, needs more than 0 and at most 1")
     backbone = method.model.backbone
-    if not hasattr(backbone, "group_matcher"):
-        raise InputError("layer_decay: this encoder does not tell the depth of its parameters")
     groups = param_groups_layer_decay(
         backbone, weight_decay, no_weight_decay_list=backbone.no_weight_decay(), layer_decay=layer_decay
     )

@@ -31,10 +31,11 @@ from common.training.settings import LoopSettings, plan_updates
 from common.training.trainer import Trainer
 from common.watchdog import Watchdog
 from Finetune import leakage
-from Finetune.architectures import ENCODERS, Architecture, ModelSettings, build_model, load_encoder, resolve
+from Finetune.architectures import ModelSettings, build_model, load_encoder, model_for, resolve
 from Finetune.cases import check_classes, few_labels, find_cases, split, with_mapped_labels
 from Finetune.data import CropDataset, VolumeDataset
 from Finetune.engine_finetune import Finetuning, make_optimizer, segmentation_losses, validate, validate_classes
+from Finetune.heads import HEADS, Architecture
 from Finetune.inference.sliding_window import Window
 from Finetune.losses import classification_losses
 from Finetune.presets import Preset, load_preset
@@ -103,15 +104,11 @@ def main(argv: list[str] | None = None) -> Path:
     config = parse(FinetuneSettings, argv, description=__doc__)
     signals.write_marker_on_stop(config.out_dir)
     preset = load_preset(config.preset)
-    classifies = preset.task == "classification"
-    if classifies and config.model == "unetr":
-        config.model = "classifier"
-    if classifies != (config.model == "classifier"):
-        raise InputError(f"--model {config.model}: the task of preset {preset.name} is {preset.task}")
+    config.model = model_for(config.model, preset)
     if config.select == "best" and not config.validate_every:
         raise InputError("--select best: picked by validation, which --validate_every 0 leaves out")
     init = initial_checkpoint(config)
-    if config.model not in ENCODERS:
+    if HEADS[config.model].encoder is None:
         encoder_only = {
             "freeze": config.freeze,
             "layer_decay": config.optim.layer_decay,
@@ -119,9 +116,7 @@ def main(argv: list[str] | None = None) -> Path:
         }
         for name, value in encoder_only.items():
             if value:
-                raise InputError(
-                    f"--{name}: --model {config.model} has none of our encoders, allowed: {', '.join(ENCODERS)}"
-                )
+                raise InputError(f"--{name}: --model {config.model} has no encoder")
     architecture = resolve(config, preset, init)
     run = distributed.setup(config.device)
     try:
@@ -143,7 +138,7 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
     if run.world_size > 1 and run.device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # MiM's stride-32 map, as the authors'
     losses = classification_losses if preset.task == "classification" else segmentation_losses(preset)
-    method = Finetuning(model, losses, freeze=config.freeze or config.model == "linear")
+    method = Finetuning(model, losses, freeze=config.freeze or HEADS[config.model].frozen)
     plan = plan_updates(config, len(training), run.world_size)
     peak = config.optim.peak_lr(plan.batch * config.crops, CROPS_AT_BLR)
     warmup = round(min(config.optim.warmup_epochs, config.epochs / 2) * plan.steps_per_epoch)

@@ -1,14 +1,14 @@
-"""Classification of whole volumes (CC-CCII): a ViT, the mean of its patch tokens, one linear layer; accuracy and AUC.
-
-Fine-tuned as a whole, or linear: `--freeze` trains the last layer alone. The volume is resized to the preset's roi.
-"""
+"""Classification of volumes (CC-CCII): the mean of a ViT's patch tokens and one linear layer."""
 
 from torch import Tensor, nn
 
 
 class Classifier(nn.Module):
-    """(B, C, D, H, W) -> logits (B, K). The authors pool before the encoder's norm, here it is after it (our choice),
-    so that the pretrained norm sees what it was trained on."""
+    """ViT with a linear layer on the mean of its patch tokens: (B, C, D, H, W) -> logits (B, K).
+
+    The mean is taken after the encoder's norm, which keeps the input it was pretrained on (our choice; the authors
+    take it before).
+    """
 
     def __init__(self, backbone: nn.Module, classes: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""MiM's segmentation network: published names, the wiring of 9.1, other regions of interest, loading."""
+"""MiM's segmentation network: published names, wiring, other input sizes, loading."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SMALL = dict(feature_size=4, out_channels=3, depths=(1, 1, 1, 1))
 
 
 def published_table(classes=14):
-    """Section 13 of the description: every name of the segmentation model with its shape."""
+    """Return every published tensor of the segmentation network: name -> shape."""
     table = {"backbone.pos_embed": (1, 216, 384), "out.conv.conv.weight": (classes, 48, 1, 1, 1)}
     table["out.conv.conv.bias"] = (classes,)
 
@@ -59,7 +59,7 @@ def published_table(classes=14):
     return table
 
 
-def test_names_and_shapes_are_the_published_ones():
+def test_names_and_shapes_are_as_published():
     table = published_table()
     with torch.device("meta"):
         model = convvit3d_unetr()
@@ -70,16 +70,16 @@ def test_names_and_shapes_are_the_published_ones():
     assert sum(p.numel() for p in model.backbone.parameters()) == 24_132_060
 
 
-def test_synchronised_batch_norm_keeps_the_names_and_instance_norm_has_no_statistics():
+def test_names_with_synchronised_and_with_instance_norm():
     with torch.device("meta"):
         plain, instance = convvit3d_unetr(64, **SMALL), convvit3d_unetr(64, stride32_norm="instance", **SMALL)
         names = set(plain.state_dict())
         assert set(nn.SyncBatchNorm.convert_sync_batchnorm(plain).state_dict()) == names
-    gone = {f"backbone.fpn.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
-    assert names - set(instance.state_dict()) == gone
+    statistics = {f"backbone.fpn.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert names - set(instance.state_dict()) == statistics
 
 
-def test_wiring_against_a_plain_transcription():
+def test_the_wiring_against_its_equations():
     model = convvit3d_unetr(64, **SMALL).eval()
     x = torch.rand(1, 1, 64, 64, 64)
 
@@ -101,7 +101,7 @@ def test_wiring_against_a_plain_transcription():
         torch.testing.assert_close(model(x), model.out(y), atol=1e-4, rtol=1e-4)
 
 
-def test_the_blocks_are_monais_with_instance_norm_without_parameters():
+def test_the_blocks_are_monais_with_plain_instance_norm():
     model = convvit3d_unetr(32, **SMALL)
     kinds = {name: type(module) for name, module in model.named_children() if name not in ("backbone", "out")}
     assert all(kind is (UnetrBasicBlock if "encoder" in name else UnetrUpBlock) for name, kind in kinds.items())
@@ -110,14 +110,15 @@ def test_the_blocks_are_monais_with_instance_norm_without_parameters():
 
 
 @pytest.mark.parametrize("size, chans", [((64, 64, 32), 1), ((32, 64, 96), 4)])
-def test_any_region_of_multiples_of_32(size, chans):
+def test_any_multiple_of_32_is_an_input_size(size, chans):
     model = convvit3d_unetr(size, chans, **SMALL)
     x = torch.rand(2, chans, *size)
     out = model(x)
     assert out.shape == (2, 3, *size)
     out.square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
-    with torch.no_grad():  # and of another size than it was made for
+    # another size than img_size
+    with torch.no_grad():
         assert model.eval()(torch.rand(1, chans, 64, 32, 64)).shape == (1, 3, 64, 32, 64)
 
 
@@ -132,7 +133,7 @@ def test_pretrained_weights_reach_the_backbone(tmp_path, capsys):
     assert torch.equal(model.backbone.blocks4[3].mlp.fc1.weight, pretrained.blocks4[3].mlp.fc1.weight)
 
 
-def test_a_fine_tuned_network_starts_another_one(tmp_path):
+def test_a_fine_tuned_network_initialises_another_one(tmp_path):
     model = convvit3d_unetr(32, **SMALL)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "tuned.pth")
     twin = convvit3d_unetr(32, feature_size=4, out_channels=5, depths=(1, 1, 1, 1))
@@ -144,15 +145,15 @@ def test_a_fine_tuned_network_starts_another_one(tmp_path):
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: convvit3d_unetr(48), r"\(48, 48, 48\).*multiples of 32"),
-        (lambda: convvit3d_unetr(feature_size=10), "10, needs a multiple of 4"),
+        (lambda: convvit3d_unetr(48), "roi 48 48 48.*multiples of 32"),
+        (lambda: convvit3d_unetr(feature_size=10), "feature_size 10.*multiple of 4"),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_numbers(call, words):
+def test_impossible_sizes_are_refused(call, words):
     with pytest.raises(InputError, match=words):
         call()
 
 
-def test_free_widths_need_no_doubling():
+def test_widths_need_not_double():
     backbone = convvit3d_tiny_patch16(img_size=32, pyramid=True, embed_dims=(4, 6, 10, 12), stride32_norm="instance")
     assert ConvViT3DUNETR(backbone.eval(), 2)(torch.rand(1, 1, 64, 32, 32)).shape == (1, 2, 64, 32, 32)

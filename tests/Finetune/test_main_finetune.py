@@ -200,9 +200,9 @@ def test_mims_network_from_its_pretrained_encoder(tmp_path, spleen):
     state = model.backbone.state_dict()
     assert torch.equal(state["blocks4.1.attn.qkv.weight"], encoder.state_dict()["blocks4.1.attn.qkv.weight"])
     assert not torch.equal(state["blocks4.0.gamma_1"], torch.ones(24))  # not from pretraining, so trained
-    with pytest.raises(InputError, match="mim.pth: holds no encoder of a ViT"):
+    with pytest.raises(InputError, match="mim.pth: .*expected the weights of the ViT"):
         run(tmp_path, "MSD09_Spleen", spleen, "--init", file)
-    with pytest.raises(InputError, match=r"roi: found \(48, 48, 48\), --model mim needs multiples of 32"):
+    with pytest.raises(InputError, match="--roi 48 48 48.*multiples of 32.*--model mim"):
         main([*map(str, flags), "--out_dir", str(tmp_path / "n"), "--roi", "48"])
 
 
@@ -215,7 +215,7 @@ def test_anchors_from_scratch(tmp_path, spleen, name, roi):
     assert model(torch.zeros(1, 1, *roi)).shape == (1, 2, *roi)
     vit_file(tmp_path / "vit.pth")
     for extra in (("--init", tmp_path / "vit.pth"), ("--freeze",)):
-        with pytest.raises(InputError, match="from scratch only|has none of our encoders"):
+        with pytest.raises(InputError, match="--model .* has no encoder"):
             run(tmp_path, "MSD09_Spleen", spleen, *flags, *extra)
 
 
@@ -252,9 +252,9 @@ def test_every_preset_runs_on_its_published_layout(tmp_path, name):
 
 def test_bad_settings_are_refused_in_words(tmp_path, spleen):
     for extra, words in (
-        (["--roi", "40"], r"roi: found \(40, 40, 40\), the patch size \(16, 16, 16\) must divide it"),
-        (["--patch_size", "12", "--roi", "36"], "patch_size: found .*4, 8, 16 or 32"),
-        (["--num_heads", "5"], "num_heads: found 5, must divide the width 24"),
+        (["--roi", "40"], "--roi 40 40 40.*16 16 16"),
+        (["--patch_size", "12", "--roi", "36"], "--patch_size 12 12 12.*4, 8, 16 or 32"),
+        (["--num_heads", "5"], "--num_heads 5.*24"),
         (["--fold", "9"], "fold: found 9"),
         (["--layer_decay", "1.5"], "--layer_decay 1.5"),
         (["--init", "nowhere.pth"], "nowhere.pth: no such checkpoint"),
@@ -271,10 +271,10 @@ def test_bad_settings_are_refused_in_words(tmp_path, spleen):
 
 def test_a_checkpoint_of_another_architecture(tmp_path, spleen):
     vit_file(tmp_path / "wide.pth", embed_dim=48)
-    with pytest.raises(InputError, match="wide.pth: its encoder has embed_dim 48, the settings ask for 24"):
+    with pytest.raises(InputError, match="wide.pth.*embed_dim 48, expected 24"):
         run(tmp_path, "MSD09_Spleen", spleen, "--init", tmp_path / "wide.pth")
     torch.save({"model": {"stages.0.weight": torch.zeros(3)}}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="other.pth: holds no encoder of a ViT"):
+    with pytest.raises(InputError, match="other.pth: .*expected the weights of the ViT"):
         run(tmp_path, "MSD09_Spleen", spleen, "--init", tmp_path / "other.pth")
 
 

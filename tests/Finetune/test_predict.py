@@ -228,7 +228,7 @@ def test_bad_input(tmp_path, preset, file):
     with pytest.raises(InputError, match="found no volume called plain"):
         run(file, tmp_path / "in", tmp_path / "out", "--cases", "validation")
     torch.save({"student": {}}, tmp_path / "pretraining.pth")
-    with pytest.raises(InputError, match="pretraining.pth: not a fine-tuned checkpoint"):
+    with pytest.raises(InputError, match="pretraining.pth.*fine-tuned network"):
         run(tmp_path / "pretraining.pth", tmp_path / "in", tmp_path / "out")
     for wrong in (-1, 0):
         with pytest.raises(InputError, match=f"sw_batch_size: found {wrong}, needs at least 1"):
