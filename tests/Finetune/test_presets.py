@@ -1,4 +1,4 @@
-"""Presets: the values of the specification, and what a wrong YAML is told."""
+"""Presets: their values, and what is refused in a YAML."""
 
 import pytest
 import yaml
@@ -28,7 +28,7 @@ TABLE = {
 }
 
 
-def test_every_row_of_the_specification_has_its_yaml():
+def test_every_row_of_the_table_has_its_yaml():
     assert set(available()) == set(TABLE)
 
 
@@ -51,15 +51,15 @@ def test_overlapping_regions_of_brain_tumours():
     assert load_preset("MSD03_Liver").scored() == {"liver": (1,), "tumour": (2,)}
 
 
-def own(tmp_path, **changes):
+def custom(tmp_path, **changes):
     content = yaml.safe_load((DATASETS / "MSD09_Spleen.yaml").read_text()) | changes
-    path = tmp_path / "own.yaml"
+    path = tmp_path / "custom.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value != "removed"}))
     return path
 
 
-def test_a_yaml_of_ones_own(tmp_path):
-    assert load_preset(own(tmp_path, name="mine", roi=[64, 64, 32])).roi == (64, 64, 32)
+def test_a_custom_yaml(tmp_path):
+    assert load_preset(custom(tmp_path, name="mine", roi=[64, 64, 32])).roi == (64, 64, 32)
 
 
 @pytest.mark.parametrize(
@@ -68,41 +68,44 @@ def test_a_yaml_of_ones_own(tmp_path):
         ({"spacng": [1, 1, 1]}, "'spacng'.*'spacing'"),
         ({"augmentation": {"flips": 0.5}}, "augmentation.*'flips'.*'flip'"),
         ({"roi": "removed"}, "missing setting.*roi"),
-        ({"roi": [96, 96, 90]}, r"roi: found \(96, 96, 90\), the patch size \(16, 16, 16\)"),
-        ({"intensity": "windows"}, "intensity: found 'windows', expected one of window, percentiles, zscore"),
-        ({"labels": {0: "background", 2: "spleen"}}, r"labels: found the ids \[0, 2\]"),
-        ({"low": 300}, "low: found 300"),
-        ({"label_values": {0: 0, 205: 7}}, r"label_values: found the ids \[0, 7\], allowed: \[0, 1\]"),
-        ({"augmentation": {"flip": 5}}, "flip: found 5"),
-        ({"spacing": "two"}, "spacing: found 'two'"),
+        ({"roi": [96, 96, 90]}, r"roi.*96, 90.*16, 16, 16"),
+        ({"intensity": "windows"}, "intensity.*'windows'.*window, percentiles, zscore"),
+        ({"labels": {0: "background", 2: "spleen"}}, r"labels.*\[0, 2\]"),
+        ({"low": 300}, "low.*300.*250"),
+        ({"label_values": {0: 0, 205: 7}}, r"label_values.*\[0, 7\].*\[0, 1\]"),
+        ({"augmentation": {"flip": 5}}, "augmentation: flip 5.*at most 1"),
+        ({"spacing": "two"}, "spacing.*'two'"),
         ({"layout": {"images": ["img/*.nii.gz"], "labels": ["label/*.nii.gz"]}}, "case"),
-        ({"layout": {}}, "layout: needs either"),
-        ({"labels": {0: "background", 1: "spleen", 2: "spleen"}}, "labels: found the name 'spleen' twice"),
-        ({"regions": {"organ": []}}, "regions: found no id in 'organ'"),
-        ({"channels": 0}, "channels: found 0, needs at least 1"),
-        ({"folds": 1}, "folds: found 1, needs at least 2"),
-        ({"validation_cases": 0}, "validation_cases: found 0, needs at least 1"),
-        ({"nsd_tolerance": -1}, "nsd_tolerance: found -1.0, needs at least 0"),
+        ({"layout": {}}, "layout.*datalist.*images"),
+        ({"labels": {0: "background", 1: "spleen", 2: "spleen"}}, "labels.*'spleen' twice"),
+        ({"regions": {"organ": []}}, "regions.*'organ'"),
+        ({"roi": [96, 96, 0]}, "roi 96 96 0.*at least 1"),
+        ({"spacing": [1, 0, 1]}, "spacing 1 0 1.*more than 0"),
+        ({"intensity": "percentiles", "low": -1, "high": 99}, "low, high.*-1.*99"),
+        ({"channels": 0}, "channels 0.*at least 1"),
+        ({"folds": 1}, "folds 1.*at least 2"),
+        ({"validation_cases": 0}, "validation_cases 0.*at least 1"),
+        ({"nsd_tolerance": -1}, "nsd_tolerance -1.*at least 0"),
         (
             {"layout": {"datalist": "d.json", "case": "(["}},
-            r"layout: case: found '\(\[', which is no regular expression",
+            r"layout: case.*'\(\['.*regular expression",
         ),
-        ({"layout": {"datalist": "d.json", "patient": "*"}}, "layout: patient: found"),
+        ({"layout": {"datalist": "d.json", "patient": "*"}}, r"layout: patient.*'\*'"),
         (
             {"task": "classification", "layout": {"images": ["A/{case}.nii.gz"], "classes": {"A": 7}}},
-            r"layout: classes: found the numbers \[7\], needs \[0, 1\]",
+            r"layout: classes.*\[7\].*\[0, 1\]",
         ),
     ],
 )
-def test_a_wrong_yaml_names_file_key_and_what_is_allowed(tmp_path, changes, words):
-    path = own(tmp_path, **changes)
+def test_a_wrong_yaml_is_refused_with_file_and_key(tmp_path, changes, words):
+    path = custom(tmp_path, **changes)
     with pytest.raises(InputError, match=words) as caught:
         load_preset(path)
     assert str(path) in str(caught.value)
 
 
-def test_an_unknown_name_is_told_the_nearest():
-    with pytest.raises(InputError, match="'BTCVV'.*did you mean BTCV"):
+def test_an_unknown_name_gets_a_suggestion():
+    with pytest.raises(InputError, match="BTCVV.*did you mean 'BTCV'"):
         load_preset("BTCVV")
     with pytest.raises(InputError, match="nowhere.yaml"):
         load_preset("nowhere.yaml")
