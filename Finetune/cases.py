@@ -1,4 +1,4 @@
-"""Which files a preset means: cases from a published folder layout, folds, and nested subsets of few labels."""
+"""The cases of a preset: files in a published folder layout, folds, nested subsets of few labels, label values."""
 
 import hashlib
 import re
@@ -9,6 +9,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from common.cache.volume import CachedVolume
+from common.config import shown
 from common.data import volume_io
 from common.data.datalist import ENDINGS, Case, read_cases, stem
 from common.data.nifti import write_nifti
@@ -19,53 +21,45 @@ from Finetune.presets import Layout, Preset
 
 
 def find_cases(preset: Preset, data: str | Path, root: str | Path | None = None) -> list[Case]:
-    """The labelled cases of a data set: `data` is its folder in the published layout, or a Decathlon JSON of one's own,
-    whose relative paths start from `root` (`read_cases`).
+    """Return the labelled cases of a data set.
 
-    Raises InputError when nothing is there, or a label is missing.
+    Args:
+        data: the folder of the data set in its published layout, or a custom Decathlon JSON.
+        root: where the relative paths of the JSON start, as in `read_cases`.
+
+    Raises:
+        InputError: no case is found, or a label is missing.
     """
     data = Path(data)
     if not data.exists():
-        raise InputError(f"{data}: no such folder or list; needs the data of preset {preset.name}")
-    if data.is_file():
-        return _labelled(read_cases(data, root), data)
-    if preset.layout.datalist:
-        datalist = data / preset.layout.datalist
-        if not datalist.is_file():
-            raise InputError(f"{data}: found no {preset.layout.datalist}, which preset {preset.name} needs there")
-        return _labelled(read_cases(datalist, root), datalist)
-    return _from_patterns(preset, data)
-
-
-def _labelled(cases: list[Case], where: Path) -> list[Case]:
-    without = [case.name for case in cases if case.label is None]
-    if without or not cases:
-        found = f"{len(without)} cases without a label ({', '.join(without[:3])})" if cases else "no case"
-        raise InputError(f"{where}: found {found}, fine-tuning needs labelled cases")
+        raise InputError(f"{data}: no such folder or list; expected the data of preset {preset.name}")
+    if data.is_dir() and not preset.layout.datalist:
+        return _from_patterns(preset, data)
+    datalist = data / preset.layout.datalist if data.is_dir() else data
+    if not datalist.is_file():
+        raise InputError(f"{data}: found no {preset.layout.datalist}, which preset {preset.name} expects there")
+    cases = read_cases(datalist, root)
+    if without := [case.name for case in cases if case.label is None]:
+        raise InputError(f"{datalist}: found {len(without)} cases without a label ({', '.join(without[:3])})")
     return cases
 
 
 def _from_patterns(preset: Preset, data: Path) -> list[Case]:
-    cases, missing = [], []
-    layout = preset.layout
-    for position, pattern in enumerate(layout.images):
-        for path in sorted(data.glob(pattern.replace("{case}", "*"))):
-            match = re.fullmatch(_expression(pattern, layout), path.relative_to(data).as_posix())
+    layout, cases = preset.layout, {}
+    for image_pattern, label_pattern in zip(layout.images, layout.labels or [None] * len(layout.images)):
+        for path in sorted(data.glob(image_pattern.replace("{case}", "*"))):
+            match = re.fullmatch(_expression(image_pattern, layout), path.relative_to(data).as_posix())
             if not match:
                 continue
-            label = data / layout.labels[position].replace("{case}", match["case"]) if layout.labels else None
-            if label and not label.exists():
-                missing.append(str(label))
-            cases.append(Case(name=stem(path), image=path, label=label, fold=None))
-    if missing:
+            if stem(path) in cases:
+                raise InputError(f"{path}: another image is called {stem(path)}, too")
+            label = data / label_pattern.replace("{case}", match["case"]) if label_pattern else None
+            cases[stem(path)] = Case(stem(path), path, label)
+    if missing := [case.label for case in cases.values() if case.label and not case.label.exists()]:
         raise InputError(f"{missing[0]}: this label is missing (one of {len(missing)})")
-    names = [case.name for case in cases]
-    double = next((case for case in cases if names.count(case.name) > 1), None)
-    if double:
-        raise InputError(f"{double.image}: two images are called {double.name}, a case's name must be its own")
     if not cases:
-        raise InputError(f"{data}: found no image, preset {preset.name} expects {' or '.join(layout.images)} there")
-    return cases
+        raise InputError(f"{data}: found no image, expected {' or '.join(layout.images)} (preset {preset.name})")
+    return list(cases.values())
 
 
 def _expression(pattern: str, layout: Layout) -> str:
@@ -74,16 +68,19 @@ def _expression(pattern: str, layout: Layout) -> str:
 
 
 def class_of(preset: Preset, image: Path) -> int:
-    """Classification: the class number of an image, by the folder that holds it."""
+    """Return the class number of an image by the folder that holds it. InputError if none is a class."""
     for folder in image.parts[::-1]:
         if folder in preset.layout.classes:
             return preset.layout.classes[folder]
-    raise InputError(f"{image}: no folder above it is one of {', '.join(preset.layout.classes)}")
+    raise InputError(f"{image}: expected in one of the folders {', '.join(preset.layout.classes)}")
 
 
 def label_for(preset: Preset, name: str, labels: Path) -> Path | None:
-    """The label file of the prediction called `name`: the one that the layout pairs with it (label0035 for img0035), in
-    the folder `labels` or where the layout has it below that folder; else the one of the same name."""
+    """Return the label file for the image or prediction called `name`, None if there is none.
+
+    It is the one that the layout pairs with the name (label0035 for img0035), in the folder `labels` or where the
+    layout has it below that folder; else the file of the same name.
+    """
     layout = preset.layout
     places = []
     for image, label in zip(layout.images, layout.labels):
@@ -100,96 +97,95 @@ def label_for(preset: Preset, name: str, labels: Path) -> Path | None:
 
 
 def split(cases: Sequence[Case], preset: Preset, fold: int) -> tuple[list[Case], list[Case]]:
-    """(training, validation) cases: `fold` validates, the rest trains.
+    """Return the (training, validation) cases: `fold` validates, the others train.
 
-    The fold of a case is what its list says; else fold 0 is what the preset names and the rest fills the other folds
-    in order; else folds are cut from a shuffled order that depends on the preset's name alone (our choice: the seed of
-    a run never moves a case).
+    Folds are those of the list. Without them, fold 0 has the cases that the preset names and the others fill the other
+    folds in order; or folds are taken from a shuffled order that depends on the preset's name only, so that the seed of
+    a run never moves a case (our choice).
+
+    Raises:
+        InputError: there is no such fold, it has all cases, or none of the named cases is found.
     """
     folds = _folds(cases, preset)
     if fold not in folds:
-        raise InputError(f"fold: found {fold}, preset {preset.name} on these {len(cases)} cases has {sorted(folds)}")
+        raise InputError(f"--fold {fold}: must be one of {shown(sorted(folds))} for these {len(cases)} cases")
     validation = folds[fold]
     names = {case.name for case in validation}
     training = [case for case in cases if case.name not in names]
     if not training:
-        raise InputError(f"fold {fold}: all {len(cases)} cases are in it, none is left to train on")
+        raise InputError(f"--fold {fold}: has all {len(cases)} cases, none is left for training")
     return training, validation
 
 
 def _folds(cases: Sequence[Case], preset: Preset) -> dict[int, list[Case]]:
     if any(case.fold is not None for case in cases):
-        folds: dict[int, list[Case]] = {}
-        for case in cases:
-            if case.fold is not None:
-                folds.setdefault(case.fold, []).append(case)
-        return folds
+        numbers = sorted({case.fold for case in cases if case.fold is not None})
+        return {number: [case for case in cases if case.fold == number] for number in numbers}
+    if preset.validation:
+        return _named_folds(cases, preset)
+    patients: dict[str, list[Case]] = {}
+    for case in sorted(cases, key=lambda case: case.name):
+        patients.setdefault(patient_of(case, preset), []).append(case)
+    if len(patients) == len(cases):
+        patients = {case.name: [case] for case in cases}
+    order, size = _shuffled(patients, f"folds of {preset.name}"), preset.validation_cases
+    if size and size < len(cases) and len(patients) == len(cases):
+        parts = [order[:size], *_parts(order[size:], preset.folds - 1)]
+    else:
+        # folds of patients, so they differ in size if some have several scans
+        parts = _parts(order, preset.folds)
+    return {number: [case for name in part for case in patients[name]] for number, part in enumerate(parts)}
+
+
+def _named_folds(cases: Sequence[Case], preset: Preset) -> dict[int, list[Case]]:
     by_name = {case.name: case for case in cases}
     first = [by_name[name] for name in preset.validation if name in by_name]
-    if preset.validation:
-        found = f"{len(first)} of the {len(preset.validation)} validation cases that preset {preset.name} names"
-        if not first:
-            raise InputError(
-                f"{cases[0].image.parent}: found {found} ({preset.validation[0]}, ...); or name folds in a list"
-            )
-        if len(first) < len(preset.validation):
-            print_main(f"warning: found {found}")
-        rest = [case for case in cases if case.name not in set(preset.validation)]
-        return {0: first} | dict(enumerate(_cut(rest, preset.folds - 1), start=1))
-    groups: dict[str, list[Case]] = {}
-    for case in sorted(cases, key=lambda case: case.name):
-        groups.setdefault(patient_of(case, preset), []).append(case)
-    if len(groups) < len(cases):  # several scans of a patient: folds of patients, which differ a little in size
-        parts = _cut(_shuffled(groups, f"folds of {preset.name}"), preset.folds)
-        return {number: [case for patient in part for case in groups[patient]] for number, part in enumerate(parts)}
-    order = _shuffled(sorted(by_name), f"folds of {preset.name}")
-    shuffled = [by_name[name] for name in order]
-    if preset.validation_cases and preset.validation_cases < len(cases):
-        size = preset.validation_cases
-        return {0: shuffled[:size]} | dict(enumerate(_cut(shuffled[size:], preset.folds - 1), start=1))
-    return dict(enumerate(_cut(shuffled, preset.folds)))
+    found = f"found {len(first)} of the {len(preset.validation)} validation cases that preset {preset.name} names"
+    if not first:
+        raise InputError(f"{cases[0].image.parent}: {found} ({preset.validation[0]}, ...); or use a list with folds")
+    if len(first) < len(preset.validation):
+        print_main(f"warning: {found}")
+    others = [case for case in cases if case.name not in preset.validation]
+    return {0: first} | dict(enumerate(_parts(others, preset.folds - 1), start=1))
 
 
 def patient_of(case: Case, preset: Preset) -> str:
-    """Who was scanned: the start of the name that the preset's `patient` matches, else the name itself."""
+    """Return the patient of a case: the start of its name that the layout's `patient` matches, else its name."""
     match = re.match(preset.layout.patient, case.name) if preset.layout.patient else None
     return match[0] if match else case.name
 
 
-def _cut(cases: Sequence, parts: int) -> list[list]:
-    """`parts` runs of equal length, the first ones one longer where it does not divide; empty ones left out."""
-    small, larger = divmod(len(cases), max(parts, 1))
-    cuts, start = [], 0
-    for part in range(parts):
-        stop = start + small + (part < larger)
-        cuts.append(list(cases[start:stop]))
-        start = stop
-    return [cut for cut in cuts if cut]
+def _parts(items: Sequence, count: int) -> list[list]:
+    """Return up to `count` consecutive parts of nearly equal length, none of them empty."""
+    return [[items[i] for i in part] for part in np.array_split(np.arange(len(items)), count) if len(part)]
 
 
 def _shuffled(names: Iterable[str], key: str) -> list[str]:
-    """An order that depends on `key` and on each name alone: adding a case does not reshuffle the others."""
+    """Return an order that depends on `key` and each name only, so that a new name does not reshuffle the others."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{key}/{name}".encode()).digest())
 
 
 def few_labels(
     training: Sequence[Case], preset: Preset, count: int | None = None, fraction: float | None = None, seed: int = 0
 ) -> list[Case]:
-    """The first `count` (or `fraction`) of the training cases in a fixed order, so that smaller subsets are nested in
+    """Return the first `count`, or the first `fraction`, of the training cases in a fixed order; by default all.
+
+    The order is the preset's `label_order`, then the other cases shuffled by `seed`, so smaller subsets are nested in
     larger ones.
 
-    The order is the preset's `label_order`, then the rest shuffled by `seed`.
+    Raises:
+        InputError: both are given, or one is out of bounds.
     """
     if count is None and fraction is None:
         return list(training)
     if count is not None and fraction is not None:
-        raise InputError(f"label_count {count} and label_fraction {fraction}: give one of the two")
+        raise InputError(f"--label_count {count}, --label_fraction {fraction}: expected one of them")
     if fraction is not None:
         if not 0 < fraction <= 1:
-            raise InputError(f"label_fraction: found {fraction}, needs more than 0 and at most 1")
+            raise InputError(f"--label_fraction {fraction}: must be more than 0 and at most 1")
         count = max(1, round(fraction * len(training)))
     if not 1 <= count <= len(training):
-        raise InputError(f"label_count: found {count}, there are {len(training)} training cases")
+        raise InputError(f"--label_count {count}: must be 1 to {len(training)}, the number of training cases")
     by_name = {case.name: case for case in training}
     order = [name for name in preset.label_order if name in by_name]
     order += _shuffled([name for name in by_name if name not in set(order)], f"labels {mix(seed)}")
@@ -200,26 +196,34 @@ def few_labels(
 
 
 def map_values(values: np.ndarray, preset: Preset, where: str | Path, or_ids: bool = False) -> np.ndarray:
-    """Label values of a file as the preset's ids, uint8; with `or_ids` (predictions) the file may hold ids already.
-    InputError names a value that the preset does not know."""
-    identity = {number: number for number in preset.labels}
-    tables = [identity] if or_ids else []
-    for known in [*tables, preset.label_values or identity]:
-        ids, unknown = np.zeros(values.shape, np.uint8), np.ones(values.shape, bool)
-        for value, number in known.items():
-            here = values == value
-            ids[here] = number
-            unknown &= ~here
-        if not unknown.any():
-            return ids
+    """Return label values of a file as the preset's ids, uint8.
+
+    Args:
+        where: names the file in errors.
+        or_ids: the file may also hold ids, as predictions do.
+
+    Raises:
+        InputError: a value is neither.
+    """
+    ids = {number: number for number in preset.labels}
+    for table in [ids, preset.label_values or ids] if or_ids else [preset.label_values or ids]:
+        known = np.isin(values, list(table))
+        if known.all():
+            mapped = np.zeros(values.shape, np.uint8)
+            for value, number in table.items():
+                mapped[values == value] = number
+            return mapped
     raise InputError(
-        f"{where}: found the label value {values[unknown][0]:g}, preset {preset.name} allows {sorted(known)}"
+        f"{where}: found the label value {values[~known][0]:g}, expected one of {shown(sorted(table))} "
+        f"(preset {preset.name})"
     )
 
 
 def with_mapped_labels(cases: Sequence[Case], preset: Preset, folder: Path) -> list[Case]:
-    """The cases with labels whose values are ids: themselves, or copies below `folder` where the preset maps values
-    (made once)."""
+    """Return the cases with label files that hold ids: copies in `folder` if the preset has `label_values`.
+
+    Copies are written once.
+    """
     if not preset.label_values:
         return list(cases)
     mapped = []
@@ -238,12 +242,12 @@ def with_mapped_labels(cases: Sequence[Case], preset: Preset, folder: Path) -> l
     return mapped
 
 
-def check_classes(entries: Sequence, preset: Preset) -> None:
-    """InputError for a cached case whose label holds an id outside the preset."""
-    for entry in entries:
-        unknown = sorted(set(map(int, entry.class_points)) - set(preset.labels))
+def check_classes(volumes: Sequence[CachedVolume], preset: Preset) -> None:
+    """Raise InputError if the label of a volume holds an id that the preset does not have."""
+    for volume in volumes:
+        unknown = sorted(set(map(int, volume.class_points)) - set(preset.labels))
         if unknown:
             raise InputError(
-                f"{entry.source}: its label holds the id {unknown[0]}, "
-                f"preset {preset.name} allows 0..{len(preset.labels) - 1}"
+                f"{volume.source}: found the id {unknown[0]} in its label, expected 0..{len(preset.labels) - 1} "
+                f"(preset {preset.name})"
             )

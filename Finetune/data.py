@@ -1,4 +1,4 @@
-"""Training crops from cached volumes: foreground-balanced, augmented, a function of (seed, position) alone."""
+"""Training samples from cached volumes. Each depends on the seed and its position in the stream of samples only."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,38 +28,45 @@ KEYS = ("image", "label")
 
 
 class CropDataset(Dataset):
-    """`crops` crops of `roi` voxels per volume: {"image": (crops, C, d, h, w) float32, "label": (crops, 1, d, h, w)
-    uint8}.
+    """Augmented crops, balanced between foreground and background.
 
-    The index is (position, volume): position in the stream of samples, from which all randomness is drawn.
+    `dataset[position, index]` is {"image": (crops, C, *roi) float32, "label": (crops, 1, *roi) uint8} of the volume
+    `index`. All randomness is drawn from the seed and `position`, the place in the stream of samples.
+
+    Args:
+        roi: voxels (D, H, W) of a crop.
+        crops: crops per sample.
+
+    Raises:
+        InputError: `crops` is less than 1.
     """
 
     def __init__(
         self,
-        entries: Sequence[CachedVolume],
+        volumes: Sequence[CachedVolume],
         roi: tuple[int, int, int],
         augmentation: Augmentation,
         crops: int = 4,
         seed: int = 0,
     ):
         if crops < 1:
-            raise InputError(f"crops: found {crops}, needs at least 1 per volume")
-        self.entries, self.roi, self.crops, self.seed = list(entries), tuple(roi), crops, seed
+            raise InputError(f"--crops {crops}: must be at least 1")
+        self.volumes, self.roi, self.crops, self.seed = list(volumes), tuple(roi), crops, seed
         self.augment = augmentations(augmentation, self.roi)
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.volumes)
 
     def name(self, index: int) -> str:
-        return self.entries[index].name
+        return self.volumes[index].name
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         position, index = key
-        entry, rng = self.entries[index], generator(self.seed, position)
+        volume, rng = self.volumes[index], generator(self.seed, position)
         crops = []
         for _ in range(self.crops):
-            start = crop_start(entry, self.roi, rng)
-            crop = {"image": entry.read(start, self.roi), "label": entry.read_label(start, self.roi)}
+            start = crop_start(volume, self.roi, rng)
+            crop = {"image": volume.read(start, self.roi), "label": volume.read_label(start, self.roi)}
             self.augment.set_random_state(seed=int(torch.randint(2**31, (), generator=rng)))
             with plain_tensors():
                 crops.append(self.augment(crop))
@@ -68,8 +75,10 @@ class CropDataset(Dataset):
 
 @contextmanager
 def plain_tensors() -> Iterator[None]:
-    """MONAI's transforms on plain tensors, without metadata: half the cost of a crop. The switch is global, so it is
-    put back."""
+    """Let MONAI's transforms return plain tensors without metadata, at half the time of a crop.
+
+    The switch is global in MONAI, so it is restored afterwards.
+    """
     before = get_track_meta()
     set_track_meta(False)
     try:
@@ -78,27 +87,32 @@ def plain_tensors() -> Iterator[None]:
         set_track_meta(before)
 
 
-def crop_start(entry: CachedVolume, roi: Sequence[int], rng: torch.Generator) -> tuple[int, ...]:
-    """First voxel of a random crop: half of them around a voxel of a foreground class (each class as likely as any
-    other, so that small organs are seen), half anywhere. Where the volume is smaller than the crop, it sits in the
-    middle of it."""
-    classes = [number for number in sorted(entry.class_points) if number != 0 and len(entry.class_points[number])]
+def crop_start(volume: CachedVolume, roi: Sequence[int], rng: torch.Generator) -> tuple[int, ...]:
+    """Return the first voxel (D, H, W) of a random crop.
+
+    Half of the crops are centred on a voxel of a foreground class, each class with the same probability so that small
+    organs are seen, and half are anywhere. A volume smaller than the crop is in its middle.
+    """
+    classes = [number for number, points in sorted(volume.class_points.items()) if number != 0 and len(points)]
     if classes and torch.rand((), generator=rng) < 0.5:
-        points = entry.class_points[classes[int(torch.randint(len(classes), (), generator=rng))]]
+        points = volume.class_points[classes[int(torch.randint(len(classes), (), generator=rng))]]
         centre = points[int(torch.randint(len(points), (), generator=rng))]
         wanted = [int(c) - size // 2 for c, size in zip(centre, roi)]
     else:
-        spans = [max(have - size, 0) for have, size in zip(entry.shape, roi)]
+        spans = [max(have - size, 0) for have, size in zip(volume.shape, roi)]
         wanted = [int(torch.randint(span + 1, (), generator=rng)) for span in spans]
     return tuple(
         min(max(first, 0), have - size) if have >= size else -((size - have) // 2)
-        for first, have, size in zip(wanted, entry.shape, roi)
+        for first, have, size in zip(wanted, volume.shape, roi)
     )
 
 
 def augmentations(probability: Augmentation, roi: Sequence[int]) -> Compose:
-    """MONAI's random transforms with the preset's probabilities. Quarter turns and rotations stay in the plane of the
-    first two axes (left-right, back-front), and need it to be square."""
+    """Return MONAI's random transforms with the probabilities of the preset.
+
+    Rotations are in the plane of the first two axes (left-right, back-front). Quarter turns are left out unless these
+    axes of the crop are equal.
+    """
     chosen = []
     if probability.affine:
         chosen.append(
@@ -125,28 +139,31 @@ def augmentations(probability: Augmentation, roi: Sequence[int]) -> Compose:
 
 
 class VolumeDataset(Dataset):
-    """Whole volumes at one size: {"image": (C, *roi), "target": class number}. Flips are drawn from (seed, position)
-    alone."""
+    """Volumes resized to `roi`, with their class, for classification.
 
-    def __init__(self, entries: Sequence[CachedVolume], preset: Preset, roi: tuple[int, int, int], seed: int = 0):
-        self.entries, self.preset, self.roi, self.seed = list(entries), preset, tuple(roi), seed
-        self.targets = [class_of(preset, entry.source) for entry in entries]
+    `dataset[position, index]` is {"image": (C, *roi), "target": class number} of the volume `index`. Random flips are
+    drawn from the seed and `position`.
+    """
+
+    def __init__(self, volumes: Sequence[CachedVolume], preset: Preset, roi: tuple[int, int, int], seed: int = 0):
+        self.volumes, self.preset, self.roi, self.seed = list(volumes), preset, tuple(roi), seed
+        self.targets = [class_of(preset, volume.source) for volume in volumes]
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.volumes)
 
     def name(self, index: int) -> str:
-        return self.entries[index].name
+        return self.volumes[index].name
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         position, index = key
-        image = resized(self.entries[index], self.roi)
+        image = resized(self.volumes[index], self.roi)
         draws = torch.rand(3, generator=generator(self.seed, position))
         axes = [axis + 1 for axis in range(3) if draws[axis] < self.preset.augmentation.flip]
         return {"image": image.flip(axes), "target": torch.tensor(self.targets[index])}
 
 
-def resized(entry: CachedVolume, roi: Sequence[int]) -> Tensor:
-    """The whole volume (C, *roi), trilinearly."""
-    image = entry.read((0, 0, 0), entry.shape)
+def resized(volume: CachedVolume, roi: Sequence[int]) -> Tensor:
+    """Return the image of a volume resized trilinearly to (C, *roi)."""
+    image = volume.read((0, 0, 0), volume.shape)
     return F.interpolate(image[None], size=tuple(roi), mode="trilinear", align_corners=False)[0]

@@ -1,31 +1,37 @@
-"""Validation cases that pretraining has seen, found by the content of the volumes."""
+"""Find validation cases that pretraining has seen, by the content of the volumes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.cache.volume import CachedVolume
+
 
 @dataclass(frozen=True)
 class Overlap:
-    """The cases of each fold, and those of them that were seen in pretraining."""
+    """The names of the cases in each fold, and of those that pretraining has seen."""
 
     folds: dict[int, list[str]]
     seen: dict[int, list[str]]
 
     def __str__(self) -> str:
-        lines = []
-        for fold, names in sorted(self.folds.items()):
-            seen = self.seen[fold]
-            lines.append(f"fold {fold}: {len(seen)} of {len(names)} cases seen in pretraining" + _named(seen))
-        return "\n".join(lines)
+        return "\n".join(
+            f"fold {fold}: {len(self.seen[fold])} of {len(names)} cases seen in pretraining{_listed(self.seen[fold])}"
+            for fold, names in sorted(self.folds.items())
+        )
 
 
-def _named(seen: Sequence[str]) -> str:
-    return f": {', '.join(seen)}" if seen else ""
+def _listed(names: Sequence[str]) -> str:
+    return f": {', '.join(names)}" if names else ""
 
 
 def overlap(pretrained: Iterable[str], folds: Mapping[int, Sequence[tuple[str, str]]]) -> Overlap:
-    """`pretrained`: content hashes; `folds`: fold -> (name, content hash) of its cases."""
+    """Return the cases of each fold that were seen in pretraining.
+
+    Args:
+        pretrained: content hashes of the pretraining volumes.
+        folds: fold -> (name, content hash) of its cases.
+    """
     known = set(pretrained)
     return Overlap(
         {fold: [name for name, _ in cases] for fold, cases in folds.items()},
@@ -34,22 +40,24 @@ def overlap(pretrained: Iterable[str], folds: Mapping[int, Sequence[tuple[str, s
 
 
 def pretrained_hashes(state: Mapping[str, Any]) -> list[str] | None:
-    """The content hashes that one of our pretraining checkpoints carries; None for a checkpoint of another origin."""
+    """Return the content hashes in a pretraining checkpoint of this repository, None for other checkpoints."""
     args = state.get("args")
     data = args.get("data") if isinstance(args, Mapping) else None
     return list(data) if isinstance(data, (list, tuple)) and all(isinstance(d, str) for d in data) else None
 
 
-def card(state: Mapping[str, Any], training: Iterable[Any], validation: Iterable[Any]) -> dict[str, Any]:
-    """What the score card says of a fine-tuning run that starts from the checkpoint `state`.
+def card(
+    state: Mapping[str, Any], training: Iterable[CachedVolume], validation: Iterable[CachedVolume]
+) -> dict[str, Any]:
+    """Return the overlap of a fine-tuning run with the checkpoint `state` that it starts from, for its score card.
 
-    `training` and `validation` are cached entries. {"known": False} when the checkpoint does not tell its data.
+    `known` is False if the checkpoint does not record its data; then only `text` is there.
     """
     hashes = pretrained_hashes(state)
     if hashes is None:
-        return {"known": False, "text": "unknown: the checkpoint does not tell what it was pretrained on"}
-    parts = [(e.name, e.content_hash) for e in training], [(e.name, e.content_hash) for e in validation]
-    found = overlap(hashes, dict(enumerate(parts)))
+        return {"known": False, "text": "unknown: the checkpoint does not record what it was pretrained on"}
+    folds = {fold: [(v.name, v.content_hash) for v in volumes] for fold, volumes in enumerate((training, validation))}
+    found = overlap(hashes, folds)
     seen, count = found.seen[1], len(found.folds[1])
-    text = f"{len(seen)} of {count} validation cases were seen in pretraining" + _named(seen)
+    text = f"{len(seen)} of {count} validation cases were seen in pretraining{_listed(seen)}"
     return {"known": True, "validation_seen": seen, "training_seen": found.seen[0], "text": text}

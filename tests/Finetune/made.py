@@ -1,5 +1,4 @@
-"""Small made-up data sets in the published layouts: names, channels, data types and label values as in the real
-ones."""
+"""Small synthetic data sets with the layout, names, channels, data types and label values of the published ones."""
 
 import json
 from pathlib import Path
@@ -9,7 +8,8 @@ import numpy as np
 
 from Finetune.presets import Preset
 
-IDS = {  # as the real files are numbered; the second validates in fold 0 where the preset names its cases
+# as the published files are numbered; if the preset names its validation cases, the second is one of them
+IDS = {
     "BTCV": ("0001", "0035", "0002"),
     "BTCV_iso": ("0001", "0035", "0002"),
     "MMWHS_CT": ("1005", "1001", "1006"),
@@ -19,17 +19,17 @@ IDS = {  # as the real files are numbered; the second validates in fold 0 where 
 
 
 def volume(preset: Preset, seed: int, shape=(30, 28, 26)):
-    """(image, label values): a body in air (or a brain in nothing) with one box per class, each of its own
-    brightness."""
+    """Return (image, label values): a body with a box of its own brightness for each class."""
     rng = np.random.default_rng(seed)
-    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
-    body = (grid**2).sum(axis=0) < 1.1
+    coords = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
+    body = (coords**2).sum(axis=0) < 1.1
     ids = np.zeros(shape, np.int64)
     count = len(preset.labels) - 1
-    for number in range(1, count + 1):  # boxes on a spiral through the body
+    # boxes on a spiral through the body
+    for number in range(1, count + 1):
         turn = 2 * np.pi * (number + 0.1 * seed) / count
         centre = (0.45 * np.cos(turn), 0.45 * np.sin(turn), 0.5 * (number / count - 0.5))
-        ids[(np.abs(grid - np.reshape(centre, (3, 1, 1, 1))) < 0.16).all(axis=0)] = number
+        ids[(np.abs(coords - np.reshape(centre, (3, 1, 1, 1))) < 0.16).all(axis=0)] = number
     if preset.modality == "CT":
         low, high = (preset.low, preset.high) if preset.intensity == "window" else (-175, 250)
         image = np.where(body, low + (high - low) * (0.3 + 0.6 * ids / count), -1000)
@@ -46,7 +46,7 @@ def volume(preset: Preset, seed: int, shape=(30, 28, 26)):
 
 
 def make_dataset(preset: Preset, root: Path, affine=None, cases: int = 3, shape=(30, 28, 26)) -> Path:
-    """A data set of `cases` volumes in the layout of `preset`; returns its folder."""
+    """Write a data set of `cases` volumes in the layout of `preset` and return its folder."""
     affine = np.diag([-3.0, -3.0, 3.0, 1.0]) if affine is None else affine
     layout, entries = preset.layout, []
     for position in range(cases):
@@ -68,7 +68,7 @@ def make_dataset(preset: Preset, root: Path, affine=None, cases: int = 3, shape=
 
 
 def make_scans(preset: Preset, root: Path, patients: int = 5) -> Path:
-    """A classification set: one slice-stack per scan, two scans of each patient; classes differ in brightness."""
+    """Write a classification data set with two scans of each patient and return its folder."""
     for number, folder in enumerate(preset.layout.classes):
         for patient in range(patients):
             for scan in range(2):

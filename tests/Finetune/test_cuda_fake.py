@@ -1,5 +1,4 @@
-"""Training steps of every network and kind of preset on CUDA fake tensors, as tests/Pretrain/test_cuda_fake.py does for
-pretraining."""
+"""Training steps of every network and every kind of loss on fake CUDA tensors."""
 
 from functools import partial
 
@@ -14,7 +13,8 @@ from tests.common.fake_cuda import check, train
 
 VIT = dict(embed_dim=24, depth=4, num_heads=2, patch_size=(16, 16, 16), drop_path=0.1)
 HYBRID = dict(embed_dims=(6, 6, 12, 24), depths=(1, 1, 1, 1), num_heads=2)
-DICE_CE, REGIONS, CLASSES = "BTCV", "MSD01_BrainTumour", "CC_CCII"  # one preset for each kind of loss
+# one preset for each kind of loss
+DICE_CE, REGIONS, CLASSES = "BTCV", "MSD01_BrainTumour", "CC_CCII"
 RUNS = [
     ("unetr", DICE_CE, VIT | {"feature_size": 4}, {}),
     ("unetr", REGIONS, VIT | {"feature_size": 4}, {"layer_decay": 0.75}),
@@ -27,7 +27,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize("model, preset, sizes, how", RUNS)
-def test_no_step_leaves_the_device_or_waits_for_it(model, preset, sizes, how):
+def test_a_step_stays_on_the_device_and_never_waits(model, preset, sizes, how):
     preset = load_preset(preset)
     network = build_model(resolve(ModelSettings(model=model, roi=(64, 64, 64), **sizes), preset, None))
     classifies = preset.task == "classification"

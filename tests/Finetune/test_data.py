@@ -1,4 +1,4 @@
-"""Crops: balanced, in step with their labels, a function of (seed, position) alone."""
+"""Crops: balanced, aligned with their labels, determined by seed and position."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ ALL = Augmentation(flip=0.5, rotate90=0.5)
 
 @dataclass
 class Volume:
-    """Stands for a cache entry: label k where the image is k / 10."""
+    """A stand-in for `CachedVolume` whose image is a tenth of its label."""
 
     label: torch.Tensor
     class_points: dict = field(init=False)
@@ -43,12 +43,13 @@ class Volume:
 @pytest.fixture
 def volume():
     label = torch.zeros(60, 50, 40, dtype=torch.uint8)
-    label[5:35, 5:35, 5:35] = 1  # large
-    label[50:52, 40:42, 30:32] = 2  # small: 8 voxels
+    # a large class and one of 8 voxels
+    label[5:35, 5:35, 5:35] = 1
+    label[50:52, 40:42, 30:32] = 2
     return Volume(label)
 
 
-def test_half_of_the_crops_are_centred_on_foreground_each_class_as_often(volume):
+def test_half_of_the_crops_are_centred_on_classes_equally(volume):
     rng = torch.Generator().manual_seed(0)
     roi, small, large = (9, 9, 9), 0, 0
     for _ in range(2000):
@@ -57,25 +58,27 @@ def test_half_of_the_crops_are_centred_on_foreground_each_class_as_often(volume)
         centre = tuple(s + n // 2 for s, n in zip(start, roi))
         small += volume.label[centre] == 2
         large += volume.label[centre] == 1
-    assert 0.21 < small / 2000 < 0.29  # a quarter; 8 of 120000 voxels by chance
-    assert 0.33 < large / 2000 < 0.48  # a quarter, and what falls there anyway
+    # a quarter each; background crops are often centred on the large class too, and on the small one hardly ever
+    assert 0.21 < small / 2000 < 0.29
+    assert 0.33 < large / 2000 < 0.48
 
 
-def test_a_volume_without_crops_is_refused(volume):
-    with pytest.raises(InputError, match="crops: found 0"):
+def test_fewer_than_one_crop_is_refused(volume):
+    with pytest.raises(InputError, match="--crops 0"):
         CropDataset([volume], (9, 9, 9), ALL, crops=0)
 
 
-def test_a_volume_smaller_than_the_crop_sits_in_the_middle(volume):
+def test_a_volume_smaller_than_the_crop_is_in_its_middle(volume):
     rng = torch.Generator().manual_seed(0)
     start = crop_start(volume, (64, 55, 16), rng)
     assert start[:2] == (-2, -2) and 0 <= start[2] <= 24
 
 
-def test_a_crop_is_a_function_of_seed_and_position(volume):
+def test_crops_depend_on_seed_and_position_only(volume):
     crops = CropDataset([volume, volume], (16, 16, 16), ALL, crops=3, seed=5)
     again = CropDataset([volume, volume], (16, 16, 16), ALL, crops=3, seed=5)
-    again[9, 1]  # what was read before does not matter
+    # samples read before do not matter
+    again[9, 1]
     first = crops[4, 0]
     assert first["image"].shape == (3, 1, 16, 16, 16) and first["label"].dtype == torch.uint8
     assert torch.equal(first["image"], again[4, 0]["image"])
@@ -96,7 +99,7 @@ def test_image_and_label_move_together_and_are_plain_tensors(volume):
     assert moved > 3 and get_track_meta()
 
 
-def test_affine_keeps_labels_whole_and_intensities_near_their_places(volume):
+def test_affine_keeps_label_ids_and_aligned_intensities(volume):
     crops = CropDataset([volume], (16, 16, 16), Augmentation(affine=1.0, noise=1.0), crops=8, seed=0)
     sample = crops[0, 0]
     assert set(sample["label"].unique().tolist()) <= {0, 1, 2}

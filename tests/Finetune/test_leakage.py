@@ -1,4 +1,4 @@
-"""A fine-tuning run says, and its checkpoint keeps, which validation cases pretraining has seen."""
+"""A fine-tuning run prints and stores which of its validation cases were seen in pretraining."""
 
 import torch
 
@@ -10,7 +10,7 @@ from tests.Finetune.made import make_dataset
 from tests.Finetune.test_main_finetune import run, vit_file
 
 
-def test_leaks_are_found_by_content(tmp_path, capsys):
+def test_leaks_are_found_by_content_and_reported(tmp_path, capsys):
     data = make_dataset(load_preset("BTCV"), tmp_path / "btcv")
     hashes = [hashing.content_hash(read_image(path)) for path in sorted(data.glob("img/*.nii.gz"))]
     for seen, warned in ((hashes, True), (["another"], False)):

@@ -1,4 +1,4 @@
-"""Losses against MONAI's DiceCELoss and a plain reading of the formula."""
+"""Losses against MONAI's DiceCELoss and against the formula."""
 
 import torch
 from monai.losses import DiceCELoss
@@ -8,7 +8,7 @@ from Finetune.losses import DiceCE, RegionDice, one_hot_regions
 REGIONS = {"core": (2, 3), "whole": (1, 2, 3), "enhancing": (3,)}
 
 
-def test_terms_add_up_to_the_authors_dice_ce():
+def test_terms_add_up_to_monais_dice_ce():
     torch.manual_seed(0)
     logits, label = torch.randn(2, 4, 6, 5, 7), torch.randint(0, 4, (2, 1, 6, 5, 7), dtype=torch.uint8)
     reference = DiceCELoss(to_onehot_y=True, softmax=True, squared_pred=True, smooth_nr=0.0, smooth_dr=1e-6)

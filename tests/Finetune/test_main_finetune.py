@@ -156,7 +156,7 @@ def test_a_fold_that_pretraining_has_seen_is_said(tmp_path, capsys):
 def test_unknown_pretraining_data_is_said(tmp_path, spleen):
     vit_file(tmp_path / "pretrained.pth")
     path = run(tmp_path, "MSD09_Spleen", spleen, "--init", tmp_path / "pretrained.pth")
-    assert "unknown: the checkpoint does not tell" in load_finetuned(path)[3]["leak"]
+    assert "unknown: the checkpoint does not record" in load_finetuned(path)[3]["leak"]
 
 
 def test_another_fold_does_not_go_on_from_this_one(tmp_path, spleen):
@@ -255,7 +255,7 @@ def test_bad_settings_are_refused_in_words(tmp_path, spleen):
         (["--roi", "40"], "--roi 40 40 40.*16 16 16"),
         (["--patch_size", "12", "--roi", "36"], "--patch_size 12 12 12.*4, 8, 16 or 32"),
         (["--num_heads", "5"], "--num_heads 5.*24"),
-        (["--fold", "9"], "fold: found 9"),
+        (["--fold", "9"], "--fold 9"),
         (["--layer_decay", "1.5"], "--layer_decay 1.5"),
         (["--init", "nowhere.pth"], "nowhere.pth: no such checkpoint"),
         (["--scratch_twin"], "scratch_twin: needs --init FILE"),
@@ -286,7 +286,7 @@ def test_bad_labels_and_lists(tmp_path):
     values = np.asarray(label.dataobj).copy()
     values[5, 5, 5] = 7
     nib.save(nib.Nifti1Image(values, label.affine), path)
-    with pytest.raises(InputError, match="spleen_17.nii.gz: its label holds the id 7, preset MSD09_Spleen allows 0..1"):
+    with pytest.raises(InputError, match="spleen_17.nii.gz: .*id 7.*0..1.*MSD09_Spleen"):
         run(tmp_path, "MSD09_Spleen", data)
     nib.save(nib.Nifti1Image(values[:-1] * 0, label.affine), path)
     with pytest.raises(InputError, match="spleen_17.nii.gz: found a label of shape"):

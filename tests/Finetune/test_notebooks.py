@@ -1,5 +1,4 @@
-"""The notebook's cells run as they stand, from its own folder, with nothing of this repository but Finetune/ on the
-path."""
+"""The cells of the notebook run unchanged, in its own folder, with Finetune/ on the path."""
 
 import json
 import os
@@ -16,14 +15,15 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "Finetune/notebooks"
 
 
 @pytest.mark.slow
-def test_load_pretrained(tmp_path):
+def test_the_load_pretrained_notebook_runs(tmp_path):
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in vit_base_patch16_3d(img_size=160).state_dict().items()}
     weights = {f"module.backbone.{name}": torch.zeros(shape) for name, shape in shapes.items()}
     torch.save({"student": weights | {"module.head.mlp.0.weight": torch.zeros(1)}}, tmp_path / "checkpoint-1599.pth")
     cells = json.loads((NOTEBOOKS / "load_pretrained.ipynb").read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    for cell, source in enumerate(sources[1:], 1):  # a notebook shows a cell's last line
+    # print the last line of each cell, which a notebook displays
+    for cell, source in enumerate(sources[1:], 1):
         body, _, last = f"\n{source}".rpartition("\n")
         sources[cell] = f"{body}\nprint(({last}))"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {

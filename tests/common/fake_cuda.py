@@ -1,9 +1,8 @@
-"""A training step on CUDA fake tensors: the real loop, on a machine without a GPU, with a watch over what would make
-the host wait for the device.
+"""Run training steps on fake CUDA tensors, without a GPU, and record what would make the host wait for the device.
 
-Left out are the backward pass, for which autograd asks the CUDA driver (gradients are made up instead), and what needs
-several processes. Of that torch's SyncBatchNorm is known to wait, once per layer and forward pass (`count_all[mask]`):
-in fine-tuning MiM on several GPUs, nowhere else.
+The loop is the real one. Left out are the backward pass, for which autograd needs the CUDA driver (gradients are empty
+tensors instead), and everything with several processes. Of that, torch's SyncBatchNorm is known to wait once per layer
+and forward pass (`count_all[mask]`), when MiM's network is fine-tuned on several GPUs.
 """
 
 import traceback
@@ -27,21 +26,19 @@ from common.training.state import TrainingState
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = torch.device("cuda", 0)
 
-# Values of a device tensor that the host must know, be it only their number: it waits until they are there.
+# operations whose result on the host depends on values of a device tensor
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero", "equal", "item")
 
-# (file, function) -> why a copy between host and device is right there.
-ALLOWED = {
-    (
-        "common/data/loader.py",
-        "to_device",
-    ): "the batch: from pinned memory and non_blocking, so the host goes on at once",
-}
+# (file, function) of copies between host and device that need no wait: the batch, from pinned memory and non_blocking
+ALLOWED = {("common/data/loader.py", "to_device")}
 
 
 class Waits(TorchDispatchMode):
-    """Notes in `found` every operation for which the host would wait for the device, and where our code, MONAI's or
-    timm's calls it; in `allowed` the places of ALLOWED that it met."""
+    """Record operations for which the host waits for the device.
+
+    `found` holds each operation and the line of this repository, MONAI or timm that calls it; `allowed` holds the
+    places of ALLOWED that were used.
+    """
 
     def __init__(self):
         super().__init__()
@@ -51,12 +48,13 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
         if any(t.device.type == "cuda" for t in _tensors(args)) and self._reads(name, function, args, kwargs):
-            raise AssertionError(f"{function} at {self._place()[1]}")  # fake tensors could not go on either
+            # a fake tensor has no value to continue with
+            raise AssertionError(f"{function} at {self._place()[1]}")
         result = function(*args, **kwargs)
         if name in ("_to_copy", "copy_"):
             source, target = (args[0], result) if name == "_to_copy" else (args[1], args[0])
             if source.device.type != target.device.type:
-                self._note(f"{function} {source.device.type} -> {target.device.type}")
+                self._record(f"{function} {source.device.type} -> {target.device.type}")
         return result
 
     @staticmethod
@@ -68,7 +66,7 @@ class Waits(TorchDispatchMode):
             return function._overloadname != "self_int" and kwargs.get("output_size") is None
         return name.startswith("_unique") or name.removeprefix("_") in [read.removeprefix("_") for read in READS]
 
-    def _note(self, what: str) -> None:
+    def _record(self, what: str) -> None:
         place, line = self._place()
         if place in ALLOWED:
             self.allowed.add(place)
@@ -77,7 +75,7 @@ class Waits(TorchDispatchMode):
 
     @staticmethod
     def _place() -> tuple[tuple[str, str], str]:
-        """((file, function), both with the line) of the innermost call in our code, MONAI's or timm's."""
+        """Return ((file, function), text with the line) of the innermost call in the watched code."""
         frames = [f for f in traceback.extract_stack() if f.filename != __file__ and not f.name.startswith("<")]
         own = [f for f in frames if _is_watched(f.filename)]
         frame = (own or frames)[-1]
@@ -87,7 +85,8 @@ class Waits(TorchDispatchMode):
 
 
 def _is_watched(filename: str) -> bool:
-    if "/site-packages/" in filename:  # of an environment that may lie in the project's folder
+    # the environment may be in the folder of the repository
+    if "/site-packages/" in filename:
         return "/monai/" in filename or "/timm/" in filename
     return filename.startswith(f"{ROOT}/")
 
@@ -102,7 +101,7 @@ def _tensors(values):
 
 @contextmanager
 def fake_cuda():
-    """Fake tensors, for which CUDA counts as there where it decides what runs: autocast and the gradient scaler."""
+    """Use fake tensors, and make autocast and the gradient scaler believe that CUDA is available."""
     with ExitStack() as stack:
         for name, value in (
             ("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
@@ -115,7 +114,7 @@ def fake_cuda():
 
 
 class _Torch:
-    """torch as MONAI's Dice sees it: it reads its axes from a tensor in host memory, which has no value here."""
+    """Stand-in for torch in MONAI's Dice, which reads its axes from a tensor; a fake tensor has no values."""
 
     def __getattr__(self, name):
         return getattr(torch, name)
@@ -125,7 +124,7 @@ class _Torch:
 
 
 def moved(method: nn.Module) -> nn.Module:
-    """The method with fake CUDA tensors in place of its parameters and buffers. Under `fake_cuda`."""
+    """Replace the parameters and buffers of the method by fake CUDA tensors, within `fake_cuda`."""
     for module in method.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -138,9 +137,9 @@ def moved(method: nn.Module) -> nn.Module:
 
 
 def train(method: nn.Module, batch, weights: dict[str, float], make_optimizer=None, amp="bf16", updates=1, accum=1):
-    """(losses of every forward pass, Waits) of `updates` of `accum` micro-batches by the real loop.
+    """Run `updates` of `accum` micro-batches; return the losses of every forward pass, and the Waits.
 
-    `batch()` gives a batch in host memory, as the loader does.
+    `batch()` returns a batch in host memory, as the loader does.
     """
     reported = []
     with fake_cuda():
@@ -168,11 +167,11 @@ def train(method: nn.Module, batch, weights: dict[str, float], make_optimizer=No
 
 
 def check(reported, waits: Waits, names: set[str]) -> None:
-    """Every forward pass gave scalars on the device in full precision, all `names` among them; nothing waited but the
-    batch was copied."""
+    """Assert that all losses in `names` are float32 scalars on the device, and that only the batch was copied."""
     assert names <= {name for values in reported for name in values}
     for values in reported:
         for name, value in values.items():
             assert (value.device, value.dtype, value.ndim) == (CUDA, torch.float32, 0), name
     assert not waits.found, "\n".join(dict.fromkeys(waits.found))
-    assert waits.allowed == set(ALLOWED)  # no stale exception
+    # no unused exception
+    assert waits.allowed == ALLOWED
