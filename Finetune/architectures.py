@@ -38,25 +38,13 @@ class ModelSettings:
     )
     embed_dim: int | None = setting(None, "width of the ViT; none: that of its size", least=1)
     depth: int | None = setting(None, "blocks of the ViT; none: those of its size", least=1)
-    embed_dims: Quadruple | None = setting(
-        None, "widths of the hybrid encoder's stages (mim); none: those of its size", least=1
-    )
-    depths: Quadruple | None = setting(
-        None, "blocks of the hybrid encoder's stages (mim); none: those of its size", least=1
-    )
+    embed_dims: Quadruple | None = setting(None, "widths of the stages (mim); none: those of its size", least=1)
+    depths: Quadruple | None = setting(None, "blocks of the stages (mim); none: those of its size", least=1)
     num_heads: int | None = setting(None, "attention heads; none: those of the size", least=1)
-    patch_size: Triple | None = setting(
-        None, "voxels of a patch (D H W); none: the checkpoint's, or the preset's without one", least=1
-    )
-    roi: Triple | None = setting(
-        None, "voxels of a crop and of the sliding window (D H W); none: the preset's", least=1
-    )
-    feature_size: int = setting(
-        16, "width of the decoder at full resolution: MONAI's default is 16, the authors' is 48", least=1
-    )
-    drop_path: float | None = setting(
-        None, "stochastic depth of the encoder; none: 0, or the authors' 0.2 for mim", least=0, below=1
-    )
+    patch_size: Triple | None = setting(None, "voxels of a patch; none: the checkpoint's, else the preset's", least=1)
+    roi: Triple | None = setting(None, "voxels of a crop and of the sliding window; none: the preset's", least=1)
+    feature_size: int = setting(16, "width of the decoder: MONAI's default is 16, the authors' is 48", least=1)
+    drop_path: float | None = setting(None, "stochastic depth; none: 0, or 0.2 for mim (authors)", least=0, below=1)
 
     def __post_init__(self):
         find_head(self.model)

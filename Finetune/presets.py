@@ -25,9 +25,7 @@ class Layout:
     labels: tuple[str, ...] = setting((), "patterns of the label files, one for each pattern of images")
     case: str = setting("[^/]+?", "regular expression for {case}, e.g. the numbers of the CT scans in a mixed set")
     classes: dict[str, int] = setting({}, "classification: folder of a volume -> class number")
-    patient: str | None = setting(
-        None, "regular expression for the start of a case's name; cases with the same start are in one fold"
-    )
+    patient: str | None = setting(None, "regular expression for the start of names; the same start, the same fold")
 
 
 def probability(help: str = "") -> float:
@@ -72,15 +70,9 @@ class Preset:
     labels_by: str = setting("experts", "who drew the reference labels; printed on the score card")
     folds: int = setting(5, "number of folds, unless the list has folds", least=2)
     validation: tuple[str, ...] = setting((), "cases of fold 0; the others fill the other folds in order")
-    validation_cases: int | None = setting(
-        None, "size of fold 0 if its cases are not named; none: equal folds", least=1
-    )
-    clean_folds: tuple[int, ...] = setting(
-        (), "folds whose validation cases are in no published pretraining list; (): all"
-    )
-    leak: str = setting(
-        "", "what is wrong with the other folds; printed by a run from a checkpoint, and on its score card"
-    )
+    validation_cases: int | None = setting(None, "size of fold 0 if its cases are not named; none: equal", least=1)
+    clean_folds: tuple[int, ...] = setting((), "folds that no published pretraining list has seen; (): all")
+    leak: str = setting("", "what is wrong with the other folds; printed by runs from a checkpoint, and on their card")
     label_order: tuple[str, ...] = setting((), "training cases in the order in which --label_count takes them")
 
     @property
