@@ -1,16 +1,15 @@
-"""What fine-tuning adds to the common training loop: the method, its optimiser, and validation by sliding window."""
+"""Fine-tuning in the common training loop: the method, its optimizer and its validation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from common import distributed, watchdog
+from common import distributed
 from common.cache.volume import CachedVolume
 from common.distributed import Run
-from common.errors import InputError
 from common.runlog import progress
 from common.training.method import Method
 from common.training.optim import build_optimizer
@@ -21,7 +20,7 @@ from Finetune.cases import class_of
 from Finetune.data import resized
 from Finetune.evaluation.classification import class_scores, write_scores
 from Finetune.evaluation.metrics import dice_of
-from Finetune.inference.sliding_window import Window, slabs
+from Finetune.inference.sliding_window import Window, predictor, slabs
 from Finetune.losses import DiceCE, RegionDice
 from Finetune.presets import Preset
 
@@ -29,7 +28,7 @@ Losses = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
 
 class Finetuning(Method):
-    """A network and what it is trained for: forward(batch, step) -> named losses, `losses(model, batch)`."""
+    """A network with its losses. With `freeze` only the head is trained."""
 
     def __init__(self, model: nn.Module, losses: Losses, freeze: bool = False):
         super().__init__()
@@ -54,8 +53,10 @@ class Finetuning(Method):
 
 
 def segmentation_losses(preset: Preset) -> Losses:
-    """{`dice`, `ce`}, or {`dice`} for overlapping regions, of `image` (B, crops, C, d, h, w) and `label` (B, crops, 1,
-    d, h, w)."""
+    """Return the losses of a batch: `dice` and `ce`, or `dice` alone for overlapping regions.
+
+    A batch holds `image` (B, crops, C, d, h, w) and `label` (B, crops, 1, d, h, w).
+    """
     criterion = RegionDice(preset.regions) if preset.regions else DiceCE()
 
     def losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -65,18 +66,19 @@ def segmentation_losses(preset: Preset) -> Losses:
 
 
 def make_optimizer(method: Finetuning, weight_decay: float, layer_decay: float | None) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.999). With `layer_decay` d, the learning rate of the encoder falls by d per block towards the
-    input; the head's is whole."""
+    """Return AdamW with betas (0.9, 0.999), and with timm's layer-wise learning rate decay if asked for.
+
+    With `layer_decay` the learning rate of the encoder falls by this factor per block towards the input. The head has
+    the full learning rate.
+    """
     if layer_decay is None:
         return build_optimizer(method, weight_decay, betas=(0.9, 0.999))
-    if not 0 < layer_decay <= 1:
-        raise InputError(f"layer_decay: found {layer_decay}, needs more than 0 and at most 1")
     backbone = method.model.backbone
     groups = param_groups_layer_decay(
         backbone, weight_decay, no_weight_decay_list=backbone.no_weight_decay(), layer_decay=layer_decay
     )
-    inside = {id(p) for p in backbone.parameters()}
-    head = [p for p in method.parameters() if id(p) not in inside and p.requires_grad]
+    encoder = {id(p) for p in backbone.parameters()}
+    head = [p for p in method.parameters() if id(p) not in encoder and p.requires_grad]
     groups += [
         {"params": [p for p in head if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in head if p.ndim <= 1], "weight_decay": 0.0},
@@ -84,101 +86,92 @@ def make_optimizer(method: Finetuning, weight_decay: float, layer_decay: float |
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
 
 
+# ---------------------------------------------------------------- validation
+
+
 @torch.no_grad()
 def validate(
-    model: nn.Module, entries: Sequence[CachedVolume], preset: Preset, window: Window, run: Run, amp: str = "auto"
+    model: nn.Module, volumes: Sequence[CachedVolume], preset: Preset, window: Window, run: Run, amp: str = "auto"
 ) -> dict[str, float]:
-    """Mean Dice of the validation cases on the preprocessed grid, over the classes of a case, then over cases; each
-    rank takes its share of the cases. For watching a run: the score card is made by Finetune.evaluate, on the files'
-    own grids."""
+    """Return the mean Dice of the validation cases, over the classes of a case, then over cases; and per class.
+
+    It is computed in the preprocessed space, to monitor a run. Finetune.evaluate scores in the space of the files.
+    """
     model.eval()
     dtype = autocast_dtype(amp, run.device)
     names = list(preset.scored())
-    sums, counts = (
-        torch.zeros(len(names) + 1),
-        torch.zeros(len(names) + 1),
-    )  # one per class, the last for the mean of a case
-    for entry in until_stopped(progress(entries[run.rank :: run.world_size], desc="validate", unit="case"), run):
-        values = case_dice(model, entry, preset, window, run.device, dtype)
-        present = [value for value in values if value is not None]
-        for position, value in enumerate([*values, sum(present) / len(present) if present else None]):
-            if value is not None:
-                sums[position] += value
-                counts[position] += 1
-    sums, counts = (distributed.all_reduce_mean(t.to(run.device)).cpu() for t in (sums, counts))
-    result = {"val/dice": float(sums[-1] / counts[-1].clamp(min=1e-9))}
-    for name, total, count in zip(names, sums, counts):
-        if count > 0:
-            result[f"val/dice {name}"] = float(total / count)
-    return result
+    dice = torch.zeros(len(volumes), len(names), dtype=torch.float64)
+    for index in own_indices(len(volumes), run):
+        values = case_dice(model, volumes[index], preset, window, run.device, dtype)
+        dice[index] = torch.tensor([float("nan") if value is None else value for value in values])
+    dice = sum_over_ranks(dice, run)
+    result = {"val/dice": float(dice.nanmean(dim=1).nanmean().nan_to_num())}
+    per_class = zip(names, dice.nanmean(dim=0).tolist())
+    return result | {f"val/dice {name}": value for name, value in per_class if value == value}
+
+
+def own_indices(count: int, run: Run) -> Iterator[int]:
+    """Return the indices of the cases that this rank validates, with a progress bar, until it is asked to stop."""
+    indices = range(run.rank, count, run.world_size)
+    return until_stopped(progress(indices, desc="validate", unit="case"), run)
+
+
+def sum_over_ranks(rows: Tensor, run: Run) -> Tensor:
+    """Return all rows on every rank, given on each its own rows and zeros for the others."""
+    return (distributed.all_reduce_mean(rows.to(run.device)) * run.world_size).cpu()
 
 
 def case_dice(
     model: nn.Module,
-    entry: CachedVolume,
+    volume: CachedVolume,
     preset: Preset,
     window: Window,
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> list[float | None]:
-    """Dice of one cached case, one value for each name of `preset.scored()`."""
-    image = entry.read((0, 0, 0), entry.shape)
-    label = entry.read_label((0, 0, 0), entry.shape)[0]
-    found = torch.zeros(len(preset.regions) or 1, *entry.shape, dtype=torch.uint8)
+    """Return the Dice of one cached case for each name in `preset.scored()`."""
+    image = volume.read((0, 0, 0), volume.shape)
+    label = volume.read_label((0, 0, 0), volume.shape)[0]
+    predicted = torch.zeros(len(preset.regions) or 1, *volume.shape, dtype=torch.uint8)
     for first, logits in slabs(image, predictor(model, device, dtype), window, device):
-        found[:, first : first + logits.shape[1]] = decide(logits, preset)
+        predicted[:, first : first + logits.shape[1]] = decide(logits, preset)
     scores = []
     for position, ids in enumerate(preset.scored().values()):
-        prediction = found[position].bool() if preset.regions else torch.isin(found[0], torch.tensor(ids))
-        scores.append(dice_of(prediction.numpy(), torch.isin(label, torch.tensor(ids)).numpy()))
+        mask = predicted[position].bool() if preset.regions else torch.isin(predicted[0], torch.tensor(ids))
+        scores.append(dice_of(mask.numpy(), torch.isin(label, torch.tensor(ids)).numpy()))
     return scores
 
 
 def decide(logits: Tensor, preset: Preset) -> Tensor:
-    """Logits (K, D, H, W) -> ids (1, D, H, W), or one map of 0 and 1 per region, uint8."""
+    """Return ids (1, D, H, W) from logits (K, D, H, W), or a mask per region (K, D, H, W), uint8."""
     if preset.regions:
         return (logits > 0).to(torch.uint8)
     return logits.argmax(dim=0, keepdim=True).to(torch.uint8)
 
 
-def predictor(model: nn.Module, device: torch.device, dtype: torch.dtype | None):
-    """The model as the sliding window calls it, under autocast where `dtype` says so."""
-
-    def predict(crops: Tensor) -> Tensor:
-        watchdog.reset()
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            return model(crops)
-
-    return predict
-
-
 @torch.no_grad()
 def validate_classes(
     model: nn.Module,
-    entries: Sequence[CachedVolume],
+    volumes: Sequence[CachedVolume],
     preset: Preset,
     roi: tuple[int, int, int],
     run: Run,
     amp: str = "auto",
     out: Path | None = None,
 ) -> dict[str, float]:
-    """Accuracy and AUC (one class against the others, mean over classes) of the validation cases; each rank takes its
-    share.
+    """Return accuracy and AUC of the validation cases (see `class_scores`).
 
-    With `out`, classification.csv (a row per case) and classification.json (with intervals by bootstrap over cases)
-    are written there.
+    With `out`, rank 0 writes classification.csv and classification.json there.
     """
     model.eval()
-    dtype = autocast_dtype(amp, run.device)
-    shares = torch.zeros(len(entries), len(preset.labels), device=run.device)
-    share = range(run.rank, len(entries), run.world_size)
-    for index in until_stopped(progress(share, desc="validate", unit="case"), run):
-        with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
-            logits = model(resized(entries[index], roi)[None].to(run.device))
-        shares[index] = logits[0].float().softmax(dim=0)
-    shares = (distributed.all_reduce_mean(shares) * run.world_size).cpu()
-    targets = torch.tensor([class_of(preset, entry.source) for entry in entries])
-    scores = class_scores(shares, targets, preset)
+    predict = predictor(model, run.device, autocast_dtype(amp, run.device))
+    probabilities = torch.zeros(len(volumes), len(preset.labels))
+    for index in own_indices(len(volumes), run):
+        logits = predict(resized(volumes[index], roi)[None].to(run.device))
+        probabilities[index] = logits[0].float().softmax(dim=0)
+    probabilities = sum_over_ranks(probabilities, run)
+    targets = torch.tensor([class_of(preset, volume.source) for volume in volumes])
+    scores = class_scores(probabilities, targets, preset)
     if out is not None and run.rank == 0:
-        write_scores(out, entries, shares, targets, scores, preset)
+        write_scores(out, volumes, probabilities, targets, scores, preset)
     return {f"val/{name}": value for name, value in scores.items()}

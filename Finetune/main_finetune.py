@@ -1,33 +1,36 @@
-"""Fine-tune an encoder for segmentation: a preset's data, a checkpoint, a network.
+"""Fine-tune an encoder for segmentation or classification: data of a preset, a checkpoint, a network.
 
     python -m Finetune.main_finetune --preset BTCV --data DIR --init checkpoint.pth --out_dir runs/btcv
     torchrun --nproc_per_node=4 -m Finetune.main_finetune ...
 
-The learning rate is `blr` at 16 crops per update, scaled linearly (the authors' rule); BTCV's epochs and learning rate
-are shipped by neither paper: ours, the same for every initialisation that is compared.
+The learning rate is `blr` at 16 crops per update, scaled linearly as in the authors' code. Neither paper publishes
+epochs and learning rate for BTCV; the defaults are our choice, to be used for every initialisation in a comparison.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from common import checkpoint, distributed, files, signals
-from common.cache import build, volume
+from common import checkpoint, distributed, signals
+from common.cache.build import build_cache
+from common.cache.volume import CachedVolume
 from common.cli import parse, run_program
 from common.config import group, setting, to_dict
 from common.data.datalist import DATA_ROOT_HELP
 from common.distributed import Run
 from common.errors import InputError
-from common.files import check_writable, digest
+from common.files import check_writable, digest, file_sha256
 from common.runlog import RunLog, print_main
 from common.training.checkpointing import CheckpointSettings
 from common.training.optim import OptimSettings
 from common.training.schedules import warmup_cosine
-from common.training.settings import LoopSettings, plan_updates
+from common.training.settings import BatchPlan, LoopSettings, plan_updates
 from common.training.trainer import Trainer
 from common.watchdog import Watchdog
 from Finetune import leakage
@@ -36,12 +39,45 @@ from Finetune.cases import check_classes, few_labels, find_cases, split, with_ma
 from Finetune.data import CropDataset, VolumeDataset
 from Finetune.engine_finetune import Finetuning, make_optimizer, segmentation_losses, validate, validate_classes
 from Finetune.heads import HEADS, Architecture
+from Finetune.inference.ensemble import BEST
 from Finetune.inference.sliding_window import Window
 from Finetune.losses import classification_losses
 from Finetune.presets import Preset, load_preset
 
 CROPS_AT_BLR = 16
-BEST = "checkpoint-best.pth"
+Volumes = Sequence[CachedVolume]
+
+
+# ---------------------------------------------------------------- settings
+
+
+@dataclass(kw_only=True)
+class DataSettings:
+    """Settings that choose the data set and the fold."""
+
+    preset: str = setting(help="data set: a name in Finetune/datasets/, or the path of a custom YAML")
+    data: Path = setting(help="its folder in the published layout, or a Decathlon JSON")
+    data_root: Path | None = setting(None, DATA_ROOT_HELP)
+    cache_dir: Path = setting(Path("cache"), "folder of preprocessed volumes; missing ones are added at the start")
+    fold: int = setting(0, "fold that validates; the others train", least=0)
+
+
+@dataclass(kw_only=True)
+class CaseSettings(DataSettings):
+    """Settings that choose the cases: the data set, the fold, and a subset of the training cases."""
+
+    label_count: int | None = setting(None, "number of training cases; smaller sets are nested in larger ones", least=1)
+    label_fraction: float | None = setting(None, "fraction of the training cases, nested likewise", above=0, most=1)
+    label_seed: int = setting(0, "seed of the order in which cases are taken")
+
+
+@dataclass(kw_only=True)
+class StartSettings:
+    """Settings of the initial weights."""
+
+    init: str = setting("scratch", "scratch, or a checkpoint whose encoder is loaded")
+    checkpoint: Path | None = setting(None, "the same as --init FILE")
+    scratch_twin: bool = setting(False, "same run and architecture as with --init FILE, but with random weights")
 
 
 @dataclass(kw_only=True)
@@ -65,59 +101,71 @@ class FinetuneCheckpointSettings(CheckpointSettings):
 
 
 @dataclass(kw_only=True)
-class FinetuneSettings(ModelSettings, LoopSettings):
-    """Settings of a fine-tuning run."""
+class ValidationSettings:
+    """Settings of the validation within a run. Finetune.predict uses its sliding window too."""
 
-    preset: str = setting(help="data set: a name of Finetune/datasets/, or the path of a YAML of one's own")
-    data: Path = setting(help="its folder in the published layout, or a Decathlon JSON")
-    data_root: Path | None = setting(None, DATA_ROOT_HELP)
-    cache_dir: Path = setting(Path("cache"), "where preprocessed volumes are kept; missing ones are added at the start")
-    fold: int = setting(0, "this fold validates, the rest trains", least=0)
-    label_count: int | None = setting(None, "train on this many cases; smaller sets are nested in larger ones")
-    label_fraction: float | None = setting(None, "train on this share of the cases, nested likewise")
-    label_seed: int = setting(0, "seed of the order in which cases are taken")
-
-    init: str = setting("scratch", "scratch, or a checkpoint whose encoder is loaded")
-    checkpoint: Path | None = setting(None, "the same as --init FILE")
-    scratch_twin: bool = setting(False, "the same run and architecture with random weights instead of the checkpoint's")
-    freeze: bool = setting(False, "train the head alone; always so for --model linear")
-
-    epochs: int = setting(3000, "passes over the data", least=1)
-    batch_size: int = setting(4, "volumes per update, over all processes together", least=1)
-    micro_batch_size: int | None = setting(1, "volumes per process and forward pass; the rest is accumulated", least=1)
-    crops: int = setting(4, "crops per volume", least=1)
-
-    optim: FinetuneOptimSettings = group(FinetuneOptimSettings, "Optimiser")
-    checkpoints: FinetuneCheckpointSettings = group(FinetuneCheckpointSettings, "Checkpoints")
-
-    validate_every: int = setting(50, "epochs between two validations; 0: never", least=0)
-    overlap: float = setting(0.5, "overlap of the sliding window")
-    blending: Literal["gaussian", "constant"] = setting("gaussian", "of overlapping windows; the authors': constant")
-    sw_batch_size: int = setting(2, "windows per forward pass")
+    validate_every: int = setting(50, "epochs between validations; 0: never", least=0)
+    overlap: float = setting(0.5, "overlap of the sliding window", least=0, below=1)
+    blending: Literal["gaussian", "constant"] = setting(
+        "gaussian", "blending of overlapping windows; the authors': constant"
+    )
+    sw_batch_size: int = setting(2, "windows per forward pass", least=1)
     select: Literal["last", "best"] = setting(
-        "last", "best also keeps checkpoint-best.pth, picked by validation; the card says so"
+        "last", "best: also keep checkpoint-best.pth, picked by validation, and report it; the score card says so"
     )
 
 
+@dataclass(kw_only=True)
+class FinetuneSettings(LoopSettings):
+    """Settings of a fine-tuning run."""
+
+    cases: CaseSettings = group(CaseSettings, "Data, fold and labels")
+    network: ModelSettings = group(ModelSettings, "Network")
+    start: StartSettings = group(StartSettings, "Initial weights")
+    optim: FinetuneOptimSettings = group(FinetuneOptimSettings, "Optimiser")
+    checkpoints: FinetuneCheckpointSettings = group(FinetuneCheckpointSettings, "Checkpoints")
+    validation: ValidationSettings = group(ValidationSettings, "Validation")
+    freeze: bool = setting(False, "train only the head; always so for --model linear")
+    epochs: int = setting(3000, "passes over the data", least=1)
+    batch_size: int = setting(4, "volumes per update, over all processes together", least=1)
+    micro_batch_size: int | None = setting(
+        1, "volumes per process and forward pass; gradients are accumulated over the rest of the batch", least=1
+    )
+    crops: int = setting(4, "crops per volume", least=1)
+
+
+def check_settings(config: FinetuneSettings, preset: Preset) -> None:
+    """Set the network that is the default for the task. Raise InputError for settings that contradict each other."""
+    model = config.network.model = model_for(config.network.model, preset)
+    if config.validation.select == "best" and not config.validation.validate_every:
+        raise InputError("--select best: needs a validation, found --validate_every 0")
+    encoder_only = {"freeze": config.freeze, "layer_decay": config.optim.layer_decay}
+    for name, value in (encoder_only | {"grad_checkpointing": config.precision.grad_checkpointing}).items():
+        if value and HEADS[model].encoder is None:
+            raise InputError(f"--{name}: --model {model} has no encoder")
+
+
+def initial_checkpoint(start: StartSettings) -> Path | None:
+    """Return the file that --init or --checkpoint names, None for scratch."""
+    if start.checkpoint and start.init != "scratch":
+        raise InputError(f"--checkpoint {start.checkpoint}: found --init {start.init} too, expected one of the two")
+    init = start.checkpoint or (None if start.init == "scratch" else Path(start.init))
+    if start.scratch_twin and init is None:
+        raise InputError("--scratch_twin: expected --init FILE too")
+    return init
+
+
+# ---------------------------------------------------------------- the run
+
+
 def main(argv: list[str] | None = None) -> Path:
-    """Run the program; returns the path of the last checkpoint."""
+    """Run the program. Return the path of the last checkpoint."""
     config = parse(FinetuneSettings, argv, description=__doc__)
     signals.write_marker_on_stop(config.out_dir)
-    preset = load_preset(config.preset)
-    config.model = model_for(config.model, preset)
-    if config.select == "best" and not config.validate_every:
-        raise InputError("--select best: picked by validation, which --validate_every 0 leaves out")
-    init = initial_checkpoint(config)
-    if HEADS[config.model].encoder is None:
-        encoder_only = {
-            "freeze": config.freeze,
-            "layer_decay": config.optim.layer_decay,
-            "grad_checkpointing": config.precision.grad_checkpointing,
-        }
-        for name, value in encoder_only.items():
-            if value:
-                raise InputError(f"--{name}: --model {config.model} has no encoder")
-    architecture = resolve(config, preset, init)
+    preset = load_preset(config.cases.preset)
+    check_settings(config, preset)
+    init = initial_checkpoint(config.start)
+    architecture = resolve(config.network, preset, init)
     run = distributed.setup(config.device)
     try:
         return finetune(config, preset, architecture, init, run)
@@ -126,62 +174,31 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 def finetune(config: FinetuneSettings, preset: Preset, architecture: Architecture, init: Path | None, run: Run) -> Path:
+    """Fine-tune to the last epoch. Return the path of the last checkpoint."""
     check_writable(config.out_dir)
-    window = Window(architecture.roi, config.overlap, config.blending, config.sw_batch_size)
-    training, validation = prepare_entries(config, preset, run)
-    torch.manual_seed(config.seed)
-    model = build_model(architecture)  # head and encoder from the seed, so that a scratch twin has the same head
-    if init and not config.scratch_twin:
-        load_encoder(model, init)
-    if config.precision.grad_checkpointing:
-        model.backbone.set_grad_checkpointing()
-    if run.world_size > 1 and run.device.type == "cuda":
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # MiM's stride-32 map, as the authors'
-    losses = classification_losses if preset.task == "classification" else segmentation_losses(preset)
-    method = Finetuning(model, losses, freeze=config.freeze or HEADS[config.model].frozen)
+    training, validation = prepare_volumes(config, preset, run)
+    weights_from = None if config.start.scratch_twin else init
+    method = build_method(config, preset, architecture, weights_from, run)
     plan = plan_updates(config, len(training), run.world_size)
     peak = config.optim.peak_lr(plan.batch * config.crops, CROPS_AT_BLR)
     warmup = round(min(config.optim.warmup_epochs, config.epochs / 2) * plan.steps_per_epoch)
-    start = "random weights" if init is None or config.scratch_twin else str(init)
-    cases = f"{len(training)} cases train, {len(validation)} validate"
-    print_main(f"{preset.name} fold {config.fold}: {cases}; encoder from {start}")
+    args = describe(config, preset, architecture, weights_from, training, validation)
+    parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     print_main(
-        f"{architecture.model}, roi {architecture.roi}, patch {architecture.patch_size}, {count(method)} parameters; "
+        f"{preset.name} fold {config.cases.fold}: {len(training)} cases train, {len(validation)} validate; "
+        f"encoder from {weights_from or 'random weights'}"
+    )
+    print_main(
+        f"{architecture.model}, roi {architecture.roi}, patch {architecture.patch_size}, {parameters:,} parameters; "
         f"{plan.batch} volumes x {config.crops} crops per update, {plan.total_steps} updates, lr {peak:.3g}"
     )
-    args = describe(config, preset, architecture, init, [e.name for e in training], [e.name for e in validation])
-    args["leak"] = leak_of(config, preset, init, training, validation)
     if args["leak"]:
-        print_main(f"warning: fold {config.fold}: {args['leak']}")
-    best = None
-
-    def after_epoch(epoch: int, log: RunLog, method: Finetuning) -> dict[str, float]:
-        nonlocal best
-        last = epoch + 1 == config.epochs
-        if not validation or not config.validate_every or ((epoch + 1) % config.validate_every and not last):
-            return {}
-        best = best_so_far(config.out_dir) if best is None else best
-        if preset.task == "classification":
-            name, out = "accuracy", config.out_dir if last else None
-            scores = validate_classes(
-                method.model, validation, preset, architecture.roi, run, config.precision.amp, out
-            )
-        else:
-            name, scores = "dice", validate(method.model, validation, preset, window, run, config.precision.amp)
-        log.add_scalars(scores, (epoch + 1) * plan.steps_per_epoch - 1)
-        print_main(f"epoch {epoch + 1}: validation {name} {scores[f'val/{name}']:.4f}")
-        if config.select == "best" and scores[f"val/{name}"] > best:
-            best = scores[f"val/{name}"]
-            if run.rank == 0:
-                picked = args | {"selected": "best", "best": best, "step": (epoch + 1) * plan.steps_per_epoch}
-                content = method.checkpoint_state() | {"epoch": epoch, "args": picked}
-                checkpoint.save(config.out_dir / BEST, content)
-        return scores
-
+        print_main(f"warning: fold {config.cases.fold}: {args['leak']}")
     if preset.task == "classification":
         dataset = VolumeDataset(training, preset, architecture.roi, config.seed)
     else:
         dataset = CropDataset(training, architecture.roi, preset.augmentation, config.crops, config.seed)
+    after_epoch = Validation(config, preset, architecture, validation, run, plan, args)
     trainer = Trainer(
         method,
         dataset,
@@ -207,34 +224,34 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
     return path
 
 
-def initial_checkpoint(config: FinetuneSettings) -> Path | None:
-    """The file named by --init or --checkpoint, None for scratch."""
-    if config.checkpoint and config.init != "scratch":
-        raise InputError(f"--checkpoint {config.checkpoint} and --init {config.init}: give one of the two")
-    init = config.checkpoint or (None if config.init == "scratch" else Path(config.init))
-    if config.scratch_twin and init is None:
-        raise InputError("--scratch_twin: needs --init FILE, whose twin it is")
-    return init
+def prepare_volumes(config: FinetuneSettings, preset: Preset, run: Run) -> tuple[Volumes, Volumes]:
+    """Return the cached (training, validation) cases. Rank 0 fills the cache first."""
+    chosen = config.cases
+    training, validation = split(find_cases(preset, chosen.data, chosen.data_root), preset, chosen.fold)
+    training = few_labels(training, preset, chosen.label_count, chosen.label_fraction, chosen.label_seed)
+    with distributed.main_first(), Watchdog(config.hang_minutes):
+        cases = with_mapped_labels([*training, *validation], preset, chosen.cache_dir / "labels")
+        volumes = build_cache(cases, preset.preprocessing, chosen.cache_dir, workers=config.workers)
+    check_classes(volumes, preset)
+    return volumes[: len(training)], volumes[len(training) :]
 
 
-def prepare_entries(
-    config: FinetuneSettings, preset: Preset, run: Run
-) -> tuple[list[volume.CachedVolume], list[volume.CachedVolume]]:
-    """Cached (training, validation) cases. The first process fills the cache, the others wait."""
-    training, validation = split(find_cases(preset, config.data, config.data_root), preset, config.fold)
-    training = few_labels(training, preset, config.label_count, config.label_fraction, config.label_seed)
-
-    def entries() -> list[volume.CachedVolume]:
-        with Watchdog(config.hang_minutes):
-            cases = with_mapped_labels([*training, *validation], preset, config.cache_dir / "labels")
-            return build.build_cache(cases, preset.preprocessing, config.cache_dir, workers=config.workers)
-
-    if run.rank == 0:
-        entries()
-    distributed.barrier()
-    found = entries()
-    check_classes(found, preset)
-    return found[: len(training)], found[len(training) :]
+def build_method(
+    config: FinetuneSettings, preset: Preset, architecture: Architecture, init: Path | None, run: Run
+) -> Finetuning:
+    """Return the network, with the encoder of `init` if given, and its losses."""
+    # all weights from the seed, so that a scratch twin has the same head
+    torch.manual_seed(config.seed)
+    model = build_model(architecture)
+    if init:
+        load_encoder(model, init)
+    if config.precision.grad_checkpointing:
+        model.backbone.set_grad_checkpointing()
+    # for the hybrid's map of stride 32, as in the authors' code
+    if run.world_size > 1 and run.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    losses = classification_losses if preset.task == "classification" else segmentation_losses(preset)
+    return Finetuning(model, losses, freeze=config.freeze or HEADS[architecture.model].frozen)
 
 
 def describe(
@@ -242,57 +259,101 @@ def describe(
     preset: Preset,
     architecture: Architecture,
     init: Path | None,
-    training: list[str],
-    validation: list[str],
+    training: Volumes,
+    validation: Volumes,
 ) -> dict[str, Any]:
-    """What the checkpoint keeps: all that predict and the score card need, in plain types."""
+    """Return what the checkpoint stores for Finetune.predict and the score card, in plain types."""
     return {
         "config": to_dict(config),
         "preset": to_dict(preset),
         "architecture": to_dict(architecture),
         "grid_size": list(architecture.grid_size),
-        "init": "scratch" if init is None or config.scratch_twin else str(init),
-        "init_sha256": files.file_sha256(init) if init and not config.scratch_twin else None,
-        "training_cases": training,
-        "validation_cases": validation,
+        "init": str(init) if init else "scratch",
+        "init_sha256": file_sha256(init) if init else None,
+        "training_cases": [volume.name for volume in training],
+        "validation_cases": [volume.name for volume in validation],
         "selected": "last",
+        "leak": leak_of(config.cases.fold, preset, init, training, validation),
     }
 
 
-def leak_of(
-    config: FinetuneSettings,
-    preset: Preset,
-    init: Path | None,
-    training: list[volume.CachedVolume],
-    validation: list[volume.CachedVolume],
-) -> str:
-    """What is to be said of validation cases that pretraining has seen, or may have; empty when there are none.
+def leak_of(fold: int, preset: Preset, init: Path | None, training: Volumes, validation: Volumes) -> str:
+    """Return a warning if pretraining has seen validation cases, or may have; else "".
 
-    Told by the content of the volumes, where the checkpoint carries what it was trained on; else by the preset.
+    Cases are compared by the content of the volumes if the checkpoint lists its data, else by what the preset states.
     """
-    if init is None or config.scratch_twin:
+    if init is None:
         return ""
     card = leakage.card(checkpoint.load(init), training, validation)
     if card["known"]:
         return card["text"] if card["validation_seen"] else ""
-    if config.fold in preset.clean_folds and {e.name for e in validation} <= set(preset.validation):
-        return ""  # a list with folds of its own may mean others by that number
+    # the folds of a list may hold other cases than those of the preset
+    if fold in preset.clean_folds and {volume.name for volume in validation} <= set(preset.validation):
+        return ""
     return preset.leak or card["text"]
 
 
+# ---------------------------------------------------------------- validation
+
+
+@dataclass
+class Validation:
+    """Validates after every `validate_every` epochs and after the last one, and keeps the best checkpoint if asked to.
+
+    The trainer calls it after each epoch. `args` is stored in checkpoint-best.pth.
+    """
+
+    config: FinetuneSettings
+    preset: Preset
+    architecture: Architecture
+    volumes: Volumes
+    run: Run
+    plan: BatchPlan
+    args: dict[str, Any]
+    best: float | None = None
+
+    def __call__(self, epoch: int, log: RunLog, method: Finetuning) -> dict[str, float]:
+        """Return the scores to log for this epoch, {} if no validation is due."""
+        every, done = self.config.validation.validate_every, epoch + 1
+        if not self.volumes or not every or (done % every and done != self.config.epochs):
+            return {}
+        name, scores = self.scores(method.model, last=done == self.config.epochs)
+        log.add_scalars(scores, done * self.plan.steps_per_epoch - 1)
+        print_main(f"epoch {done}: validation {name} {scores[f'val/{name}']:.4f}")
+        if self.config.validation.select == "best":
+            self.keep_best(scores[f"val/{name}"], epoch, method)
+        return scores
+
+    def scores(self, model: nn.Module, last: bool) -> tuple[str, dict[str, float]]:
+        """Return the name of the score that selects, and all scores."""
+        config, roi, amp = self.config, self.architecture.roi, self.config.precision.amp
+        if self.preset.task == "classification":
+            out = config.out_dir if last else None
+            return "accuracy", validate_classes(model, self.volumes, self.preset, roi, self.run, amp, out)
+        window = Window(roi, config.validation.overlap, config.validation.blending, config.validation.sw_batch_size)
+        return "dice", validate(model, self.volumes, self.preset, window, self.run, amp)
+
+    def keep_best(self, score: float, epoch: int, method: Finetuning) -> None:
+        """Write checkpoint-best.pth if `score` is the best so far."""
+        if self.best is None:
+            self.best = best_so_far(self.config.out_dir)
+        if score > self.best:
+            self.best = score
+            if self.run.rank == 0:
+                step = (epoch + 1) * self.plan.steps_per_epoch
+                args = self.args | {"selected": "best", "best": score, "step": step}
+                content = method.checkpoint_state() | {"epoch": epoch, "args": args}
+                checkpoint.save(self.config.out_dir / BEST, content)
+
+
 def best_so_far(out_dir: Path) -> float:
-    """The score of checkpoint-best.pth when a run goes on, so that a worse one does not replace it."""
+    """Return the score of checkpoint-best.pth, so that a resumed run does not replace it by a worse one; else -1."""
     path = out_dir / BEST
     try:
         return checkpoint.load(path)["args"]["best"] if path.exists() else -1.0
     except InputError as error:
         print_main(f"warning: {error}; the next validation counts as the best so far")
         return -1.0
-
-
-def count(module: torch.nn.Module) -> str:
-    """Trained parameters."""
-    return f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}"
 
 
 if __name__ == "__main__":

@@ -1,267 +1,264 @@
-"""A grid of fine-tuning runs: {initialisations} x {label counts} x {seeds}, one table, one curve.
+"""Sweep fine-tuning over initialisations x numbers of labels x seeds: one table, one plot.
 
     python -m Finetune.sweep --preset BTCV --data DIR --inits scratch,glmae.pth,mae.pth --label_counts 3,6,12,24
     --seeds 0,1,2 --out DIR
 
-Every cell is trained, predicted and scored in a folder of its own by the ordinary programs, one after another. Start
-the command again at any point: what is done is skipped, what was interrupted goes on from its last checkpoint. A cell
-that fails is reported and the rest goes on. Asked to stop (SIGTERM, SIGUSR1) it waits until its cell has saved. On a
-SLURM cluster, --slurm writes an array script with one task per cell; the same command without it collects the results.
+The programs train, predict and score each run in a folder in OUT/runs, one run after another. The same command resumes
+the sweep: finished runs are skipped, an interrupted one continues from its last checkpoint. A run that fails is
+reported, and the others continue. On SIGTERM or SIGUSR1 the sweep ends when the current run has saved. On a SLURM
+cluster, --slurm writes an array script with one task per run; the same command without it then collects the results.
 
-A scratch cell is the twin of the first checkpoint: its architecture, its schedule, its seed, its labels, random
-weights.
+A run from scratch is the twin of the first checkpoint: same architecture, schedule, seed and labels, random weights.
 """
 
-import hashlib
 import json
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from common.cli import parse, run_program
-from common.config import from_dict, load_yaml, setting, to_dict
-from common.data.datalist import DATA_ROOT_HELP, Case
+from common.config import from_dict, load_mapping, setting, settings_of, to_dict
+from common.data.datalist import Case
 from common.errors import InputError
-from common.files import check_writable, file_sha256, lock_folder, save_bytes
+from common.files import check_writable, digest, file_sha256, lock_folder, save_bytes
 from common.runlog import print_main
 from common.signals import run_child
 from Finetune.cases import few_labels, find_cases, split
-from Finetune.evaluate import labels_by
+from Finetune.evaluation.formats import write_json
 from Finetune.evaluation.metrics import case_means
-from Finetune.evaluation.report import CSV, JSON, read_scores
-from Finetune.evaluation.sweep_report import as_table, draw, short_name, summary, versus
-from Finetune.main_finetune import FinetuneSettings
+from Finetune.evaluation.protocol import labels_by
+from Finetune.evaluation.report import CSV, JSON, read_card
+from Finetune.evaluation.sweep_report import draw_curves, short_name, summary, sweep_table
+from Finetune.main_finetune import CaseSettings, DataSettings, FinetuneSettings, StartSettings
 from Finetune.presets import Preset, load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = (
-    "preset",
-    "data",
-    "data_root",
-    "init",
-    "checkpoint",
-    "scratch_twin",
-    "label_count",
-    "label_fraction",
-    "label_seed",
-    "seed",
-    "fold",
-)
+# settings of main_finetune that the sweep sets
+OWN = {"out_dir", "seed", *settings_of(CaseSettings), *settings_of(StartSettings)}
 
 
 @dataclass(kw_only=True)
-class SweepSettings:
-    """Settings of a comparison."""
+class SweepSettings(DataSettings):
+    """Settings of a sweep."""
 
-    preset: str = setting(help="data set: a name of Finetune/datasets/, or the path of a YAML of one's own")
-    data: Path = setting(help="its folder in the published layout, or a Decathlon JSON")
-    data_root: Path | None = setting(None, DATA_ROOT_HELP)
-    out: Path = setting(help="folder for cells/, compare.json, compare.txt, compare.png")
+    out: Path = setting(help="folder for runs/, sweep.json, sweep.txt, sweep.png")
     inits: str = setting("scratch", "initialisations, separated by commas: scratch, or checkpoints")
-    label_counts: str = setting("all", "numbers of training cases, separated by commas; all is every one")
-    seeds: str = setting("0", "seeds, separated by commas; a seed also draws which cases are taken")
-    fold: int = setting(0, "this fold is scored")
+    label_counts: str = setting("all", "numbers of training cases, separated by commas; all: every training case")
+    seeds: str = setting("0", "seeds, separated by commas; a seed also draws the training cases")
     settings: Path | None = setting(
-        None, "YAML of Finetune.main_finetune's settings (epochs, model, ...), the same for every cell"
+        None, "YAML with settings of Finetune.main_finetune (epochs, model, ...) for all runs"
     )
-    cache_dir: Path = setting(Path("cache"), "where preprocessed volumes are kept")
     slurm: bool = setting(False, "write OUT/array.sbatch instead of running")
     slurm_options: str = setting("--gpus=1 --cpus-per-task=8 --time=24:00:00", "options of the array's tasks")
-    only: int | None = setting(None, "run this cell alone (its number), as a task of the array does")
+    only: int | None = setting(None, "number of the only run to do, as in a task of the array", least=0)
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of the grid."""
+class SweepRun:
+    """One run of a sweep. `flags` are those of main_finetune that differ between runs."""
 
     init: str
     count: int
     seed: int
     flags: tuple[str, ...]
     folder: Path
-    validation: tuple[Case, ...]  # is predicted and scored
+    validation: tuple[Case, ...]
 
     @property
     def title(self) -> str:
-        return f"{Path(self.init).name if self.init != 'scratch' else 'scratch'}, {self.count} labels, seed {self.seed}"
+        return f"{Path(self.init).name}, {self.count} labels, seed {self.seed}"
 
     @property
     def done(self) -> bool:
-        return (self.folder / "scores" / JSON).is_file() and (self.folder / "scores" / CSV).is_file()
+        return all((self.folder / "scores" / name).is_file() for name in (JSON, CSV))
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(SweepSettings, argv, description=__doc__)
     preset = load_preset(config.preset)
-    cells = plan(config, preset)
+    runs = plan(config, preset)
     check_writable(config.out)
     if config.slurm:
-        write_array(config, len(cells), sys.argv[1:] if argv is None else argv)
+        write_array(config, len(runs), sys.argv[1:] if argv is None else argv)
         return
-    if config.only is not None and not 0 <= config.only < len(cells):
-        raise InputError(f"only: found {config.only}, there are the cells 0..{len(cells) - 1}")
-    chosen = cells if config.only is None else [cells[config.only]]
-    failures = {}
-    for number, cell in enumerate(chosen, start=1):
-        if cell.done:
-            print_main(f"cell {number}/{len(chosen)}: {cell.title}: done before")
-            continue
-        print_main(f"cell {number}/{len(chosen)}: {cell.title} -> {cell.folder}")
-        reason = run_cell(config, preset, cell)
-        if reason:
-            failures[cell.title] = reason
-            print_main(f"cell {number}/{len(chosen)}: FAILED: {reason}")
+    if config.only is not None and config.only >= len(runs):
+        raise InputError(f"--only {config.only}: must be less than {len(runs)}, the number of runs")
+    chosen = runs if config.only is None else [runs[config.only]]
+    failures = execute_all(config, preset, chosen)
     if config.only is None:
-        table = collect(config, cells, failures)
-        print_main(table)
+        print_main(collect(config, runs, failures))
     if failures:
-        raise InputError(f"{len(failures)} of {len(chosen)} cells failed; the log of each is in its folder")
+        raise InputError(f"{len(failures)} of {len(chosen)} runs failed; see log.txt in their folders")
 
 
-# ---------------------------------------------------------------- the grid
+# ---------------------------------------------------------------- planning
 
 
-def plan(config: SweepSettings, preset: Preset) -> list[Cell]:
-    """The cells in order. InputError for what can be seen to be wrong before the first run."""
+def plan(config: SweepSettings, preset: Preset) -> list[SweepRun]:
+    """Return the runs in order. Raise InputError for what can be found wrong before the first one starts."""
     if preset.task != "segmentation":
-        raise InputError(f"preset {preset.name}: is for {preset.task}, a grid compares segmentations")
+        raise InputError(f"--preset {preset.name}: is for {preset.task}, expected segmentation")
+    inits, common = initialisations(config), common_settings(config)
+    training, validation = split(find_cases(preset, config.data, config.data_root), preset, config.fold)
+    for case in [*training, *validation]:
+        if case.problem:
+            raise InputError(case.problem)
+    words = _items(config.label_counts, "label_counts")
+    # without duplicates: "all" may be a number that is also given
+    counts = dict.fromkeys(len(training) if word == "all" else _number(word, "label_counts") for word in words)
+    for count in counts:
+        few_labels(training, preset, count)
+    seeds = dict.fromkeys(_number(word, "seeds") for word in _items(config.seeds, "seeds"))
+    cases = [[case.name for case in part] for part in (training, validation)]
+    shared = [to_dict(preset), common, config.fold, cases]
+    runs = []
+    for (init, (start, content)), count, seed in product(inits.items(), counts, seeds):
+        flags = [*start, "--label_count", str(count), "--label_seed", str(seed), "--seed", str(seed)]
+        key = digest([json.dumps([*shared, content, count, seed], sort_keys=True)])[:8]
+        folder = config.out / "runs" / f"{short_name(init)}-{count}-seed{seed}-{key}"
+        runs.append(SweepRun(init, count, seed, tuple(flags), folder, tuple(validation)))
+    return runs
+
+
+def initialisations(config: SweepSettings) -> dict[str, tuple[list[str], list[str]]]:
+    """Return initialisation -> (flags of main_finetune, what identifies its content)."""
     inits = _items(config.inits, "inits")
     for init in inits:
         if init != "scratch" and not Path(init).is_file():
-            raise InputError(f"inits: found '{init}', needs scratch or an existing checkpoint")
+            raise InputError(f"--inits: found '{init}', expected scratch or an existing checkpoint")
     names = [short_name(init) for init in inits]
-    double = next((name for name in names if names.count(name) > 1), None)
-    if double is not None:
-        raise InputError(f"inits: found two that would be called {double}, which is the name of folder and file")
-    common = load_yaml(config.settings) or {} if config.settings else {}
-    needed = {"preset": preset.name, "data": str(config.data), "out_dir": str(config.out)}
-    from_dict(needed | common if isinstance(common, dict) else common, FinetuneSettings, str(config.settings))
-    taken = sorted(set(common) & {*OURS, "out_dir", "cache_dir"})
-    if taken:
-        raise InputError(f"{config.settings}: found '{taken[0]}', which the grid sets itself")
-    training, validation = split(find_cases(preset, config.data, config.data_root), preset, config.fold)
-    problem = next((case.problem for case in [*training, *validation] if case.problem), None)
-    if problem:
-        raise InputError(problem)
-    cases = [[case.name for case in part] for part in (training, validation)]
+    if len(set(names)) < len(names):
+        double = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"--inits: found two that are called {double}, expected different names of folder or file")
     first = next((init for init in inits if init != "scratch"), None)
-    cells = []
+    found = {}
     for init in inits:
-        texts = _items(config.label_counts, "label_counts")
-        counts = [len(training) if text == "all" else _number(text, "label_counts") for text in texts]
-        for count in dict.fromkeys(counts):  # all may be a number that is named as well
-            few_labels(training, preset, count)
-            for seed in dict.fromkeys(_number(text, "seeds") for text in _items(config.seeds, "seeds")):
-                start = ["--init", init] if init != "scratch" or not first else ["--init", first, "--scratch_twin"]
-                flags = [*start, "--label_count", str(count), "--label_seed", str(seed), "--seed", str(seed)]
-                what = [to_dict(preset), common, config.fold, cases, _hash_of(init, first), count, seed]
-                key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
-                folder = config.out / "cells" / f"{short_name(init)}-{count}-seed{seed}-{key}"
-                cells.append(Cell(init, count, seed, tuple(flags), folder, tuple(validation)))
-    return cells
+        file = first if init == "scratch" else init
+        twin = ["--scratch_twin"] if init == "scratch" else []
+        start = ["--init", str(Path(file).resolve()), *twin] if file else []
+        found[init] = start, [*twin, *([file_sha256(file)] if file else [])]
+    return found
 
 
-def _hash_of(init: str, first: str | None) -> list[str | None]:
-    """What a cell starts from: content, not path. A scratch cell depends on the checkpoint whose twin it is."""
-    return ["scratch", file_sha256(first) if first else None] if init == "scratch" else [file_sha256(init)]
+def common_settings(config: SweepSettings) -> dict[str, Any]:
+    """Return the settings that all runs share. InputError if one is not of main_finetune, or is set by the sweep."""
+    if config.settings is None:
+        return {}
+    common = load_mapping(config.settings)
+    if taken := sorted(OWN & common.keys()):
+        raise InputError(f"{config.settings}: found '{taken[0]}', which the sweep sets")
+    required = {"preset": config.preset, "data": str(config.data), "out_dir": str(config.out)}
+    from_dict(required | common, FinetuneSettings, str(config.settings))
+    return common
 
 
 def _items(text: str, name: str) -> list[str]:
     items = [item.strip() for item in text.split(",") if item.strip()]
     if not items:
-        raise InputError(f"{name}: found '{text}', needs at least one value")
+        raise InputError(f"--{name}: found '{text}', expected at least one value")
     return items
 
 
 def _number(text: str, name: str) -> int:
     if not text.isdecimal():
-        raise InputError(f"{name}: found '{text}', needs whole numbers separated by commas")
+        raise InputError(f"--{name}: found '{text}', expected whole numbers separated by commas")
     return int(text)
 
 
-# ---------------------------------------------------------------- one cell
+# ---------------------------------------------------------------- running
 
 
-def run_cell(config: SweepSettings, preset: Preset, cell: Cell) -> str | None:
-    """Train, predict, score in `cell.folder`; None when done, else the reason in one line. The output goes to log.txt
-    there."""
-    check_writable(cell.folder)
-    with lock_folder(cell.folder) as lock:  # the programs inherit it, so it holds as long as one of them goes on
+def execute_all(config: SweepSettings, preset: Preset, runs: Sequence[SweepRun]) -> dict[str, str]:
+    """Do the runs that are not done. Return run -> reason for those that failed."""
+    failures = {}
+    for number, run in enumerate(runs, start=1):
+        place = f"run {number}/{len(runs)}: {run.title}"
+        if run.done:
+            print_main(f"{place}: already done")
+            continue
+        print_main(f"{place} -> {run.folder}")
+        if reason := execute(config, preset, run):
+            failures[run.title] = reason
+            print_main(f"{place}: FAILED: {reason}")
+    return failures
+
+
+def execute(config: SweepSettings, preset: Preset, run: SweepRun) -> str | None:
+    """Train, predict and score in the folder of the run. Return None if done, else the reason in one line.
+
+    The output of the programs is appended to log.txt.
+    """
+    check_writable(run.folder)
+    # the programs inherit the lock, which holds until the last of them has ended
+    with lock_folder(run.folder) as lock:
         if lock is None:
-            return "another process is at it (its start was interrupted, its training goes on?)"
-        return _run_programs(config, preset, cell, lock)
-
-
-def _run_programs(config: SweepSettings, preset: Preset, cell: Cell, lock: int) -> str | None:
-    entries = [
-        {"name": case.name, "image": str(case.image.resolve()), "label": str(case.label.resolve())}
-        for case in cell.validation
-    ]
-    listing = {"labels_by": labels_by(config.data, preset), "training": entries}
-    cases = (cell.folder / "cases.json").resolve()
-    save_bytes(cases, json.dumps(listing, indent=1).encode())
-    run, predictions = (cell.folder / "run").resolve(), (cell.folder / "predictions").resolve()
-    train = ["Finetune.main_finetune", *(["--config", str(config.settings.resolve())] if config.settings else [])]
-    train += ["--preset", _preset(config), "--data", str(config.data.resolve()), "--fold", str(config.fold)]
-    if config.data_root:
-        train += ["--data_root", str(config.data_root.resolve())]
-    train += ["--cache_dir", str(config.cache_dir.resolve()), "--out_dir", str(run), *_absolute(cell.flags)]
-    predict = ["Finetune.predict", "--checkpoint", str(run), "--images", str(cases)]
-    predict += ["--out", str(predictions), "--no-overlays"]
-    score = ["Finetune.evaluate", "--predictions", str(predictions), "--labels", str(cases)]
-    score += ["--preset", _preset(config), "--out", str((cell.folder / "scores").resolve()), "--worst", "1"]
-    for command in (train, predict, score):
-        with open(cell.folder / "log.txt", "a") as log:
-            code = run_child(
-                [sys.executable, "-m", *command],
-                cwd=ROOT,
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-                pass_fds=(lock,),
-            )
-        if code:
-            return f"{command[0]} ended with code {code}: {_last_line(cell.folder / 'log.txt')}"
+            return "another process is working on it (left by an interrupted sweep?)"
+        write_json(run.folder / "cases.json", case_list(config, preset, run))
+        log = run.folder / "log.txt"
+        options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "pass_fds": (lock,)}
+        for module, *flags in programs(config, run):
+            with open(log, "a") as file:
+                code = run_child([sys.executable, "-m", module, *flags], stdout=file, stderr=file, **options)
+            if code:
+                return f"{module} ended with code {code}: {last_error(log)}"
     return None
 
 
-def _preset(config: SweepSettings) -> str:
-    return str(Path(config.preset).resolve()) if config.preset.endswith((".yaml", ".yml")) else config.preset
+def case_list(config: SweepSettings, preset: Preset, run: SweepRun) -> dict[str, Any]:
+    """Return the validation cases as a Decathlon JSON of absolute paths."""
+    cases = [
+        {"name": case.name, "image": str(case.image.resolve()), "label": str(case.label.resolve())}
+        for case in run.validation
+    ]
+    return {"labels_by": labels_by(config.data, preset), "training": cases}
 
 
-def _absolute(flags: Sequence[str]) -> list[str]:
-    """Flags with the checkpoint's path made absolute: a cell runs from the project's root."""
+def programs(config: SweepSettings, run: SweepRun) -> list[list[str]]:
+    """Return module and flags of the programs of one run, with absolute paths, since they run in the project's root."""
+    folder = run.folder.resolve()
+    preset = str(Path(config.preset).resolve()) if config.preset.endswith((".yaml", ".yml")) else config.preset
+    train = {"config": config.settings, "data": config.data, "data_root": config.data_root}
+    train |= {"cache_dir": config.cache_dir, "out_dir": folder / "training"}
+    predict = {"checkpoint": folder / "training", "images": folder / "cases.json", "out": folder / "predictions"}
+    score = {"predictions": folder / "predictions", "labels": folder / "cases.json", "out": folder / "scores"}
     return [
-        str(Path(f).resolve()) if previous == "--init" and f != "scratch" else f
-        for previous, f in zip(["", *flags], flags)
+        ["Finetune.main_finetune", "--preset", preset, *_paths(train), "--fold", str(config.fold), *run.flags],
+        ["Finetune.predict", *_paths(predict), "--no-overlays"],
+        ["Finetune.evaluate", "--preset", preset, *_paths(score), "--worst", "1"],
     ]
 
 
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").replace("\r", "\n").split("\n")
-    wanted = [line for line in lines if line.startswith("error:") or "Error" in line]
-    return (wanted or [line for line in lines if line.strip()] or ["no output"])[-1].strip()[:300]
+def _paths(flags: dict[str, Path | None]) -> list[str]:
+    return [word for name, path in flags.items() if path for word in (f"--{name}", str(path.resolve()))]
+
+
+def last_error(log: Path) -> str:
+    """Return the last line of a log that is an error, else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").split("\n") if line.strip()]
+    errors = [line for line in lines if line.startswith("error:") or "Error" in line]
+    return (errors or lines or ["no output"])[-1][:300]
 
 
 def write_array(config: SweepSettings, count: int, argv: Sequence[str]) -> None:
-    """OUT/array.sbatch: one task per cell, which goes on by itself after a time limit, as scripts/slurm/compare.sbatch
-    does."""
+    """Write OUT/array.sbatch: one task per run, requeued after a time limit, as in scripts/slurm/sweep.sbatch."""
     arguments = shlex.join(word for word in argv if word not in ("--slurm", "--no-slurm"))
     options = "\n".join(f"#SBATCH {option}" for option in config.slurm_options.split())
     out = config.out.resolve()
     script = f"""#!/usr/bin/env bash
-#SBATCH --job-name=compare
+#SBATCH --job-name=sweep
 #SBATCH --array=0-{count - 1}
 #SBATCH --output={out}/array-%a.txt
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@300
 #SBATCH --requeue
 {options}
-# One cell of the grid per task. Interrupted, it goes back into the queue, and goes on where it was.
-# When all are done, the same command without --slurm collects.
+# One run of the sweep per task. An interrupted task is requeued and resumes.
+# When all tasks are done, the same command without --slurm collects the results.
 set -euo pipefail
 cd {shlex.quote(str(Path.cwd()))}
 export PYTHONPATH={shlex.quote(str(ROOT))}
@@ -270,29 +267,30 @@ run_or_requeue {shlex.quote(str(out))} \\
   srun {shlex.quote(sys.executable)} -m Finetune.sweep {arguments} --no-slurm --only "$SLURM_ARRAY_TASK_ID"
 """
     save_bytes(config.out / "array.sbatch", script.encode())
-    print_main(f"{count} cells: sbatch {config.out / 'array.sbatch'}")
+    print_main(f"{count} runs: sbatch {config.out / 'array.sbatch'}")
 
 
-# ---------------------------------------------------------------- the table
+# ---------------------------------------------------------------- results
 
 
-def collect(config: SweepSettings, cells: Sequence[Cell], failures: dict[str, str]) -> str:
-    """compare.json, compare.txt and compare.png from the cells that are done; returns the table."""
+def collect(config: SweepSettings, runs: Sequence[SweepRun], failures: dict[str, str]) -> str:
+    """Write sweep.json, sweep.txt and sweep.png from the runs that are done. Return the table."""
+    planned: dict[tuple[str, int], list[SweepRun]] = {}
+    for run in runs:
+        planned.setdefault((run.init, run.count), []).append(run)
+    scores = {
+        key: {run.seed: case_means(read_card(run.folder / "scores")[0], "dice") for run in group if run.done}
+        for key, group in planned.items()
+    }
     rows = []
-    for init, count in dict.fromkeys((cell.init, cell.count) for cell in cells):
-        group = [cell for cell in cells if (cell.init, cell.count) == (init, count)]
-        done = {cell.seed: case_means(read_scores(cell.folder / "scores")[0], "dice") for cell in group if cell.done}
-        rows.append(summary(init, count, len(group), done))
-    by_key = {(row["init"], row["count"]): row for row in rows}
-    for row in rows:
-        row["minus_scratch"] = versus(row, by_key.get(("scratch", row["count"]))) if row["init"] != "scratch" else None
-    for row in rows:
-        del row["cases"]
+    for init, count in planned:
+        scratch = scores.get(("scratch", count)) if init != "scratch" else None
+        rows.append(summary(init, count, len(planned[init, count]), scores[init, count], scratch))
     result = {"preset": config.preset, "fold": config.fold, "rows": rows, "failed": failures}
-    table = as_table(result)
-    save_bytes(config.out / "compare.json", json.dumps(result, indent=2).encode())
-    save_bytes(config.out / "compare.txt", table.encode())
-    draw(config.out / "compare.png", rows)
+    table = sweep_table(result)
+    write_json(config.out / "sweep.json", result)
+    save_bytes(config.out / "sweep.txt", table.encode())
+    draw_curves(config.out / "sweep.png", rows)
     return table
 
 

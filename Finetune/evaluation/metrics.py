@@ -1,71 +1,113 @@
-"""Scores of label maps: Dice, NSD, HD95 and volumes per case and class, and means that never skip a miss.
+"""Metrics of label maps per case and class, and their means.
 
-Distances and Dice are MONAI's; the rules for organs that are absent or missed, and all averaging, are here, because
-MONAI's HD95 is NaN for a missed organ (so that a mean over non-NaN values improves as organs are missed) and its Dice
-ignores a false positive of an absent organ.
+`METRICS` is the one registry: a metric in it is computed, averaged, printed, written to the score card and compared.
+
+MONAI computes the surface distances. The rules for absent and missed classes, and all means, are this repository's:
+MONAI's HD95 is NaN for a missed class, so a mean without NaNs improves as classes are missed, and its Dice ignores
+false positives of an absent class.
 """
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from monai.transforms import generate_spatial_bounding_box
 
-from Finetune.evaluation.statistics import bootstrap_interval, mean
+from Finetune.evaluation.statistics import mean, mean_and_interval
 
-warnings.filterwarnings("ignore", message=".*always_return_as_numpy.*")  # MONAI about itself
+# a warning of MONAI about its own code
+warnings.filterwarnings("ignore", message=".*always_return_as_numpy.*")
 
-METRICS = ("dice", "nsd", "hd95")
+
+# ---------------------------------------------------------------- the registry
+
+
+@dataclass(frozen=True)
+class Masks:
+    """One class in one case: two boolean masks (D, H, W), neither empty, with spacing and NSD tolerance in mm."""
+
+    prediction: np.ndarray
+    label: np.ndarray
+    spacing: list[float]
+    tolerance: float
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return prediction and label as MONAI expects them, (1, 1, D, H, W)."""
+        return [torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (self.prediction, self.label)]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric, how to read it, and its value for a missed class or a false positive."""
+
+    compute: Callable[[Masks], float]
+    label: str
+    better: Literal["higher", "lower"]
+    at_miss: Literal["0", "the image's diagonal"]
+    unit: str = ""
+    decimals: int = 4
+
+    @property
+    def heading(self) -> str:
+        return f"{self.label} {self.unit}".rstrip()
+
+
+def dice_of(prediction: np.ndarray, label: np.ndarray) -> float | None:
+    """Return the Dice of two boolean masks: None when both are empty, 0 when one is."""
+    total = int(prediction.sum()) + int(label.sum())
+    return 2 * int((prediction & label).sum()) / total if total else None
+
+
+def dice(masks: Masks) -> float:
+    return dice_of(masks.prediction, masks.label)
+
+
+def nsd(masks: Masks) -> float:
+    """Return the normalized surface distance: the fraction of boundary voxels within the tolerance."""
+    options = {"class_thresholds": [masks.tolerance], "include_background": True, "spacing": masks.spacing}
+    return float(compute_surface_dice(*masks.tensors(), **options))
+
+
+def hd95(masks: Masks) -> float:
+    """Return the 95th percentile of the Hausdorff distance in mm."""
+    options = {"percentile": 95, "include_background": True, "spacing": masks.spacing}
+    return float(compute_hausdorff_distance(*masks.tensors(), **options))
+
+
+METRICS = {
+    "dice": Metric(dice, "Dice", "higher", at_miss="0"),
+    "nsd": Metric(nsd, "NSD", "higher", at_miss="0"),
+    "hd95": Metric(hd95, "HD95", "lower", at_miss="the image's diagonal", unit="mm", decimals=2),
+}
+_AT_MISS = ", ".join(f"{metric.label} is {metric.at_miss}" for metric in METRICS.values())
 RULES = (
     "class absent in the label and in the prediction: no value, counted as absent",
-    "class absent in the label but predicted: Dice 0, NSD 0, HD95 is the image's diagonal, counted as false positive "
-    "(NSD and HD95 our choice: an empty set is as far from a prediction as a prediction from an empty set)",
-    "class present in the label but missed: Dice 0, NSD 0, HD95 is the image's diagonal, counted as missed",
+    f"class absent in the label but predicted: {_AT_MISS}; counted as false positive "
+    "(for surface metrics our choice: as for a missed class)",
+    f"class present in the label but missed: {_AT_MISS}; counted as missed",
     "means: over the classes of a case that have a value, then over cases; per class over cases; no miss is skipped",
-    "background excluded; scored on the grid of the label file; NSD counts voxels of the boundary",
+    "background excluded; scored in the space of the label file; NSD counts voxels of the boundary",
 )
+
+
+# ---------------------------------------------------------------- one case
 
 
 @dataclass(frozen=True)
 class Score:
-    """One class in one case. Values are None where a rule says that there is none."""
+    """The metrics of one class in one case, None where the class is absent from label and prediction."""
 
     case: str
     name: str
-    status: str  # "scored", "absent", "missed" or "false positive"
-    dice: float | None
-    nsd: float | None
-    hd95: float | None  # mm
+    status: Literal["scored", "absent", "missed", "false positive"]
+    values: Mapping[str, float | None]
     label_ml: float
     prediction_ml: float
-
-    def row(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def score_class(
-    case: str, name: str, prediction: np.ndarray, label: np.ndarray, spacing: Sequence[float], tolerance: float
-) -> Score:
-    """One class from two boolean arrays (D, H, W) on one grid; `spacing` and `tolerance` in mm."""
-    millilitres = math.prod(spacing) / 1000
-    volumes = {"label_ml": int(label.sum()) * millilitres, "prediction_ml": int(prediction.sum()) * millilitres}
-    diagonal = math.hypot(*(n * s for n, s in zip(label.shape, spacing)))
-    in_label, in_prediction = volumes["label_ml"] > 0, volumes["prediction_ml"] > 0
-    if not in_label and not in_prediction:
-        return Score(case, name, "absent", None, None, None, **volumes)
-    if not (in_label and in_prediction):
-        return Score(case, name, "missed" if in_label else "false positive", 0.0, 0.0, diagonal, **volumes)
-    box = _bounding_box(prediction | label)
-    pair = [torch.from_numpy(np.ascontiguousarray(mask[box]))[None, None] for mask in (prediction, label)]
-    dice = dice_of(prediction[box], label[box])
-    spacing = [float(s) for s in spacing]
-    nsd = compute_surface_dice(*pair, class_thresholds=[tolerance], include_background=True, spacing=spacing)
-    hd95 = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=spacing)
-    return Score(case, name, "scored", dice, float(nsd), float(hd95), **volumes)
 
 
 def score_case(
@@ -76,8 +118,14 @@ def score_case(
     classes: Mapping[str, Sequence[int]],
     tolerance: float = 2.0,
 ) -> list[Score]:
-    """All classes of one case from two label maps (D, H, W) on one grid. `classes`: name -> the ids whose union it
-    is."""
+    """Return the scores of all classes of one case.
+
+    Args:
+        prediction, label: label maps (D, H, W) in the same space.
+        spacing: mm along D, H, W.
+        classes: name -> ids; the class is the union of its ids.
+        tolerance: of NSD, in mm.
+    """
     if prediction.shape != label.shape:
         raise ValueError(f"{case}: prediction {prediction.shape} and label {label.shape} differ in shape")
     return [
@@ -86,37 +134,58 @@ def score_case(
     ]
 
 
-def dice_of(prediction: np.ndarray, label: np.ndarray) -> float | None:
-    """Dice of two boolean arrays by the rules: None when both are empty, 0 when one is."""
-    total = int(prediction.sum()) + int(label.sum())
-    return 2 * int((prediction & label).sum()) / total if total else None
+def score_class(
+    case: str, name: str, prediction: np.ndarray, label: np.ndarray, spacing: Sequence[float], tolerance: float
+) -> Score:
+    """Return the scores of one class from two boolean masks (D, H, W). `spacing` and `tolerance` are in mm."""
+    voxels = int(label.sum()), int(prediction.sum())
+    volumes = [count * (math.prod(spacing) / 1000) for count in voxels]
+    if not any(voxels):
+        return Score(case, name, "absent", dict.fromkeys(METRICS), *volumes)
+    if not all(voxels):
+        diagonal = math.hypot(*(n * s for n, s in zip(label.shape, spacing)))
+        at_miss = {"0": 0.0, "the image's diagonal": diagonal}
+        values = {key: at_miss[metric.at_miss] for key, metric in METRICS.items()}
+        return Score(case, name, "missed" if voxels[0] else "false positive", values, *volumes)
+    box = _bounding_box(prediction | label)
+    masks = Masks(prediction[box], label[box], [float(s) for s in spacing], tolerance)
+    return Score(case, name, "scored", {key: metric.compute(masks) for key, metric in METRICS.items()}, *volumes)
 
 
-def case_means(scores: Sequence[Score], metric: str) -> dict[str, float | None]:
-    """case -> mean over its classes that have a value."""
+def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Return slices around the true voxels, one voxel wider, so that boundaries in the box are those of the mask."""
+    return tuple(map(slice, *generate_spatial_bounding_box(mask[None], margin=1, allow_smaller=True)))
+
+
+# ---------------------------------------------------------------- many cases
+
+
+def case_means(scores: Iterable[Score], metric: str) -> dict[str, float | None]:
+    """Return case -> mean over its classes that have a value, None where none has."""
     cases: dict[str, list[float | None]] = {}
     for score in scores:
-        cases.setdefault(score.case, []).append(getattr(score, metric))
+        cases.setdefault(score.case, []).append(score.values[metric])
     return {case: mean(values) for case, values in cases.items()}
 
 
 def summarise(scores: Sequence[Score], seed: int = 0) -> dict[str, Any]:
-    """The score card's numbers: overall means with intervals, means per class, counts of absent, missed and false
-    positives."""
-    names = list(dict.fromkeys(score.name for score in scores))
-    by_name = {name: [score for score in scores if score.name == name] for name in names}
-    overall = {}
-    for metric in METRICS:
-        values = [value for value in case_means(scores, metric).values() if value is not None]
-        overall[metric] = {"mean": mean(values), "ci95": bootstrap_interval(values, seed)}
+    """Return the numbers of a score card: means with intervals, means per class, and counts.
+
+    `seed` is the seed of the bootstrap.
+    """
+    by_case = {metric: case_means(scores, metric) for metric in METRICS}
+    by_class: dict[str, list[Score]] = {}
+    for score in scores:
+        by_class.setdefault(score.name, []).append(score)
+    overall = {metric: mean_and_interval(means.values(), seed) for metric, means in by_case.items()}
     return {
         "cases": len({score.case for score in scores}),
-        "cases_with_a_score": sum(value is not None for value in case_means(scores, "dice").values()),
-        "mean": overall,
+        "cases_with_a_score": sum(value is not None for value in by_case["dice"].values()),
+        "mean": {metric: {"mean": value, "ci95": interval} for metric, (value, interval) in overall.items()},
         "counts": _counts(scores),
         "classes": {
-            name: {metric: mean(getattr(s, metric) for s in rows) for metric in METRICS} | _counts(rows)
-            for name, rows in by_name.items()
+            name: {metric: mean(score.values[metric] for score in rows) for metric in METRICS} | _counts(rows)
+            for name, rows in by_class.items()
         },
     }
 
@@ -129,13 +198,3 @@ def _counts(scores: Sequence[Score]) -> dict[str, int]:
         "false_positives": status.count("false positive"),
         "absent": status.count("absent"),
     }
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Slices around the true voxels, one voxel wider where the array allows: distances inside are those of the
-    whole."""
-    box = []
-    for axis in range(mask.ndim):
-        hits = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        box.append(slice(max(0, hits[0] - 1), hits[-1] + 2))
-    return tuple(box)

@@ -7,14 +7,19 @@ import numpy as np
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of what has a value; None when nothing has."""
+    """Return the mean of the values that are not None; None when all are."""
     numbers = [value for value in values if value is not None]
     return sum(numbers) / len(numbers) if numbers else None
 
 
+def mean_and_interval(values: Iterable[float | None], seed: int = 0) -> tuple[float | None, list[float] | None]:
+    """Return the mean of the values that are not None, and its bootstrap interval."""
+    numbers = [value for value in values if value is not None]
+    return mean(numbers), bootstrap_interval(numbers, seed)
+
+
 def bootstrap_interval(values: Sequence[float], seed: int = 0, draws: int = 10_000) -> list[float] | None:
-    """95 % interval of the mean by the percentile bootstrap over cases; None for fewer than two cases, where there is
-    none."""
+    """Return the 95 % interval of the mean by the percentile bootstrap; None for fewer than two values."""
     if len(values) < 2:
         return None
     numbers = np.asarray(values, dtype=float)
@@ -24,13 +29,14 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, draws: int = 10_0
 
 
 def difference(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, Any]:
-    """Of values (a, b): the mean of b - a over the pairs that have both, its interval, and in how many b is higher."""
+    """Return the mean of b - a over the pairs (a, b) that have both values, its interval, and counts."""
     deltas = [b - a for a, b in pairs if a is not None and b is not None]
+    value, interval = mean_and_interval(deltas)
     return {
         "pairs": len(deltas),
         "one_sided": sum((a is None) != (b is None) for a, b in pairs),
-        "difference": mean(deltas),
-        "ci95": bootstrap_interval(deltas),
+        "difference": value,
+        "ci95": interval,
         "b_higher": sum(d > 0 for d in deltas),
         "a_higher": sum(d < 0 for d in deltas),
     }

@@ -1,106 +1,99 @@
-"""What a grid of runs says: means and intervals per initialisation and number of labels, differences to scratch, one
-curve."""
+"""The results of a sweep: mean Dice with intervals per initialisation and number of labels, differences to scratch, and
+learning curves."""
 
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.files import save_bytes
-from Finetune.evaluation.statistics import bootstrap_interval, mean
+from matplotlib.figure import Figure
+
+from Finetune.evaluation.formats import aligned, fixed, interval_text
+from Finetune.evaluation.report import save_figure
+from Finetune.evaluation.statistics import mean, mean_and_interval
+
+# seed -> case -> mean Dice over its classes
+Scores = Mapping[int, Mapping[str, float | None]]
 
 
 def short_name(init: str) -> str:
-    """Short and fit for a folder: run/checkpoint-last.pth -> run-checkpoint-last."""
+    """Return a name for folders and tables: run/checkpoint-last.pth -> run-checkpoint-last."""
     path = Path(init)
     return init if init == "scratch" else f"{path.resolve().parent.name}-{path.stem}"
 
 
-def summary(init: str, count: int, wanted: int, done: dict[int, dict[str, float | None]]) -> dict[str, Any]:
-    """One initialisation with one number of labels: mean Dice over cases and seeds, its interval by bootstrap over
-    cases (each the mean over seeds), and the mean of each seed. `done`: seed -> case -> mean Dice."""
-    names = sorted({case for cases in done.values() for case in cases})
-    cases = {name: mean(scores.get(name) for scores in done.values()) for name in names}
-    values = [value for value in cases.values() if value is not None]
+def summary(init: str, count: int, planned: int, scores: Scores, scratch: Scores | None = None) -> dict[str, Any]:
+    """Return the row of one initialisation with one number of labels.
+
+    Means are over cases, of the mean over seeds; intervals are by bootstrap over cases.
+
+    Args:
+        planned: number of seeds of the sweep.
+        scores: of the seeds that are done.
+        scratch: scores from scratch with as many labels; none for scratch itself.
+    """
+    cases = sorted({case for of_cases in scores.values() for case in of_cases})
+    dice, interval = mean_and_interval(mean(of_cases.get(case) for of_cases in scores.values()) for case in cases)
     return {
         "init": init,
         "count": count,
-        "seeds": {str(seed): mean(scores.values()) for seed, scores in done.items()},
-        "missing": wanted - len(done),
-        "dice": mean(values),
-        "ci95": bootstrap_interval(values),
-        "cases": {str(seed): scores for seed, scores in done.items()},
+        "seeds": {str(seed): mean(of_cases.values()) for seed, of_cases in scores.items()},
+        "missing": planned - len(scores),
+        "dice": dice,
+        "ci95": interval,
+        "minus_scratch": versus(scores, scratch or {}),
     }
 
 
-def versus(row: dict[str, Any], scratch: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Paired by case and seed: the mean difference to scratch over cases, and its interval. None without a seed in
-    common."""
-    seeds = sorted(row["cases"].keys() & scratch["cases"].keys()) if scratch else []
+def versus(scores: Scores, scratch: Scores) -> dict[str, Any] | None:
+    """Return the mean difference to scratch, paired by case and seed, and its interval; None without a common seed."""
+    seeds = sorted(scores.keys() & scratch.keys())
     if not seeds:
         return None
     deltas = []
-    for name in row["cases"][seeds[0]]:
-        pairs = [(row["cases"][seed].get(name), scratch["cases"][seed].get(name)) for seed in seeds]
+    for case in scores[seeds[0]]:
+        pairs = [(scores[seed].get(case), scratch[seed].get(case)) for seed in seeds]
         deltas.append(mean(a - b for a, b in pairs if a is not None and b is not None))
-    deltas = [delta for delta in deltas if delta is not None]
-    return {"difference": mean(deltas), "ci95": bootstrap_interval(deltas), "seeds": len(seeds)}
+    value, interval = mean_and_interval(deltas)
+    return {"difference": value, "ci95": interval, "seeds": len(seeds)}
 
 
-def as_table(result: dict[str, Any]) -> str:
-    width = max(len("initialisation"), *(len(short_name(row["init"])) for row in result["rows"]))
-    lines = [
-        f"{result['preset']}, fold {result['fold']}: mean Dice over cases (95 % interval by bootstrap over cases)",
-        "",
-    ]
-    lines.append(
-        f"{'initialisation':{width}}  labels    Dice  interval          seeds (min..max)          minus scratch"
-    )
-    for row in result["rows"]:
-        seeds = [value for value in row["seeds"].values() if value is not None]
-        spread = f"{len(seeds)} ({min(seeds):.4f}..{max(seeds):.4f})" if seeds else "none done"
-        dice = f"{row['dice']:.4f}" if row["dice"] is not None else "     -"
-        delta = row["minus_scratch"]
-        gain = f"{delta['difference']:+.4f} {_interval(delta['ci95'])}" if delta else ""
-        name = short_name(row["init"])
-        lines.append(
-            f"{name:{width}}  {row['count']:6}  {dice}  {_interval(row['ci95']):16}  {spread:24}  {gain}".rstrip()
-        )
-        if row["missing"]:
-            lines.append(f"{'':{width}}  {row['missing']} of {row['missing'] + len(row['seeds'])} cells are missing")
-    lines += [f"FAILED: {title}: {reason}" for title, reason in result["failed"].items()]
+def sweep_table(result: Mapping[str, Any]) -> str:
+    """Return the content of sweep.json as text."""
+    header = ("initialisation", "labels", "Dice", "interval", "seeds (min..max)", "minus scratch")
+    title = f"{result['preset']}, fold {result['fold']}: mean Dice over cases (95 % interval by bootstrap over cases)"
+    lines = [title, "", *aligned([header, *map(_cells, result["rows"])])]
+    lines += [f"FAILED: {run}: {reason}" for run, reason in result["failed"].items()]
     return "\n".join(lines) + "\n"
 
 
-def _interval(interval: list[float] | None) -> str:
-    return f"{interval[0]:.4f}..{interval[1]:.4f}" if interval else "(one case)"
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    seeds = [value for value in row["seeds"].values() if value is not None]
+    spread = f"{len(seeds)} ({fixed(min(seeds))}..{fixed(max(seeds))})" if seeds else "none done"
+    if row["missing"]:
+        spread += f", {row['missing']} missing"
+    delta = row["minus_scratch"]
+    gain = f"{fixed(delta['difference'], sign='+')} ({interval_text(delta['ci95'], none='-')})" if delta else ""
+    interval = interval_text(row["ci95"], none="-")
+    return [short_name(row["init"]), str(row["count"]), fixed(row["dice"]), interval, spread, gain]
 
 
-def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Mean Dice against the number of labels, one curve per initialisation, with intervals and the single seeds."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for init in dict.fromkeys(row["init"] for row in rows):
-        mine = sorted((r for r in rows if r["init"] == init and r["dice"] is not None), key=lambda r: r["count"])
-        if not mine:
-            continue
-        x, y = [r["count"] for r in mine], [r["dice"] for r in mine]
-        (line,) = axes.plot(x, y, "o-", label=short_name(init))
-        bounds = [(r["ci95"] or [r["dice"]] * 2) for r in mine]
-        axes.fill_between(x, [b[0] for b in bounds], [b[1] for b in bounds], alpha=0.2, color=line.get_color())
-        for r in mine:
-            axes.plot(
-                [r["count"]] * len(r["seeds"]), list(r["seeds"].values()), ".", markersize=4, color=line.get_color()
-            )
+def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the mean Dice against the number of labels: a curve with intervals per initialisation, a dot per seed."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    curves: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["count"]):
+        if row["dice"] is not None:
+            curves.setdefault(row["init"], []).append(row)
+    for init, points in curves.items():
+        counts = [row["count"] for row in points]
+        (line,) = axes.plot(counts, [row["dice"] for row in points], "o-", label=short_name(init))
+        low, high = zip(*(row["ci95"] or [row["dice"]] * 2 for row in points))
+        axes.fill_between(counts, low, high, alpha=0.2, color=line.get_color())
+        dots = [(row["count"], dice) for row in points for dice in row["seeds"].values()]
+        axes.plot(*zip(*dots), ".", markersize=4, color=line.get_color())
     axes.set_xlabel("training cases with labels")
     axes.set_ylabel("mean Dice")
-    if axes.get_legend_handles_labels()[0]:
+    if curves:
         axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    pyplot.close(figure)
-    save_bytes(path, buffer.getvalue())
+    save_figure(path, figure)

@@ -1,24 +1,33 @@
-"""Pictures of a segmentation: three planes through it, colours for classes, radiological view (the patient's right on
-the left)."""
+"""Pictures of segmentations: three planes, one colour per class, in radiological view (the patient's right is on the
+left)."""
 
 import colorsys
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
-from common.files import save_bytes
+from common.files import replacing
+from Finetune.presets import Preset
 
-PANEL = 320  # pixels, the longer side of a plane
-Pixels = np.ndarray  # (H, W, 3) uint8
+# pixels of the longer side of a plane
+PANEL = 320
+# (H, W, 3) uint8
+Pixels = np.ndarray
 
 
-def colour(number: int) -> tuple[int, int, int]:
-    """A colour for class `number` (from 1), well apart from its neighbours."""
-    hue = (0.61803 * number) % 1.0
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.75 if number % 2 else 0.95, 1.0))
+def to_grey(image: Tensor, preset: Preset) -> np.ndarray:
+    """Return the first channel of an image (C, D, H, W) scaled to [0, 1], in half precision."""
+    pixels = image.as_tensor()[0]
+    if preset.intensity == "window":
+        low, high = preset.low, preset.high
+    else:
+        sample = pixels.flatten()[:: max(1, pixels.numel() // 100_000)]
+        low, high = torch.quantile(sample, torch.tensor([0.005, 0.995])).tolist()
+    return ((pixels - low) / max(high - low, 1e-6)).clamp(0, 1).half().numpy()
 
 
 def overlay(
@@ -28,34 +37,43 @@ def overlay(
     names: Mapping[int, str],
     titles: Sequence[str] = ("",),
 ) -> Pixels:
-    """A row for each label map over the same image: the axial plane, beside it coronal above sagittal; and a legend.
+    """Draw each label map over the image in a row of its own: axial, beside it coronal above sagittal; and a legend.
 
     Args:
         image: (D, H, W) in [0, 1], RAS.
-        labels: label maps (D, H, W) on the image's grid; the planes are those where the first of them that is not
-            empty shows most.
+        labels: label maps (D, H, W) in the space of the image. The planes are those with most labelled voxels in the
+            first label map that is not empty.
         spacing: mm per voxel.
+        names: id -> name in the legend.
+        titles: one per label map.
     """
     reference = next((label for label in labels if label.any()), labels[0])
-    planes = [most_shown(reference, axis) for axis in (2, 1, 0)]
+    planes = [most_labelled(reference, axis) for axis in (2, 1, 0)]
     rows = []
     for label, title in zip(labels, titles):
         axial, coronal, sagittal = (panel(image, label, *cut, spacing) for cut in zip((2, 1, 0), planes))
-        if len(coronal) + len(sagittal) > len(axial):  # thick scans: at half the size they fit beside the axial plane
+        # planes of thick scans fit beside the axial plane at half the size
+        if len(coronal) + len(sagittal) > len(axial):
             coronal, sagittal = coronal[::2, ::2], sagittal[::2, ::2]
         rows.append(_titled(_join([axial, _join([coronal, sagittal], axis=0)], axis=1), title))
-    present = [number for number in names if any((label == number).any() for label in labels)]
-    return _legend(_join(rows, axis=0), {number: names[number] for number in present})
+    present = {number: name for number, name in names.items() if any((label == number).any() for label in labels)}
+    return _legend(_join(rows, axis=0), present)
 
 
-def most_shown(label: np.ndarray, axis: int) -> int:
-    """The plane along `axis` with most labelled voxels; the middle one where there is none."""
+def colour(number: int) -> tuple[int, int, int]:
+    """Return the colour of class `number` (from 1), far from those of its neighbours."""
+    hue = (0.61803 * number) % 1.0
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.75 if number % 2 else 0.95, 1.0))
+
+
+def most_labelled(label: np.ndarray, axis: int) -> int:
+    """Return the index along `axis` of the plane with most labelled voxels, the middle one if there are none."""
     counts = (label > 0).sum(axis=tuple(a for a in range(3) if a != axis))
     return int(counts.argmax()) if counts.any() else label.shape[axis] // 2
 
 
 def panel(image: np.ndarray, label: np.ndarray, axis: int, index: int, spacing: Sequence[float]) -> Pixels:
-    """One plane, upright and with square pixels, classes blended over it."""
+    """Draw one plane upright, with square pixels and the classes blended over it."""
     grey = np.clip(image.take(index, axis), 0, 1).T[::-1, ::-1]
     classes = label.take(index, axis).T[::-1, ::-1]
     columns, rows = (s for a, s in enumerate(spacing) if a != axis)
@@ -71,14 +89,13 @@ def panel(image: np.ndarray, label: np.ndarray, axis: int, index: int, spacing: 
 
 
 def save_png(path: Path, pixels: Pixels) -> None:
-    """Write so that `path` holds the whole picture or nothing."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png")
-    save_bytes(path, buffer.getvalue())
+    """Write a picture as PNG."""
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary, "png")
 
 
 def _join(parts: Sequence[Pixels], axis: int, gap: int = 4) -> Pixels:
-    """Side by side (axis 1) or one above the other (axis 0), black where one is shorter than the others."""
+    """Join pictures side by side (axis 1) or one above the other (axis 0), padded with black to the same length."""
     extent = max(part.shape[1 - axis] for part in parts)
     padding = [[(0, gap), (0, extent - part.shape[1 - axis])][:: 1 if axis == 0 else -1] for part in parts]
     return np.concatenate([np.pad(part, [*pad, (0, 0)]) for part, pad in zip(parts, padding)], axis=axis)

@@ -1,10 +1,9 @@
-"""Logits from the preprocessed grid onto a file's own grid, a few rows at a time.
+"""Resampling of logits from the preprocessed space to the space of a file, a few rows at a time.
 
-The two grids are related by their affines: index on the file's grid -> mm -> index on the preprocessed grid.
-Orienting, resampling and cropping only permute, flip, scale and shift axes, so this map takes each axis to one axis,
-and trilinear interpolation is three interpolations along one axis each. A file with a slight shear
-(common.data.geometry allows it) is not of that kind: it is sampled in space, from the rows that a few of its rows cut
-through.
+The two spaces are related by their affines: index in the file -> mm -> index in the preprocessed volume. Preprocessing
+permutes, flips, scales and shifts axes only, so this map takes each axis to one axis, and trilinear interpolation is
+three interpolations along one axis each. A file with a slight shear (common.data.geometry allows it) breaks that: it is
+sampled in 3D, from the source rows that each block of its rows crosses.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,41 +14,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 8
+from Finetune.inference.sliding_window import ROWS
+
+Slabs = Iterator[tuple[int, Tensor]]
+Where = tuple[slice, slice, slice]
+Emit = Callable[[Where, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Voxels and where they lie: shape (D, H, W) and the affine (4, 4) from index to mm."""
+class Space:
+    """The shape (D, H, W) of a volume and its affine (4, 4) from index to mm."""
 
     shape: tuple[int, int, int]
     affine: np.ndarray
 
-    @property
-    def spacing(self) -> tuple[float, float, float]:
-        """mm per voxel along each axis."""
-        return tuple(float(x) for x in np.linalg.norm(self.affine[:3, :3], axis=0))
 
-
-def resample_logits(
-    slabs: Iterator[tuple[int, Tensor]],
-    source: Grid,
-    target: Grid,
-    emit: Callable[[tuple[slice, slice, slice], Tensor], None],
-) -> None:
-    """Hand logits on the target grid to `emit(where, logits)`, piece by piece.
+def resample_logits(slabs: Slabs, source: Space, target: Space, emit: Emit) -> None:
+    """Resample logits and pass them to `emit` piece by piece.
 
     Args:
-        slabs: (first row, logits (K, rows, H, W)) of the source grid, in order, as `sliding.slabs` yields them.
-        emit: called with slices of the target array and logits (K, d, h, w) for them. What lies more than half a voxel
-            outside the source is not emitted (or as background); within that margin the nearest voxel counts.
+        slabs: (first row, logits (K, rows, H, W)) in the source space, in order, as `sliding_window.slabs` yields them.
+        emit: called with slices of the target array and their logits (K, d, h, w). Voxels more than half a voxel
+            outside the source are not emitted, or emitted as background; within that margin the nearest voxel counts.
     """
-    matrix = np.linalg.inv(source.affine) @ target.affine  # target index -> source index
+    # target index -> source index
+    matrix = np.linalg.inv(source.affine) @ target.affine
     axes = one_to_one(matrix[:3, :3])
     if axes is None:
-        _regrid_sheared(slabs, source, target, matrix, emit)
+        _resample_sheared(slabs, source, target, matrix, emit)
         return
-    # order[a]: the target axis that runs along the source axis a
+    # order[a]: the target axis along the source axis a
     order = [axes.index(axis) for axis in range(3)]
     coordinates = [_coordinates(matrix, a, order[a], target.shape[order[a]], source.shape[a]) for a in range(3)]
     if any(len(inside) == 0 for inside, _ in coordinates):
@@ -67,14 +61,14 @@ def resample_logits(
 
 
 def _blocks(length: int, falling: bool) -> list[slice]:
-    """Up to `ROWS` target rows each, in the order in which the source, whose rows rise, brings what they need."""
+    """Return blocks of up to `ROWS` target rows, in the order in which the source yields the rows they need."""
     blocks = [slice(first, min(first + ROWS, length)) for first in range(0, length, ROWS)]
     return blocks[::-1] if falling else blocks
 
 
-def _held(slabs: Iterator[tuple[int, Tensor]], needed: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Tensor]]:
-    """For each (first, last) source row of `needed`, which rise: (base, logits (K, rows, H, W) from row `base` <= first
-    to at least `last`). Rows that nothing needs any more are let go."""
+def _held(slabs: Slabs, needed: Sequence[tuple[int, int]]) -> Slabs:
+    """Yield, for each ascending (first, last) source row in `needed`, (base, logits (K, rows, H, W)) that start at row
+    `base` <= first and reach at least `last`. Rows before `first` are dropped."""
     base, held = next(slabs)
     for first, last in needed:
         while True:
@@ -87,24 +81,25 @@ def _held(slabs: Iterator[tuple[int, Tensor]], needed: Sequence[tuple[int, int]]
 
 
 def one_to_one(matrix: np.ndarray) -> list[int] | None:
-    """For each column of a 3x3 matrix the row of its only entry; None when a column has another entry that counts."""
+    """Return for each column of a 3x3 matrix the row of its only entry; None if a column has another large one."""
     size = np.abs(matrix)
     axes = size.argmax(axis=0).tolist()
     rest = size.copy()
     rest[axes, range(3)] = 0
-    clean = (rest * 1000 <= size.max(axis=0)).all()  # less than a voxel of drift over a thousand
+    # less than a voxel of drift over a thousand voxels
+    clean = (rest * 1000 <= size.max(axis=0)).all()
     return axes if clean and sorted(axes) == [0, 1, 2] else None
 
 
 def _coordinates(matrix: np.ndarray, row: int, column: int, length: int, extent: int) -> tuple[Tensor, Tensor]:
-    """Indices of the target axis that fall into the source axis, and where they fall (clamped to its voxel centres)."""
+    """Return the indices of a target axis inside the source axis, and their source coordinates, clamped to centres."""
     where = torch.arange(length, dtype=torch.float64) * float(matrix[row, column]) + float(matrix[row, 3])
     inside = ((where >= -0.5 - 1e-4) & (where <= extent - 0.5 + 1e-4)).nonzero().flatten()
     return inside, where[inside].clamp(0, extent - 1)
 
 
 def _along(x: Tensor, axis: int, where: Tensor) -> Tensor:
-    """Linear interpolation of `x` at the coordinates `where` of one axis."""
+    """Interpolate `x` linearly at the coordinates `where` of one axis."""
     lower = where.floor().long().clamp(0, x.shape[axis] - 1)
     upper = (lower + 1).clamp(max=x.shape[axis] - 1)
     share = (where - lower).to(x.dtype)
@@ -114,16 +109,11 @@ def _along(x: Tensor, axis: int, where: Tensor) -> Tensor:
     return torch.lerp(x.index_select(axis, lower), x.index_select(axis, upper), share)
 
 
-def _regrid_sheared(
-    slabs: Iterator[tuple[int, Tensor]],
-    source: Grid,
-    target: Grid,
-    matrix: np.ndarray,
-    emit: Callable[[tuple[slice, slice, slice], Tensor], None],
-) -> None:
+def _resample_sheared(slabs: Slabs, source: Space, target: Space, matrix: np.ndarray, emit: Emit) -> None:
     extent = torch.tensor(source.shape, dtype=torch.float64)
     m = torch.from_numpy(matrix)
-    lead = int(np.abs(matrix[0, :3]).argmax())  # the target axis that runs along the source's rows, roughly
+    # the target axis that is nearly parallel to the first source axis
+    lead = int(np.abs(matrix[0, :3]).argmax())
     spread = [matrix[0, t] * (target.shape[t] - 1) for t in range(3) if t != lead]
     blocks, needed = _blocks(target.shape[lead], falling=matrix[0, lead] < 0), []
     for block in blocks:
@@ -136,12 +126,14 @@ def _regrid_sheared(
         where[lead] = block
         axes = [torch.arange(part.start, part.stop) for part in where]
         index = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).double()
-        place = index @ m[:3, :3].T + m[:3, 3]  # (d, h, w, 3) source indices
+        place = index @ m[:3, :3].T + m[:3, 3]  # (d, h, w, 3)
         inside = ((place >= -0.5) & (place <= extent - 0.5)).all(dim=-1)
         place[..., 0] -= base
         size = torch.tensor(held.shape[1:], dtype=torch.float64)
-        scaled = (2 * place + 1) / size - 1  # grid_sample's, align_corners False; it wants the last axis first
+        # grid_sample's coordinates for align_corners=False, last axis first
+        scaled = (2 * place + 1) / size - 1
         piece = F.grid_sample(held[None], scaled.flip(-1)[None].float(), padding_mode="border", align_corners=False)[0]
-        piece[:, ~inside] = float("-inf")  # outside the source no region, and of the classes the first, background
+        # outside the source: no region, or of the classes the first, background
+        piece[:, ~inside] = float("-inf")
         piece[0, ~inside] = 0.0
         emit(tuple(where), piece)

@@ -1,7 +1,7 @@
 """Sliding-window inference whose memory does not grow with the depth of the volume.
 
-MONAI's `SlidingWindowInferer` holds the logits of the whole volume; here slabs along the first axis are handed on as
-soon as no window to come touches them. Windows, their order, padding and blending are MONAI's, so the logits are, too.
+MONAI's `SlidingWindowInferer` holds the logits of the whole volume. Here slabs along the first axis are yielded as soon
+as no later window overlaps them. Windows, their order, padding and blending are MONAI's, and so are the logits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,96 +11,118 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from monai.data.utils import compute_importance_map, dense_patch_slices
-from torch import Tensor
+from torch import Tensor, nn
 
-from common.errors import InputError
+from common import watchdog
 
-ROWS = 8  # handed on at a time: 14 classes of 512 x 600 voxels are 138 MB
+# rows per slab: 14 classes of 512 x 600 voxels are 138 MB
+ROWS = 8
+Predictor = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Window:
-    """How the window slides."""
+    """The sliding window: its size in voxels (D, H, W), overlap in [0, 1), blending and windows per forward pass."""
 
     roi: tuple[int, int, int]
     overlap: float = 0.5
     blending: Literal["gaussian", "constant"] = "gaussian"
     batch: int = 2
 
-    def __post_init__(self):
-        if not 0 <= self.overlap < 1:
-            raise InputError(f"overlap: found {self.overlap}, needs at least 0 and less than 1")
-        if self.batch < 1:
-            raise InputError(f"sw_batch_size: found {self.batch}, needs at least 1")
+
+def predictor(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> Predictor:
+    """Return the model as `slabs` calls it, under autocast unless `dtype` is None."""
+
+    def predict(crops: Tensor) -> Tensor:
+        watchdog.reset()
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            return model(crops)
+
+    return predict
 
 
 def slabs(
     image: Tensor,
-    predictor: Callable[[Tensor], Tensor],
+    predict: Predictor,
     window: Window,
     device: torch.device,
     tick: Callable[[int], object] = lambda windows: None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Logits of `image` (C, D, H, W) as (first row, logits (K, rows, H, W)) from row 0 to D-1, without gaps or
-    overlaps.
+    """Yield the logits of an image slab by slab: (first row, logits (K, rows, H, W)), float32 on the CPU.
 
-    `predictor` maps (B, C, *roi) on `device` to logits (B, K, *roi). Slabs are float32 on the CPU. `tick` is told the
-    number of windows done.
+    The slabs cover the rows 0 to D-1 in order, without gaps or overlaps.
+
+    Args:
+        image: (C, D, H, W).
+        predict: maps (B, C, *roi) on `device` to logits (B, K, *roi).
+        tick: called with the number of windows after each forward pass.
     """
-    shape = image.shape[1:]
-    size = [max(s, r) for s, r in zip(shape, window.roi)]
-    before = [(padded - s) // 2 for padded, s in zip(size, shape)]  # MONAI pads on both sides
-    starts = window_starts(shape, window)
+    size, before = _padded(image.shape[1:], window.roi)
+    starts = window_starts(image.shape[1:], window)
     weight = compute_importance_map(window.roi, mode=window.blending, device=device)
-    weight_cpu = weight.cpu()
-    total: Tensor | None = None  # (K, roi rows, H, W), the first of them is row `base`
-    norm = torch.zeros(0)
-    base = 0
-
-    def finished(until: int) -> Iterator[tuple[int, Tensor]]:
-        """The rows [base, until), without the padding, a few at a time; then what is held moves up."""
-        nonlocal base
-        inside = tuple(slice(b, b + s) for b, s in zip(before[1:], shape[1:]))
-        stop = min(until, before[0] + shape[0])
-        for row in range(max(base, before[0]), stop, ROWS):
-            rows = slice(row - base, min(row + ROWS, stop) - base)
-            yield row - before[0], total[(slice(None), rows, *inside)] / norm[(rows, *inside)]
-        shift = until - base
-        for row in range(window.roi[0]):
-            if row + shift < window.roi[0]:
-                total[:, row], norm[row] = total[:, row + shift], norm[row + shift]
-            else:
-                total[:, row], norm[row] = 0, 0
-        base = until
-
+    blend = None
     for first in range(0, len(starts), window.batch):
         group = starts[first : first + window.batch]
         crops = torch.stack([_crop(image, start, window.roi, before) for start in group]).to(device)
-        logits = (predictor(crops).float() * weight).cpu()
+        logits = (predict(crops).float() * weight).cpu()
         tick(len(group))
-        if total is None:
-            total = torch.zeros(logits.shape[1], window.roi[0], *size[1:])
-            norm = torch.zeros(window.roi[0], *size[1:])
+        if blend is None:
+            blend = _Blend(logits.shape[1], size, before, image.shape[1:], weight.cpu())
         for start, part in zip(group, logits):
-            if start[0] > base:
-                yield from finished(start[0])
-            where = tuple(slice(s, s + r) for s, r in zip((start[0] - base, *start[1:]), window.roi))
-            total[(slice(None), *where)] += part
-            norm[where] += weight_cpu
-    yield from finished(size[0])
+            yield from blend.finish(start[0])
+            blend.add(start, part)
+    yield from blend.finish(size[0])
+
+
+class _Blend:
+    """Weighted sums of logits over the windows, for as many rows as a window has, from the padded row `base`."""
+
+    def __init__(
+        self, channels: int, size: Sequence[int], before: Sequence[int], shape: Sequence[int], weight: Tensor
+    ) -> None:
+        self.weight, self.rows, self.base = weight, len(weight), 0
+        self.total = torch.zeros(channels, self.rows, *size[1:])
+        self.norm = torch.zeros(self.rows, *size[1:])
+        self.first, self.last = before[0], before[0] + shape[0]
+        self.inside = tuple(slice(b, b + s) for b, s in zip(before[1:], shape[1:]))
+
+    def add(self, start: Sequence[int], logits: Tensor) -> None:
+        """Add weighted logits (K, *roi) of the window at `start`."""
+        where = tuple(slice(s, s + r) for s, r in zip((start[0] - self.base, *start[1:]), self.weight.shape))
+        self.total[(slice(None), *where)] += logits
+        self.norm[where] += self.weight
+
+    def finish(self, until: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield the rows [base, until) without padding, at most `ROWS` at a time, and make `until` the new base."""
+        stop = min(until, self.last)
+        for row in range(max(self.base, self.first), stop, ROWS):
+            where = slice(row - self.base, min(row + ROWS, stop) - self.base), *self.inside
+            yield row - self.first, self.total[(slice(None), *where)] / self.norm[where]
+        shift = until - self.base
+        # row by row: a copy of a slice onto itself would need a second buffer
+        for row in range(self.rows if shift else 0):
+            kept = row + shift < self.rows
+            self.total[:, row] = self.total[:, row + shift] if kept else 0
+            self.norm[row] = self.norm[row + shift] if kept else 0
+        self.base = until
 
 
 def window_starts(shape: Sequence[int], window: Window) -> list[tuple[int, int, int]]:
-    """First voxels of the windows in the padded volume, first axis slowest, as MONAI places them."""
-    size = [max(s, r) for s, r in zip(shape, window.roi)]
-    step = [
-        r if r == s else max(int(r * (1 - window.overlap)), 1) for r, s in zip(window.roi, size)
-    ]  # MONAI's scan interval
+    """Return the first voxels of the windows in the padded volume, first axis slowest, as MONAI places them."""
+    size, _ = _padded(shape, window.roi)
+    # MONAI's scan interval
+    step = [r if r == s else max(int(r * (1 - window.overlap)), 1) for r, s in zip(window.roi, size)]
     return [tuple(part.start for part in parts) for parts in dense_patch_slices(size, window.roi, step)]
 
 
+def _padded(shape: Sequence[int], roi: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the size of the volume padded to at least the window, and the padding before it. MONAI pads both sides."""
+    size = [max(s, r) for s, r in zip(shape, roi)]
+    return size, [(padded - s) // 2 for padded, s in zip(size, shape)]
+
+
 def _crop(image: Tensor, start: Sequence[int], roi: Sequence[int], before: Sequence[int]) -> Tensor:
-    """A window of the padded volume, zeros outside the volume."""
+    """Return a window of the padded volume, zeros outside the volume."""
     first = [s - b for s, b in zip(start, before)]
     inside = [(max(f, 0), min(f + r, n)) for f, r, n in zip(first, roi, image.shape[1:])]
     crop = image[(slice(None), *(slice(a, b) for a, b in inside))]

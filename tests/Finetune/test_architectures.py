@@ -12,7 +12,6 @@ from common.config import from_dict
 from common.errors import InputError
 from Finetune.architectures import ModelSettings, build_model, load_encoder, load_finetuned, resolve
 from Finetune.heads import HEADS, Head, dynunet_strides
-from Finetune.inference.sliding_window import Window
 from Finetune.main_finetune import main
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset
@@ -104,9 +103,3 @@ def test_dynunet_halves_even_axes_down_to_four_voxels(roi, levels):
     assert len(strides) == levels and strides[0] == (1, 1, 1)
     assert (smallest >= 4).all() and (smallest == smallest.round()).all()
     assert len(strides) == 6 or ((smallest < 8) | (smallest % 2 == 1)).all()
-
-
-@pytest.mark.parametrize("settings, words", [({"overlap": 1.0}, "overlap.*1"), ({"batch": 0}, "sw_batch_size")])
-def test_impossible_windows_are_refused(settings, words):
-    with pytest.raises(InputError, match=words):
-        Window((32, 32, 32), **settings)

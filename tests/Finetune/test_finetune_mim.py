@@ -1,4 +1,4 @@
-"""MiM's network from settings and checkpoints: `main_finetune --model mim`."""
+"""The network of MiM from settings and checkpoints: `main_finetune --model mim`."""
 
 import dataclasses
 import re
@@ -27,24 +27,22 @@ def pretrained(tmp_path, args=None, **kwargs):
     return path, encoder
 
 
-def test_from_scratch_it_is_the_published_network():
+def test_network_from_scratch_is_the_published_one():
     architecture = resolve(ModelSettings(model="mim", roi=(96, 96, 96)), PRESET, None)
     with torch.device("meta"):
-        ours, published = build_model(architecture), convvit3d_unetr(96, 1, PRESET.out_channels)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in published.state_dict().items()}
+        models = build_model(architecture), convvit3d_unetr(96, 1, PRESET.out_channels)
+    built, published = ({k: v.shape for k, v in model.state_dict().items()} for model in models)
+    assert built == published
     assert architecture.drop_path == 0.2
     assert resolve(ModelSettings(model="mim", size="tiny"), PRESET, None).embed_dims == (12, 24, 48, 96)
 
 
-def test_widths_and_depths_are_the_checkpoints_and_its_weights_arrive(tmp_path):
+def test_widths_depths_and_weights_come_from_the_checkpoint(tmp_path):
     path, encoder = pretrained(tmp_path, embed_dims=(6, 12, 12, 24), depths=(1, 2, 1, 2), num_heads=2)
     settings = ModelSettings(model="mim", num_heads=2)
     architecture = resolve(settings, PRESET, path)
-    assert (architecture.embed_dims, architecture.depths, architecture.grid_size) == (
-        (6, 12, 12, 24),
-        (1, 2, 1, 2),
-        (4, 4, 4),
-    )
+    assert architecture.embed_dims == (6, 12, 12, 24)
+    assert architecture.depths == (1, 2, 1, 2) and architecture.grid_size == (4, 4, 4)
     model = build_model(architecture)
     load_encoder(model, path)
     assert torch.equal(model.backbone.blocks4[1].attn.qkv.weight, encoder.blocks4[1].attn.qkv.weight)
@@ -53,7 +51,7 @@ def test_widths_and_depths_are_the_checkpoints_and_its_weights_arrive(tmp_path):
 @pytest.mark.parametrize(
     "args, heads", [({"num_heads": 2, "model": "base"}, 2), ({"num_heads": None, "model": "tiny"}, 3), ({}, 3)]
 )
-def test_heads_are_those_of_the_pretraining_run(tmp_path, args, heads):
+def test_heads_come_from_the_pretraining_settings(tmp_path, args, heads):
     path, _ = pretrained(tmp_path, args, depths=(1, 1, 1, 1))
     assert resolve(ModelSettings(model="mim"), PRESET, path).num_heads == heads
 
@@ -72,40 +70,41 @@ def test_a_fine_tuned_file_is_enough_to_build_the_network(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings, words",
+    "settings, message",
     [
-        (dict(roi=(48, 48, 48)), "--roi 48 48 48.*multiples of 32"),
-        (dict(roi=(32, 32, 32)), "64 or more"),
-        (dict(patch_size=(8, 8, 8)), "--patch_size 8 8 8.*16"),
-        (dict(size="large"), "--size large.*tiny or base"),
-        (dict(embed_dim=96), "--embed_dim 96.*--embed_dims"),
-        (dict(num_heads=7), "--num_heads 7.*384"),
+        (dict(roi=(48, 48, 48)), "roi.*48.* 32"),
+        (dict(roi=(32, 32, 32)), "roi.*32.* 64"),
+        (dict(patch_size=(8, 8, 8)), "patch_size.*8.* 16"),
+        (dict(size="large"), "size large.* tiny or base"),
+        (dict(embed_dim=96), "embed_dim.* 96.*--embed_dims"),
+        (dict(num_heads=7), "num_heads.* 7.* 384"),
     ],
 )
-def test_contradictions_are_named(settings, words):
-    with pytest.raises(InputError, match=words):
+def test_contradictory_settings_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
         resolve(ModelSettings(model="mim", **settings), PRESET, None)
 
 
-def test_the_btcv_recipe_takes_mim():
-    """`scripts/BTCV/run.sh --model mim`: its own flags, then the user's."""
+def test_btcv_recipe_accepts_mim():
+    """`scripts/BTCV/run.sh --model mim`: the flags of the recipe, then the user's."""
     text = (Path(__file__).parents[2] / "scripts/BTCV/run.sh").read_text().replace("\\\n", " ")
     recipe = re.search(r"finetune BTCV (.*) \"\$@\"", text).group(1)
-    given = ["--preset", "BTCV", "--data", "data", "--out_dir", "out"]  # by scripts/finetune.sh
+    # set by scripts/finetune.sh
+    given = ["--preset", "BTCV", "--data", "data", "--out_dir", "out"]
     settings = parse(FinetuneSettings, [*given, *shlex.split(recipe), "--model", "mim"])
-    architecture = resolve(settings, load_preset("BTCV"), None)
+    architecture = resolve(settings.network, load_preset("BTCV"), None)
     with torch.device("meta"):
         names = {name: value.shape for name, value in build_model(architecture).state_dict().items()}
         assert names == {name: value.shape for name, value in convvit3d_unetr().state_dict().items()}
     assert len(names) == 319
 
 
-def test_the_checkpoint_must_hold_the_encoder_that_is_asked_for(tmp_path):
+def test_checkpoint_of_another_encoder_is_refused(tmp_path):
     path, _ = pretrained(tmp_path, depths=(1, 1, 1, 1))
-    with pytest.raises(InputError, match="embed_dims 12 24 48 96, expected 48"):
+    with pytest.raises(InputError, match="embed_dims 12 24 48 96.* 48"):
         resolve(ModelSettings(model="mim", size="base"), PRESET, path)
-    with pytest.raises(InputError, match="expected the weights of the ViT"):
+    with pytest.raises(InputError, match="pretrained.pth.* ViT"):
         resolve(ModelSettings(model="unetr"), PRESET, path)
     torch.save({"model": {"patch_embed.proj.weight": torch.zeros(8, 1, 16, 16, 16)}}, path)
-    with pytest.raises(InputError, match="expected the weights of MiM"):
+    with pytest.raises(InputError, match="pretrained.pth.* MiM"):
         resolve(ModelSettings(model="mim"), PRESET, path)

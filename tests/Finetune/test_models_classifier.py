@@ -1,4 +1,4 @@
-"""Classification: training, folds of patients, scores, and conversion of CC-CCII."""
+"""Classification: it learns, the scans of a patient share a fold, and AUC is correct."""
 
 import csv
 import json
@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.checkpoint import load
 from common.errors import InputError
 from Finetune.cases import find_cases, patient_of, split
 from Finetune.evaluation.classification import class_scores
@@ -17,8 +18,8 @@ from Finetune.presets import load_preset
 from scripts import convert_cc_ccii
 from tests.Finetune.made import make_scans
 
-SMALL = ["--embed_dim", "24", "--depth", "2", "--num_heads", "2", "--roi", "32", "32", "16", "--patch_size", "16"]
-QUICK = ["--batch_size", "4", "--micro_batch_size", "4", "--workers", "0", "--warmup_epochs", "0"]
+SMALL = "--embed_dim 24 --depth 2 --num_heads 2 --roi 32 32 16 --patch_size 16".split()
+QUICK = "--batch_size 4 --micro_batch_size 4 --workers 0 --warmup_epochs 0".split()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_no_patient_is_in_two_folds(scans):
     assert sorted(seen) == sorted(case.name for case in cases)
 
 
-def test_it_learns_brightness_and_writes_its_scores(tmp_path, scans):
+def test_it_learns_and_writes_its_scores(tmp_path, scans):
     run(tmp_path, scans, "--epochs", 12, "--lr", 0.003, "--validate_every", 12)
     card = json.loads((tmp_path / "run/classification.json").read_text())
     assert card["scores"]["auc"] > 0.8
@@ -52,34 +53,29 @@ def test_it_learns_brightness_and_writes_its_scores(tmp_path, scans):
     assert np.mean([row["class"] == row["predicted"] for row in rows]) == pytest.approx(card["scores"]["accuracy"])
 
 
-def test_freeze_trains_the_head_only(tmp_path, scans):
-    torch.manual_seed(0)
-    state = torch.load(run(tmp_path, scans, "--epochs", 1, "--lr", 0.0, "--validate_every", 0), weights_only=True)[
-        "state_dict"
-    ]
-    again = torch.load(
-        run(tmp_path, scans, "--epochs", 1, "--lr", 0.1, "--freeze", "--validate_every", 0, "--resume", "none"),
-        weights_only=True,
-    )["state_dict"]
-    moved = {name for name in state if not torch.equal(state[name], again[name])}
-    assert moved == {"head.weight", "head.bias"}
+def test_freeze_trains_only_the_head(tmp_path, scans):
+    flags = ("--epochs", 1, "--validate_every", 0, "--resume", "none")
+    before = load(run(tmp_path, scans, *flags, "--lr", 0.0))["state_dict"]
+    after = load(run(tmp_path, scans, *flags, "--lr", 0.1, "--freeze"))["state_dict"]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"head.weight", "head.bias"}
 
 
 def test_auc_is_the_share_of_ordered_pairs():
     preset = load_preset("CC_CCII")
     torch.manual_seed(0)
-    shares, targets = torch.rand(40, 3).softmax(dim=1), torch.randint(0, 3, (40,))
-    scores = class_scores(shares, targets, preset)
+    probabilities, targets = torch.rand(40, 3).softmax(dim=1), torch.randint(0, 3, (40,))
+    scores = class_scores(probabilities, targets, preset)
     for number, name in preset.labels.items():
-        mine, others = shares[targets == number, number], shares[targets != number, number]
-        pairs = (mine[:, None] > others[None]).float().mean()
+        positive, negative = probabilities[targets == number, number], probabilities[targets != number, number]
+        pairs = (positive[:, None] > negative[None]).float().mean()
         assert scores[f"auc {name}"] == pytest.approx(float(pairs), abs=1e-6)
     assert scores["auc"] == pytest.approx(np.mean([scores[f"auc {name}"] for name in preset.labels.values()]))
-    # a class without cases has no AUC
-    assert "auc normal" not in class_scores(shares, targets.clamp(min=1), preset)
+    # no case is normal
+    assert "auc normal" not in class_scores(probabilities, targets.clamp(min=1), preset)
 
 
-def test_networks_for_the_other_task_are_refused(tmp_path, scans):
+def test_networks_for_another_task_are_refused(tmp_path, scans):
     with pytest.raises(InputError, match="--model mim.*CC_CCII.*classification"):
         run(tmp_path, scans, "--model", "mim")
     with pytest.raises(InputError, match="--model classifier.*BTCV.*segmentation"):
@@ -96,14 +92,14 @@ def test_published_slices_are_converted_to_volumes(tmp_path, capsys):
     (tmp_path / "raw/CP/3/7").mkdir(parents=True)
     (tmp_path / "raw/CP/3/7/0.png").write_bytes(b"torn")
     flags = ["--data", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
-    with pytest.raises(InputError, match="1 of 2 scans could not be converted.*0.png"):
+    with pytest.raises(InputError, match="1 of 2.*0.png"):
         convert_cc_ccii.main(flags)
     volume = nib.load(tmp_path / "out/NCP/NCP_12-1034.nii.gz")
     np.testing.assert_array_equal(np.asarray(volume.dataobj), np.stack([pixels[n].T for n in (1, 2, 10)], axis=2))
     (case,) = find_cases(load_preset("CC_CCII"), tmp_path / "out")
     assert patient_of(case, load_preset("CC_CCII")) == "NCP_12"
     Image.fromarray(np.full((6, 8), 3000, np.uint16)).save(tmp_path / "raw/CP/3/7/0.png")
-    with pytest.raises(InputError, match="0.png: found an image of mode I.*8 bits"):
+    with pytest.raises(InputError, match="0.png.*mode I.*8"):
         convert_cc_ccii.main(flags)
-    with pytest.raises(InputError, match="found no scan"):
+    with pytest.raises(InputError, match="no scan"):
         convert_cc_ccii.main(["--data", str(tmp_path / "out"), "--out", str(tmp_path / "x")])

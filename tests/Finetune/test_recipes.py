@@ -1,5 +1,4 @@
-"""scripts/<preset>/run.sh: one for each preset, with settings that fit it; train, predict and score on published
-layouts."""
+"""scripts/<preset>/run.sh: one per preset, with valid settings; it trains, predicts and scores the published layout."""
 
 import json
 import os
@@ -18,7 +17,8 @@ from tests.Finetune.made import make_dataset
 
 ROOT = Path(__file__).parents[2]
 SMALL = "--embed_dim 24 --depth 4 --num_heads 2 --feature_size 4 --roi 32 --epochs 1 --crops 1 --workers 0"
-CHANGING = {"MSD04_Hippocampus": {"${network[@]}": "--model unetr", "$epochs": "20"}}  # what its `case` chooses
+# values of the variables that a recipe sets
+VARIABLES = {"MSD04_Hippocampus": {"${network[@]}": "--model unetr", "$epochs": "20"}}
 
 
 def recipe(name):
@@ -32,27 +32,30 @@ def run(name, data, out, *flags, **env):
 
 
 @pytest.mark.parametrize("name", available())
-def test_every_preset_has_a_recipe_whose_settings_fit_it(name):
+def test_every_preset_has_a_recipe_with_valid_settings(name):
     text = recipe(name).read_text().replace("\\\n", " ")
     assert subprocess.run(["bash", "-n", str(recipe(name))]).returncode == 0
     (line,) = [line for line in text.splitlines() if line.startswith((f"finetune {name} ", "launch "))]
-    for variable, value in CHANGING.get(name, {}).items():
+    for variable, value in VARIABLES.get(name, {}).items():
         line = line.replace(f'"{variable}"', value)
     words = shlex.split(line)
     assert name in words and words[-1] == "$@"
     flags = words[words.index(next(w for w in words if w.startswith("--"))) : -1]
     given = [] if "--preset" in flags else ["--preset", name, "--data", "d", "--out_dir", "o"]
     config, preset = parse(FinetuneSettings, [*given, *flags]), load_preset(name)
-    assert resolve(config, preset, None).roi == tuple(config.roi or preset.roi)
-    assert config.batch_size % config.micro_batch_size == 0 and config.select == "last" and config.seed == 0
+    assert resolve(config.network, preset, None).roi == tuple(config.network.roi or preset.roi)
+    assert config.batch_size % config.micro_batch_size == 0 and config.seed == 0
+    assert config.validation.select == "last"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["BTCV", "MMWHS_CT", "COVID19_20"])  # labels elsewhere, with other values, beside
-def test_a_recipe_trains_predicts_and_scores_the_published_layout(tmp_path, name):
+# labels in another folder, with other values, beside the images
+@pytest.mark.parametrize("name", ["BTCV", "MMWHS_CT", "COVID19_20"])
+def test_recipe_trains_predicts_and_scores(tmp_path, name):
     preset = load_preset(name)
     data = make_dataset(preset, tmp_path / "data")
-    launcher = {"LAUNCHER": sys.executable} if name == "BTCV" else {}  # as in a job script: what follows is run too
+    # as in a job script: prediction and scores run after the launched training
+    launcher = {"LAUNCHER": sys.executable} if name == "BTCV" else {}
     done = run(name, data, tmp_path / "run", **launcher)
     assert done.returncode == 0, done.stderr[-2000:]
     card = json.loads((tmp_path / "run/scores/scores.json").read_text())
@@ -61,13 +64,13 @@ def test_a_recipe_trains_predicts_and_scores_the_published_layout(tmp_path, name
     assert len(list((tmp_path / "run/scores/worst").iterdir())) == 1
 
 
-def test_a_recipe_refuses_what_would_spoil_its_scores_before_it_trains(tmp_path):
+def test_recipe_refuses_bad_flags_before_training(tmp_path):
     data = make_dataset(load_preset("BTCV"), tmp_path / "data")
-    for out, flags, words in (
-        (tmp_path / "run", ["--data=elsewhere"], "--data=elsewhere: give them as DATA= and OUT="),
+    for out, flags, message in (
+        (tmp_path / "run", ["--data=elsewhere"], "--data=elsewhere"),
         (tmp_path / "run", ["--preset", "WORD"], "--preset: this recipe is for BTCV"),
-        (data / "run", [], "its label maps would be taken for images"),
+        (data / "run", [], f"OUT={data / 'run'}"),
     ):
         done = run("BTCV", data, out, *flags)
-        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert done.returncode == 2 and message in done.stderr, done.stderr
     assert not list((data / "run").iterdir()) and not (tmp_path / "run").exists()

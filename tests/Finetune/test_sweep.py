@@ -1,7 +1,8 @@
-"""The grid of runs: complete, restartable, honest about what failed."""
+"""Sweeps: complete, resumable, and failed runs are reported."""
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 import types
@@ -13,34 +14,29 @@ import yaml
 from common.errors import InputError
 from common.files import lock_folder
 from Finetune import sweep
-from Finetune.evaluation.sweep_report import summary, versus
+from Finetune.evaluation.sweep_report import summary
 from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset
+from tests.helpers import run_module
 
-SETTINGS = {
-    "epochs": 1,
-    "batch_size": 1,
-    "crops": 1,
-    "workers": 0,
-    "warmup_epochs": 0,
-    "validate_every": 0,
-    "feature_size": 4,
-    "num_heads": 2,
-    "roi": [32, 32, 32],
-    "lr": 0.01,
-}
+SETTINGS = dict(
+    epochs=1, batch_size=1, crops=1, workers=0, warmup_epochs=0, validate_every=0, feature_size=4, num_heads=2, lr=0.01
+) | {"roi": [32, 32, 32]}
+PRESET = load_preset("MSD09_Spleen")
 
 
 @pytest.fixture
-def grid(tmp_path, monkeypatch):
-    """A grid of 2 initialisations x 2 label counts on made-up data; programs run in this process, and are counted."""
-    data = make_dataset(load_preset("MSD09_Spleen"), tmp_path / "data")
+def small(tmp_path, monkeypatch):
+    """Flags of a sweep over 2 initialisations x 2 numbers of labels, whose programs run in this process and are
+    recorded."""
+    data = make_dataset(PRESET, tmp_path / "data")
     listing = json.loads((data / "dataset.json").read_text())
-    for entry in listing["training"]:  # a list may name its labels as it likes
-        renamed = entry["label"].replace("spleen", "reference_of_spleen")
-        (data / entry["label"]).rename(data / renamed)
-        entry["label"] = renamed
+    # labels in a list may have any name
+    for case in listing["training"]:
+        renamed = case["label"].replace("spleen", "reference_of_spleen")
+        (data / case["label"]).rename(data / renamed)
+        case["label"] = renamed
     (data / "dataset.json").write_text(json.dumps(listing | {"labels_by": "a student"}))
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
     torch.manual_seed(0)
@@ -61,7 +57,7 @@ def grid(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "run_child", run)
     flags = [
         "--preset",
-        "MSD09_Spleen",
+        PRESET.name,
         "--data",
         data,
         "--settings",
@@ -73,90 +69,95 @@ def grid(tmp_path, monkeypatch):
     return types.SimpleNamespace(flags=list(map(str, flags)), calls=calls, path=tmp_path)
 
 
-def read(grid):
-    return json.loads((grid.path / "out/compare.json").read_text())
+def read(small):
+    return json.loads((small.path / "out/sweep.json").read_text())
 
 
-def used_by(grid):
-    """What each cell's checkpoint says it was made with."""
-    files = sorted(grid.path.glob("out/cells/*/run/checkpoint-last.pth"))
+def used_by(small):
+    """Return the settings in the checkpoint of each run."""
+    files = sorted(small.path.glob("out/runs/*/training/checkpoint-last.pth"))
     return [torch.load(file, weights_only=True)["args"] for file in files]
 
 
-def test_a_grid_is_run_once_and_tabled(grid, capsys):
-    flags = [*grid.flags, "--label_counts", "2"]
+def test_sweep_runs_once_and_writes_its_table(small, capsys):
+    flags = [*small.flags, "--label_counts", "2"]
     sweep.main(flags)
-    rows = read(grid)["rows"]
+    rows = read(small)["rows"]
     assert [(row["init"] == "scratch", row["count"]) for row in rows] == [(True, 2), (False, 2)]
     assert all(0 <= row["dice"] <= 1 and row["missing"] == 0 for row in rows)
     assert rows[1]["minus_scratch"]["difference"] == pytest.approx(rows[1]["dice"] - rows[0]["dice"])
-    assert len(grid.calls) == 2 * 3
-    assert "minus scratch" in capsys.readouterr().out and (grid.path / "out/compare.png").stat().st_size > 5000
-    scratch = [args for args in used_by(grid) if args["init"] == "scratch"]
-    assert len(scratch) == 1 and scratch[0]["architecture"]["embed_dim"] == 24  # the checkpoint's, not the default's
-    for card in grid.path.glob("out/cells/*/scores/scores.json"):
+    assert len(small.calls) == 2 * 3
+    assert "minus scratch" in capsys.readouterr().out and (small.path / "out/sweep.png").stat().st_size > 5000
+    scratch = [args for args in used_by(small) if args["init"] == "scratch"]
+    # the width of the checkpoint, not the default
+    assert len(scratch) == 1 and scratch[0]["architecture"]["embed_dim"] == 24
+    for card in small.path.glob("out/runs/*/scores/scores.json"):
         protocol = json.loads(card.read_text())["protocol"]
         assert protocol["cases"] == ["spleen_2"] and protocol["labels_by"] == "a student"
     sweep.main(flags)
-    assert len(grid.calls) == 2 * 3  # nothing again
+    # nothing is done twice
+    assert len(small.calls) == 2 * 3
 
 
 @pytest.mark.slow
-def test_an_interrupted_grid_goes_on(grid, monkeypatch):
+def test_interrupted_sweep_resumes(small, monkeypatch):
     run = sweep.run_child
 
     def interrupted(command, **kwargs):
-        if len(grid.calls) == 4:
+        if len(small.calls) == 4:
             raise KeyboardInterrupt
         return run(command, **kwargs)
 
     monkeypatch.setattr(sweep, "run_child", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sweep.main(grid.flags)
+        sweep.main(small.flags)
     monkeypatch.setattr(sweep, "run_child", run)
-    sweep.main(grid.flags)
-    assert len(grid.calls) == 4 + 3 * 3  # one cell was done, the second began again and resumed its finished training
-    rows = read(grid)["rows"]
+    sweep.main(small.flags)
+    # one run was done; the second resumed after its training
+    assert len(small.calls) == 4 + 3 * 3
+    rows = read(small)["rows"]
     assert [(row["init"] == "scratch", row["count"]) for row in rows] == [(True, 1), (True, 2), (False, 1), (False, 2)]
     assert all(row["missing"] == 0 for row in rows)
-    by_count = {len(args["training_cases"]): args["training_cases"] for args in used_by(grid)}
+    by_count = {len(args["training_cases"]): args["training_cases"] for args in used_by(small)}
     assert set(by_count[1]) < set(by_count[2])
 
 
 @pytest.mark.slow
-def test_a_failed_cell_is_reported_and_the_rest_goes_on(grid, capsys):
-    torch.save({"model": {"w": torch.zeros(2)}}, grid.path / "mae.pth")
-    flags = [*grid.flags, "--label_counts", "2"]
-    with pytest.raises(InputError, match="2 of 2 cells failed"):  # the scratch cell is the twin of a file that is none
+def test_failed_run_is_reported_and_the_others_continue(small, capsys):
+    torch.save({"model": {"w": torch.zeros(2)}}, small.path / "mae.pth")
+    flags = [*small.flags, "--label_counts", "2"]
+    # the run from scratch is the twin of a file that is no checkpoint
+    with pytest.raises(InputError, match="2 of 2 runs failed"):
         sweep.main(flags)
-    assert "holds no encoder of a ViT" in read(grid)["failed"]["mae.pth, 2 labels, seed 0"]
+    assert re.search("mae.pth.* ViT", read(small)["failed"]["mae.pth, 2 labels, seed 0"])
     vit = VisionTransformer3D(img_size=32, patch_size=16, embed_dim=24, depth=4, num_heads=2)
-    torch.save({"model": vit.state_dict(), "args": {"num_heads": 2}}, grid.path / "mae.pth")
-    torch.save({"model": {"w": torch.zeros(2)}}, grid.path / "bad.pth")
-    flags[flags.index("--inits") + 1] += f",{grid.path / 'bad.pth'}"
-    with pytest.raises(InputError, match="1 of 3 cells failed"):
+    torch.save({"model": vit.state_dict(), "args": {"num_heads": 2}}, small.path / "mae.pth")
+    torch.save({"model": {"w": torch.zeros(2)}}, small.path / "bad.pth")
+    flags[flags.index("--inits") + 1] += f",{small.path / 'bad.pth'}"
+    with pytest.raises(InputError, match="1 of 3 runs failed"):
         sweep.main(flags)
-    result = read(grid)
+    result = read(small)
     assert [row["missing"] for row in result["rows"]] == [0, 0, 1]
     assert "FAILED: bad.pth" in capsys.readouterr().out
 
 
-def test_a_cell_that_another_process_is_at_is_left_to_it(grid):
-    config = sweep.parse(sweep.SweepSettings, [*grid.flags, "--label_counts", "2"])
-    first, second = sweep.plan(config, load_preset("MSD09_Spleen"))
+def test_run_of_another_process_is_left_alone(small):
+    config = sweep.parse(sweep.SweepSettings, [*small.flags, "--label_counts", "2"])
+    first, second = sweep.plan(config, PRESET)
     first.folder.mkdir(parents=True)
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "-c", hold, str(first.folder / ".lock")], **pipes)
     try:
         process.stdout.readline()
-        assert "another process is at it" in sweep.run_cell(config, load_preset("MSD09_Spleen"), first)
-        assert not grid.calls
+        assert "another process" in sweep.execute(config, PRESET, first)
+        assert not small.calls
     finally:
         process.communicate(b"\n")
-    with lock_folder(first.folder) as lock:  # let go by the system, not by a file that stays
+    # released by the system when the process ends
+    with lock_folder(first.folder) as lock:
         assert lock is not None
-        # a program of the cell holds it on: the one that started it may be killed
+        # a program of the run keeps the lock when the sweep is killed
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
     with lock_folder(first.folder) as lock:
         assert lock is None
@@ -165,81 +166,95 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(grid):
         assert lock is not None
 
 
-def test_a_slurm_array_has_one_task_per_cell(grid):
-    sweep.main([*grid.flags, "--slurm"])
-    script = grid.path / "out/array.sbatch"
+def test_slurm_array_has_one_task_per_run(small):
+    sweep.main([*small.flags, "--slurm"])
+    script = small.path / "out/array.sbatch"
     assert "--array=0-3" in script.read_text() and "--slurm'" not in script.read_text()
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
 
 
 @pytest.mark.slow
-def test_a_task_of_the_array_runs_its_cell_alone(grid):
-    sweep.main([*grid.flags, "--only", "1"])
-    assert len(grid.calls) == 3 and not (grid.path / "out/compare.json").exists()
+def test_task_of_the_array_does_one_run(small):
+    sweep.main([*small.flags, "--only", "1"])
+    assert len(small.calls) == 3 and not (small.path / "out/sweep.json").exists()
 
 
-def test_settings_change_the_cell_and_bad_ones_are_refused(grid):
-    parse = sweep.parse
-    before = sweep.plan(parse(sweep.SweepSettings, grid.flags), load_preset("MSD09_Spleen"))
-    (grid.path / "settings.yaml").write_text(yaml.safe_dump(SETTINGS | {"epochs": 2}))
-    after = sweep.plan(parse(sweep.SweepSettings, grid.flags), load_preset("MSD09_Spleen"))
-    assert not {cell.folder for cell in before} & {cell.folder for cell in after}
-    again = [*grid.flags, "--label_counts", "2,all,2", "--seeds", "0,0"]  # 2 is all of them
-    assert len(sweep.plan(parse(sweep.SweepSettings, again), load_preset("MSD09_Spleen"))) == 2
-    before, listing = after, grid.path / "data/dataset.json"
+def folders(small, *extra):
+    return {run.folder for run in sweep.plan(sweep.parse(sweep.SweepSettings, [*small.flags, *extra]), PRESET)}
+
+
+def test_other_settings_or_cases_are_other_runs(small):
+    before = folders(small)
+    assert len(before) == 4
+    # two of two training cases are all of them
+    assert len(folders(small, "--label_counts", "2,all,2", "--seeds", "0,0")) == 2
+    listing = small.path / "data/dataset.json"
     content = json.loads(listing.read_text())
     another = {"image": "imagesTr/x.nii.gz", "label": content["training"][0]["label"]}
     listing.write_text(json.dumps(content | {"training": [*content["training"], another]}))
-    after = sweep.plan(parse(sweep.SweepSettings, grid.flags), load_preset("MSD09_Spleen"))
-    assert not {cell.folder for cell in before} & {cell.folder for cell in after}  # other cases, another cell
-    listing.write_text(json.dumps(content))
-    listing.write_text(json.dumps(content | {"training": [content["training"][0], *content["training"]]}))
-    with pytest.raises(InputError, match="nii.gz twice"):
-        sweep.main(grid.flags)
-    listing.write_text(json.dumps(content))
-    for extra, words in (
-        (["--inits", "nowhere.pth"], "inits: found 'nowhere.pth'"),
-        (["--label_counts", "3"], "--label_count 3.*2"),
-        (["--label_counts", "few"], "label_counts: found 'few'"),
-        (["--seeds", ""], "seeds: found ''"),
-        (["--only", "4"], "only: found 4"),
-        (["--inits", f"{grid.path / 'mae.pth'},{grid.path / 'mae.pth'}"], "inits: found two that would be called"),
+    with_another = folders(small)
+    assert not before & with_another
+    (small.path / "settings.yaml").write_text(yaml.safe_dump(SETTINGS | {"epochs": 2}))
+    assert not with_another & folders(small)
+
+
+def test_bad_settings_are_refused_before_the_first_run(small):
+    mae, settings = small.path / "mae.pth", small.path / "settings.yaml"
+    for extra, message in (
+        (["--inits", "nowhere.pth"], "--inits.*'nowhere.pth'"),
+        (["--label_counts", "3"], "label_count.* 3.* 2"),
+        (["--label_counts", "few"], "--label_counts.*'few'"),
+        (["--seeds", ""], "--seeds.*''"),
+        (["--only", "4"], "--only 4"),
+        (["--inits", f"{mae},{mae}"], "--inits.* two"),
+        (["--preset", "CC_CCII"], "CC_CCII.* classification"),
     ):
-        with pytest.raises(InputError, match=words):
-            sweep.main([*grid.flags, *extra])
-    with pytest.raises(InputError, match="preset CC_CCII: is for classification"):
-        sweep.main([*grid.flags, "--preset", "CC_CCII"])
-    for text, words in (
-        ("epoch: 3", "settings.yaml: unknown setting 'epoch'; did you mean 'epochs'"),
-        ("epochs: many", "settings.yaml: epochs: found 'many'"),
-        ("- epochs", "settings.yaml: found list, expected a mapping"),
+        with pytest.raises(InputError, match=message):
+            sweep.main([*small.flags, *extra])
+    for text, message in (
+        ("epoch: 3", "'epoch'.*'epochs'"),
+        ("epochs: many", "epochs.*'many'"),
+        ("- epochs", "list.* mapping"),
+        ("seed: 3", "'seed', which the sweep sets"),
     ):
-        (grid.path / "settings.yaml").write_text(text)
-        with pytest.raises(InputError, match=words):
-            sweep.main(grid.flags)
-    (grid.path / "settings.yaml").write_text("seed: 3")
-    with pytest.raises(InputError, match="found 'seed', which the grid sets itself"):
-        sweep.main(grid.flags)
+        settings.write_text(text)
+        with pytest.raises(InputError, match=f"settings.yaml: .*{message}"):
+            sweep.main(small.flags)
+    listing = small.path / "data/dataset.json"
+    content = json.loads(listing.read_text())
+    content["training"].append(content["training"][0])
+    listing.write_text(json.dumps(content))
+    settings.write_text("{}")
+    with pytest.raises(InputError, match="twice"):
+        sweep.main(small.flags)
+    assert not small.calls
+
+
+def test_former_name_of_the_program_still_works():
+    done = run_module("Finetune.compare", "--help")
+    assert "--label_counts" in done.stdout and done.stderr.strip().count("\n") == 0 and "Finetune.sweep" in done.stderr
 
 
 def test_differences_are_paired_by_case_and_seed():
-    hard = {f"c{i}": 0.3 + 0.03 * i for i in range(20)}
-    scratch = summary("scratch", 4, 2, {0: hard, 1: {c: v + 0.1 for c, v in hard.items()}})
-    better = summary("x", 4, 3, {0: {c: v + 0.02 for c, v in hard.items()}, 1: {c: v + 0.12 for c, v in hard.items()}})
-    delta = versus(better, scratch)
+    first = {f"c{i}": 0.3 + 0.03 * i for i in range(20)}
+    second = {case: dice + 0.1 for case, dice in first.items()}
+    better = [{case: dice + 0.02 for case, dice in scores.items()} for scores in (first, second)]
+    scratch = summary("scratch", 4, 2, {0: first, 1: second})
+    row = summary("x", 4, 3, dict(enumerate(better)), {0: first, 1: second})
+    delta = row["minus_scratch"]
     assert delta["difference"] == pytest.approx(0.02) and delta["ci95"] == pytest.approx([0.02, 0.02])
-    assert better["missing"] == 1 and scratch["missing"] == 0
+    assert row["missing"] == 1 and scratch["missing"] == 0 and scratch["minus_scratch"] is None
     assert scratch["ci95"][1] - scratch["ci95"][0] > 0.1
 
 
 @pytest.mark.slow
-def test_a_list_of_absolute_paths(grid):
-    data = grid.path / "data"
+def test_lists_of_absolute_paths(small):
+    data = small.path / "data"
     content = json.loads((data / "dataset.json").read_text())
-    entries = [entry | {name: str(data / entry[name]) for name in ("image", "label")} for entry in content["training"]]
-    (grid.path / "lists").mkdir()
-    (grid.path / "lists/list.json").write_text(json.dumps(content | {"training": entries}))
-    flags = [*grid.flags, "--data", str(grid.path / "lists/list.json"), "--inits", "scratch", "--label_counts", "1"]
+    cases = [case | {name: str(data / case[name]) for name in ("image", "label")} for case in content["training"]]
+    (small.path / "lists").mkdir()
+    (small.path / "lists/list.json").write_text(json.dumps(content | {"training": cases}))
+    flags = [*small.flags, "--data", str(small.path / "lists/list.json"), "--inits", "scratch", "--label_counts", "1"]
     sweep.main(flags)
-    assert [module for module, _ in grid.calls] == ["Finetune.main_finetune", "Finetune.predict", "Finetune.evaluate"]
-    assert (next((grid.path / "out/cells").iterdir()) / "scores/scores.json").is_file()
+    assert [module for module, _ in small.calls] == ["Finetune.main_finetune", "Finetune.predict", "Finetune.evaluate"]
+    assert (next((small.path / "out/runs").iterdir()) / "scores/scores.json").is_file()

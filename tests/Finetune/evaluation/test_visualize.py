@@ -1,25 +1,27 @@
-"""Pictures of segmentations: sides, planes, colours, layout."""
+"""Pictures of segmentations: orientation, planes, colours, layout."""
 
 import numpy as np
 import pytest
 
-from Finetune.evaluation.visualize import PANEL, colour, most_shown, overlay, panel
+from Finetune.evaluation.visualize import PANEL, colour, most_labelled, overlay, panel
 
 
-def test_an_axial_plane_is_shown_as_radiologists_see_it():
+def test_axial_plane_is_in_radiological_view():
     image, label = np.zeros((4, 4, 3)), np.zeros((4, 4, 3), np.uint8)
-    label[3, 0, 1] = 5  # RAS: right, back
+    # RAS: right, posterior
+    label[3, 0, 1] = 5
     pixels = panel(image, label, axis=2, index=1, spacing=(1, 1, 1))
     marked = np.argwhere(pixels.any(axis=-1))
-    assert (marked.min(0) == (3 * PANEL // 4, 0)).all()  # at the bottom, on the left
+    # at the bottom, on the left
+    assert (marked.min(0) == (3 * PANEL // 4, 0)).all()
     assert tuple(pixels[-1, 0]) == pytest.approx(tuple(round(0.45 * c) for c in colour(5)), abs=1)
 
 
-def test_planes_are_those_that_show_most():
+def test_planes_have_most_labelled_voxels():
     label = np.zeros((6, 6, 6), np.uint8)
     label[1, 2, 2:5] = 1
-    assert (most_shown(label, 0), most_shown(label, 1)) == (1, 2)
-    assert most_shown(np.zeros((6, 6, 6), np.uint8), 0) == 3
+    assert (most_labelled(label, 0), most_labelled(label, 1)) == (1, 2)
+    assert most_labelled(np.zeros((6, 6, 6), np.uint8), 0) == 3
 
 
 @pytest.mark.parametrize("depth, beside", [(4, PANEL), (40, PANEL // 2)])

@@ -1,4 +1,4 @@
-"""Back to a file's own grid: against MONAI's SpatialResample, and places that are known in closed form."""
+"""Resampling to the space of a file: against MONAI's SpatialResample, and against coordinates in closed form."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation, Spacing, SpatialResample
 
-from Finetune.inference.resample import Grid, _held, one_to_one, resample_logits
+from Finetune.inference.resample import Space, _held, one_to_one, resample_logits
 
 ROTATION = np.linalg.qr(np.array([[1.0, 0.12, 0.05], [-0.1, 1.0, 0.2], [0.02, -0.15, 1.0]]))[0]
 FILES = {
@@ -23,7 +23,7 @@ FILES = {
 
 
 def pieces(logits, sizes=(5, 3)):
-    """The volume as slabs of changing thickness."""
+    """Yield the volume as slabs of changing thickness."""
     first = 0
     while first < logits.shape[1]:
         rows = sizes[first % len(sizes)]
@@ -35,7 +35,8 @@ def collect(logits, source, target):
     found = torch.full((logits.shape[0], *target.shape), float("nan"))
 
     def emit(where, values):
-        assert torch.isnan(found[(slice(None), *where)]).all()  # nothing twice
+        # no voxel is emitted twice
+        assert torch.isnan(found[(slice(None), *where)]).all()
         found[(slice(None), *where)] = values
 
     resample_logits(pieces(logits), source, target, emit)
@@ -48,10 +49,10 @@ def test_equals_spatial_resample(kind):
     shape = (20, 17, 13)
     image = MetaTensor(torch.randn(1, *shape), affine=torch.from_numpy(FILES[kind]))
     resampled = Spacing((1.7, 1.3, 1.9))(Orientation("RAS", labels=None)(image))
-    crop = resampled[:, 1:, 2:-1, 1:-2]  # a MetaTensor keeps its affine in step with a crop
+    crop = resampled[:, 1:, 2:-1, 1:-2]
     affine = resampled.affine.numpy().copy()
     affine[:3, 3] += affine[:3, :3] @ [1, 2, 1]
-    source, target = Grid(tuple(crop.shape[1:]), affine), Grid(shape, FILES[kind])
+    source, target = Space(tuple(crop.shape[1:]), affine), Space(shape, FILES[kind])
     logits = torch.randn(3, *source.shape)
     found = collect(logits, source, target)
     reference = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False)(
@@ -66,11 +67,11 @@ def test_equals_spatial_resample(kind):
 
 
 @pytest.mark.parametrize("kind", [k for k in FILES if "sheared" not in k])
-def test_a_voxel_keeps_its_place_in_mm_and_the_outside_stays_empty(kind):
-    """Logits that are the mm coordinates themselves come back as the mm coordinates of the file's voxels."""
+def test_voxels_keep_their_coordinates_in_mm(kind):
+    """Logits that are mm coordinates become the mm coordinates of the file's voxels; nothing is emitted outside."""
     image = MetaTensor(torch.zeros(1, 24, 20, 18), affine=torch.from_numpy(FILES[kind]))
     small = Spacing((1.0, 1.0, 1.5))(Orientation("RAS", labels=None)(image))
-    source, target = Grid(tuple(small.shape[1:]), small.affine.numpy()), Grid((24, 20, 18), FILES[kind])
+    source, target = Space(tuple(small.shape[1:]), small.affine.numpy()), Space((24, 20, 18), FILES[kind])
     index = np.stack(np.meshgrid(*map(np.arange, source.shape), indexing="ij"), axis=-1)
     logits = torch.from_numpy((index @ source.affine[:3, :3].T + source.affine[:3, 3]).transpose(3, 0, 1, 2)).float()
     found = collect(logits, source, target).numpy()
@@ -79,17 +80,17 @@ def test_a_voxel_keeps_its_place_in_mm_and_the_outside_stays_empty(kind):
     inner = (slice(None), *(slice(2, -2),) * 3)
     np.testing.assert_allclose(found[inner], expected[inner], atol=1e-3)
 
-    far = Grid(target.shape, target.affine + np.array([[0, 0, 0, 1e4], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]))
+    far = Space(target.shape, target.affine + np.array([[0, 0, 0, 1e4], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]))
     assert np.isnan(collect(logits, source, far).numpy()).all()
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_few_rows_are_held_whatever_the_length(kind):
+def test_few_rows_are_held_for_any_length(kind):
     image = MetaTensor(torch.zeros(1, 64, 9, 8), affine=torch.from_numpy(FILES[kind]))
     if "permuted" in kind:
         image = MetaTensor(torch.zeros(1, 9, 8, 64), affine=torch.from_numpy(FILES[kind]))
     small = Spacing((1.0, 1.0, 1.0))(Orientation("RAS", labels=None)(image))
-    source = Grid(tuple(small.shape[1:]), small.affine.numpy())
+    source = Space(tuple(small.shape[1:]), small.affine.numpy())
     read = [0]
 
     def rows():
@@ -97,7 +98,8 @@ def test_few_rows_are_held_whatever_the_length(kind):
             read[0] = first + logits.shape[1]
             yield first, logits
 
-    seen = []  # rows that were read when a piece was handed on, and the last one that it needed
+    # rows read when a piece was emitted, and the last one that it needed
+    seen = []
     matrix = np.linalg.inv(source.affine) @ FILES[kind]
 
     def emit(where, values):
@@ -106,14 +108,16 @@ def test_few_rows_are_held_whatever_the_length(kind):
             corners[:, t] = np.where(corners[:, t], part.stop - 1, part.start)
         seen.append((read[0], np.ceil((corners @ matrix.T)[:, 0].max())))
 
-    resample_logits(rows(), source, Grid(tuple(image.shape[1:]), FILES[kind]), emit)
+    resample_logits(rows(), source, Space(tuple(image.shape[1:]), FILES[kind]), emit)
     assert len(seen) > 4
-    assert all(have <= max(needed, 0) + 6 for have, needed in seen)  # at most a slab ahead
+    # at most one slab ahead
+    assert all(have <= max(needed, 0) + 6 for have, needed in seen)
 
 
-def test_rows_that_nothing_needs_are_let_go():
+def test_rows_that_are_not_needed_are_dropped():
     needed = [(first, first + 3) for first in range(0, 60, 6)]
     source = torch.arange(64.0).reshape(1, 64, 1, 1)
     for (first, last), (base, held) in zip(needed, _held(pieces(source), needed), strict=True):
         rows = held.flatten().tolist()
-        assert rows[0] == base == first and last in rows and len(rows) <= 4 + 5  # and a slab
+        # four rows and a slab
+        assert rows[0] == base == first and last in rows and len(rows) <= 4 + 5

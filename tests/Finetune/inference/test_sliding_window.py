@@ -1,4 +1,4 @@
-"""Slab by slab against MONAI's SlidingWindowInferer."""
+"""Slabs against MONAI's SlidingWindowInferer."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def network():
 @pytest.mark.parametrize("blending", ["gaussian", "constant"])
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.7])
 @pytest.mark.parametrize("shape", [(41, 30, 23), (16, 16, 16), (9, 40, 11), (50, 7, 16)])
-def test_equals_monai_to_the_last_voxel(shape, overlap, blending):
+def test_labels_and_logits_equal_monai(shape, overlap, blending):
     model, image = network(), torch.randn(2, *shape)
     window = Window((16, 16, 16), overlap, blending, batch=3)
     expected = SlidingWindowInferer(window.roi, sw_batch_size=3, overlap=overlap, mode=blending)(image[None], model)[0]
@@ -29,7 +29,7 @@ def test_equals_monai_to_the_last_voxel(shape, overlap, blending):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_slabs_follow_each_other_and_stay_small():
+def test_slabs_are_contiguous_and_small():
     image, window, ticks = torch.randn(2, 90, 20, 20), Window((16, 16, 16)), []
     parts = list(slabs(image, network(), window, CPU, ticks.append))
     rows = 0
