@@ -44,7 +44,7 @@ launch Pretrain.main_pretrain --method glmae --model tiny --embed_dim 24 --depth
 
 
 def test_the_list_of_templates():
-    assert [t.name for t in TEMPLATES] == ["compare.sbatch", "pretrain.sbatch", "pretrain_multinode.sbatch"]
+    assert [t.name for t in TEMPLATES] == ["pretrain.sbatch", "pretrain_multinode.sbatch", "sweep.sbatch"]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ OLD = 'mkdir -p "$OUT_DIR"; touch -d yesterday "$OUT_DIR"/{requeue,checkpoint-la
         # torchrun ends with 1 instead of 75:
         ("sleep 0.1; touch $OUT_DIR/requeue; exit 1", True),
         # The marker of another run of the sweep:
-        ("sleep 0.1; mkdir -p $OUT_DIR/cells/b/run; touch $OUT_DIR/cells/b/run/requeue; exit 2", False),
+        ("sleep 0.1; mkdir -p $OUT_DIR/runs/b/training; touch $OUT_DIR/runs/b/training/requeue; exit 2", False),
         # A dead rank, a hang:
         ("sleep 0.1; touch $OUT_DIR/checkpoint-last.pth; exit 1", True),
         ("sleep 0.1; touch $OUT_DIR/checkpoint-last.pth; exit 0", False),
@@ -128,7 +128,7 @@ def test_not_more_often_than_allowed_and_with_the_tasks_cores(tmp_path):
 
 @pytest.mark.parametrize(
     "script, flag",
-    [("pretrain.sbatch", "--out_dir"), ("pretrain_multinode.sbatch", "--out_dir"), ("compare.sbatch", "--out")],
+    [("pretrain.sbatch", "--out_dir"), ("pretrain_multinode.sbatch", "--out_dir"), ("sweep.sbatch", "--out")],
 )
 def test_a_folder_the_script_would_not_look_into_is_refused(tmp_path, script, flag):
     cluster = Cluster(tmp_path, tmp_path / "never")
@@ -271,7 +271,7 @@ def test_a_signalled_run_of_a_sweep_resumes_too(tmp_path):
         assert cluster.requeued.read_text() == "requeue 4711\n" and not list(out.rglob("scores.json"))
         cluster.requeued.unlink()
 
-    signalled("compare.sbatch", "--settings", tmp_path / "settings.yaml", when="-name log.jsonl -size +0")
+    signalled("sweep.sbatch", "--settings", tmp_path / "settings.yaml", when="-name log.jsonl -size +0")
     # The same sweep as the array that --slurm writes.
     sweep_flags = ["--preset", "MSD09_Spleen", "--data", data, "--inits", "scratch", "--seeds", "0", "--out", out]
     sweep_flags += ["--cache_dir", tmp_path / "cache", "--settings", tmp_path / "settings.yaml"]
