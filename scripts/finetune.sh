@@ -1,6 +1,6 @@
-# Sourced by the recipes of the data sets: finetune PRESET SETTING... fine-tunes, predicts the validation cases of the fold, scores them.
+# Sourced by the recipes of the data sets. `finetune PRESET FLAG...` fine-tunes, predicts the validation cases of the fold and scores them.
 #
-# The recipe sets data (folder or list), out (folder of the run), volumes (what to predict), labels, images (folders, for the pictures).
+# The recipe sets data (folder or list), out (folder of the run), volumes (what to predict), labels, and images (folders, for the pictures).
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -10,11 +10,11 @@ finetune() {
   for word in "$@"; do
     case "$word" in
       --out_dir | --out_dir=* | --data | --data=*)
-        echo "error: $word: give them as DATA= and OUT=, prediction and scores use them too" >&2
+        echo "error: $word: expected as DATA=... or OUT=... before the command; prediction and scores use it too" >&2
         exit 2
         ;;
       --preset | --preset=*)
-        echo "error: $word: this recipe is for $preset, prediction and scores use it too" >&2
+        echo "error: $word: this recipe is for $preset; prediction and scores use it too" >&2
         exit 2
         ;;
       --help | -h)
@@ -23,16 +23,18 @@ finetune() {
         ;;
     esac
   done
-  if [ -d "$volumes" ]; then # said now, not after the training
+  # Finetune.predict refuses this too, but only after the training
+  if [ -d "$volumes" ]; then
     mkdir -p "$out"
     case "$(cd "$out" && pwd -P)/" in
       "$(cd "$volumes" && pwd -P)"/*)
-        echo "error: OUT=$out: is in $volumes, its label maps would be taken for images; needs a folder outside it" >&2
+        echo "error: OUT=$out: is in $volumes, expected a folder outside it (its label maps would be taken for images)" >&2
         exit 2
         ;;
     esac
   fi
-  (launch Finetune.main_finetune --preset "$preset" --data "$data" --out_dir "$out" --fold 0 "$@") # with LAUNCHER it replaces the shell it is in
+  # in a subshell, which the program replaces when LAUNCHER is set
+  (launch Finetune.main_finetune --preset "$preset" --data "$data" --out_dir "$out" --fold 0 "$@")
   "$PYTHON" -m Finetune.predict --checkpoint "$out" --images "$volumes" --cases validation --out "$out/predictions"
   "$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$labels" --preset "$preset" --images "${images[@]}" --out "$out/scores"
 }

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# BTCV: 13 abdominal organs, 24 cases train, 6 validate.
-# Fine-tunes UNETR on a ViT-B/16, predicts the validation cases of the fold, scores them.
+# BTCV: 13 abdominal organs; 24 training and 6 validation cases.
+# Fine-tunes UNETR on a ViT-B/16, predicts the validation cases of the fold and scores them.
 #
 #   DATA=/path/to/BTCV bash scripts/BTCV/run.sh --init runs/glmae/checkpoint-1599.pth
-#   bash scripts/BTCV/run.sh --init scratch          the same from random weights
-#   bash scripts/BTCV/run.sh --model mim --init runs/mim/checkpoint-799.pth      MiM: its encoder and its network
-#   bash scripts/BTCV/run.sh --help                  every setting, with the values of this recipe
+#   bash scripts/BTCV/run.sh --init scratch    random weights
+#   bash scripts/BTCV/run.sh --model mim --init runs/mim/checkpoint-799.pth    the network and encoder of MiM
+#   bash scripts/BTCV/run.sh --help    all settings, with the values of this recipe
 #
-# Arguments go to Finetune.main_finetune and win over the ones below. DATA: RawData/Training of the challenge: img/, label/.
-# OUT: folder of the run. NPROC: processes, one per GPU. The batch does not change with NPROC.
-# Hardware: one GPU of 24 GB (expected). Time and result: not measured by us.
-# From the authors' code: loss, lr rule, weight decay, crops, overlap, feature_size 48.
-# Ours: epochs (BTCV's are shipped by nobody), warm-up 50, gaussian blending. 3000 epochs are 18k updates (24 cases, 4 per update);
-# the second recipe has 25k: --epochs 4167. Take the same one for all that is compared.
+# Arguments are passed on to Finetune.main_finetune and override the values below.
+# DATA: RawData/Training of the challenge, with img/ and label/.
+# OUT: folder of the run. NPROC: processes, one per GPU; the batch stays the same.
+#
+# Hardware: one GPU with 24 GB (expected). Time and result: not measured.
+# From the authors' code: loss, learning rate rule, weight decay, crops, overlap, feature_size 48.
+# Our choice: epochs (not published for BTCV), warm-up of 50 epochs, Gaussian blending. 3000 epochs are 18k updates (24 cases, 4 per
+# update). For 25k updates: --epochs 4167. Use the same number for all runs that are compared.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 

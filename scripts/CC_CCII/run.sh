@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# CC_CCII: normal, COVID-19 or common pneumonia, CT. Fine-tunes a ViT-B/16 classifier; accuracy and AUC of the validation cases.
+# CC_CCII: normal, COVID-19 or common pneumonia, CT. Fine-tunes a ViT-B/16 classifier and reports accuracy and AUC of the validation cases.
 #
-#   python -m scripts.convert_cc_ccii --data CC-CCII --out data/CC_CCII       once: the published pictures to volumes
+#   python -m scripts.convert_cc_ccii --data CC-CCII --out data/CC_CCII    once: the published pictures to volumes
 #   bash scripts/CC_CCII/run.sh --init runs/glmae/checkpoint-1599.pth
-#   bash scripts/CC_CCII/run.sh --init runs/glmae/checkpoint-1599.pth --freeze          linear: the last layer alone
-#   bash scripts/CC_CCII/run.sh --help                 every setting, with the values of this recipe
+#   bash scripts/CC_CCII/run.sh --init runs/glmae/checkpoint-1599.pth --freeze    linear probe: only the last layer
+#   bash scripts/CC_CCII/run.sh --help    all settings, with the values of this recipe
 #
-# Arguments go to Finetune.main_finetune and win over the ones below. OUT: folder of the run; classification.csv and .json are there.
-# Hardware: one GPU of 24 GB (expected). Time and result: not measured by us.
-# From the papers: 384 x 384 x 32 voxels, min-max intensities. Ours: everything else, and folds by patient.
+# Arguments are passed on to Finetune.main_finetune and override the values below.
+# OUT: folder of the run, with classification.csv and classification.json.
+#
+# Hardware: one GPU with 24 GB (expected). Time and result: not measured.
+# From the papers: 384 x 384 x 32 voxels, min-max intensities. Our choice: everything else, and folds by patient.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
 

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# COVID19_20: lesions of COVID-19, 160 cases train, 39 validate.
-# Fine-tunes UNETR on a ViT-B/16, predicts the validation cases of the fold, scores them.
+# COVID19_20: lesions of COVID-19; 160 training and 39 validation cases.
+# Fine-tunes UNETR on a ViT-B/16, predicts the validation cases of the fold and scores them.
 #
 #   DATA=/path/to/COVID19_20 bash scripts/COVID19_20/run.sh --init runs/glmae/checkpoint-1599.pth
-#   bash scripts/COVID19_20/run.sh --init scratch          the same from random weights
-#   bash scripts/COVID19_20/run.sh --help                  every setting, with the values of this recipe
+#   bash scripts/COVID19_20/run.sh --init scratch    random weights
+#   bash scripts/COVID19_20/run.sh --help    all settings, with the values of this recipe
 #
-# Arguments go to Finetune.main_finetune and win over the ones below. DATA: COVID-19-20_v2/ as published: Train/.
-# OUT: folder of the run. NPROC: processes, one per GPU. The batch does not change with NPROC.
-# Hardware: one GPU of 24 GB (expected). Time and result: not measured by us.
-# From the authors' code: loss, lr rule, weight decay, crops, overlap, feature_size 48.
-# Ours: warm-up, gaussian blending (400 epochs are the authors').
+# Arguments are passed on to Finetune.main_finetune and override the values below.
+# DATA: COVID-19-20_v2/ as published, with Train/.
+# OUT: folder of the run. NPROC: processes, one per GPU; the batch stays the same.
+#
+# Hardware: one GPU with 24 GB (expected). Time and result: not measured.
+# From the authors' code: loss, learning rate rule, weight decay, crops, overlap, feature_size 48.
+# Our choice: warm-up, Gaussian blending. The 400 epochs are the authors'.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# FLARE22: 13 abdominal organs, 40 cases train, 10 validate.
-# Fine-tunes UNETR on a ViT-B/16, predicts the validation cases of the fold, scores them.
+# FLARE22: 13 abdominal organs; 40 training and 10 validation cases.
+# Fine-tunes UNETR on a ViT-B/16, predicts the validation cases of the fold and scores them.
 #
 #   DATA=/path/to/FLARE22 bash scripts/FLARE22/run.sh --init runs/glmae/checkpoint-1599.pth
-#   bash scripts/FLARE22/run.sh --init scratch          the same from random weights
-#   bash scripts/FLARE22/run.sh --help                  every setting, with the values of this recipe
+#   bash scripts/FLARE22/run.sh --init scratch    random weights
+#   bash scripts/FLARE22/run.sh --help    all settings, with the values of this recipe
 #
-# Arguments go to Finetune.main_finetune and win over the ones below. DATA: FLARE22Train/ as published: images/, labels/.
-# OUT: folder of the run. NPROC: processes, one per GPU. The batch does not change with NPROC.
-# Hardware: one GPU of 24 GB (expected). Time and result: not measured by us.
-# From the authors' code: loss, lr rule, weight decay, crops, overlap, feature_size 48.
-# Ours: epochs, warm-up, gaussian blending.
+# Arguments are passed on to Finetune.main_finetune and override the values below.
+# DATA: FLARE22Train/ as published, with images/, labels/.
+# OUT: folder of the run. NPROC: processes, one per GPU; the batch stays the same.
+#
+# Hardware: one GPU with 24 GB (expected). Time and result: not measured.
+# From the authors' code: loss, learning rate rule, weight decay, crops, overlap, feature_size 48.
+# Our choice: epochs, warm-up, Gaussian blending.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 

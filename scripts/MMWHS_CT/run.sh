@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# MMWHS_CT: 7 heart structures, 16 cases train, 4 validate.
-# Fine-tunes UNETR on a ViT-B/16, predicts the validation cases of the fold, scores them.
+# MMWHS_CT: 7 heart structures; 16 training and 4 validation cases.
+# Fine-tunes UNETR on a ViT-B/16, predicts the validation cases of the fold and scores them.
 #
 #   DATA=/path/to/MMWHS_CT bash scripts/MMWHS_CT/run.sh --init runs/glmae/checkpoint-1599.pth
-#   bash scripts/MMWHS_CT/run.sh --init scratch          the same from random weights
-#   bash scripts/MMWHS_CT/run.sh --help                  every setting, with the values of this recipe
+#   bash scripts/MMWHS_CT/run.sh --init scratch    random weights
+#   bash scripts/MMWHS_CT/run.sh --help    all settings, with the values of this recipe
 #
-# Arguments go to Finetune.main_finetune and win over the ones below. DATA: ct_train/ with images and labels; label values are mapped.
-# OUT: folder of the run. NPROC: processes, one per GPU. The batch does not change with NPROC.
-# Hardware: one GPU of 24 GB (expected). Time and result: not measured by us.
-# From the authors' code: loss, lr rule, weight decay, crops, overlap, feature_size 48.
-# Ours: epochs, warm-up, gaussian blending.
+# Arguments are passed on to Finetune.main_finetune and override the values below.
+# DATA: ct_train/ with images and labels (label values are mapped to ids).
+# OUT: folder of the run. NPROC: processes, one per GPU; the batch stays the same.
+#
+# Hardware: one GPU with 24 GB (expected). Time and result: not measured.
+# From the authors' code: loss, learning rate rule, weight decay, crops, overlap, feature_size 48.
+# Our choice: epochs, warm-up, Gaussian blending.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 

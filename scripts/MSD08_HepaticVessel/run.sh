@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # MSD08_HepaticVessel: vessels and tumours of the liver.
-# Fine-tunes UNETR on a ViT-B/16, predicts the validation cases of the fold, scores them.
+# Fine-tunes UNETR on a ViT-B/16, predicts the validation cases of the fold and scores them.
 #
 #   DATA=/path/to/MSD08_HepaticVessel bash scripts/MSD08_HepaticVessel/run.sh --init runs/glmae/checkpoint-1599.pth
-#   bash scripts/MSD08_HepaticVessel/run.sh --init scratch          the same from random weights
-#   bash scripts/MSD08_HepaticVessel/run.sh --help                  every setting, with the values of this recipe
+#   bash scripts/MSD08_HepaticVessel/run.sh --init scratch    random weights
+#   bash scripts/MSD08_HepaticVessel/run.sh --help    all settings, with the values of this recipe
 #
-# Arguments go to Finetune.main_finetune and win over the ones below. DATA: Task08_HepaticVessel as published.
-# OUT: folder of the run. NPROC: processes, one per GPU. The batch does not change with NPROC.
-# Hardware: one GPU of 24 GB (expected). Time and result: not measured by us.
-# From the authors' code: loss, lr rule, weight decay, crops, overlap, feature_size 48.
-# Ours: epochs, warm-up, gaussian blending.
+# Arguments are passed on to Finetune.main_finetune and override the values below.
+# DATA: Task08_HepaticVessel as published.
+# OUT: folder of the run. NPROC: processes, one per GPU; the batch stays the same.
+#
+# Hardware: one GPU with 24 GB (expected). Time and result: not measured.
+# From the authors' code: loss, learning rate rule, weight decay, crops, overlap, feature_size 48.
+# Our choice: epochs, warm-up, Gaussian blending.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 

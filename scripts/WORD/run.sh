@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# WORD: 16 abdominal organs, 80 cases train, 20 validate.
-# Fine-tunes UNETR on a ViT-B/16, predicts the validation cases of the fold, scores them.
+# WORD: 16 abdominal organs; 80 training and 20 validation cases.
+# Fine-tunes UNETR on a ViT-B/16, predicts the validation cases of the fold and scores them.
 #
 #   DATA=/path/to/WORD bash scripts/WORD/run.sh --init runs/glmae/checkpoint-1599.pth
-#   bash scripts/WORD/run.sh --init scratch          the same from random weights
-#   bash scripts/WORD/run.sh --help                  every setting, with the values of this recipe
+#   bash scripts/WORD/run.sh --init scratch    random weights
+#   bash scripts/WORD/run.sh --help    all settings, with the values of this recipe
 #
-# Arguments go to Finetune.main_finetune and win over the ones below. DATA: WORD-V0.1.0/ as published: imagesTr, labelsTr.
-# OUT: folder of the run. NPROC: processes, one per GPU. The batch does not change with NPROC.
-# Hardware: one GPU of 24 GB (expected). Time and result: not measured by us.
-# From the authors' code: loss, lr rule, weight decay, crops, overlap, feature_size 48.
-# Ours: epochs, warm-up, gaussian blending.
+# Arguments are passed on to Finetune.main_finetune and override the values below.
+# DATA: WORD-V0.1.0/ as published, with imagesTr, labelsTr.
+# OUT: folder of the run. NPROC: processes, one per GPU; the batch stays the same.
+#
+# Hardware: one GPU with 24 GB (expected). Time and result: not measured.
+# From the authors' code: loss, learning rate rule, weight decay, crops, overlap, feature_size 48.
+# Our choice: epochs, warm-up, Gaussian blending.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 

@@ -2,10 +2,12 @@
 # sample_abdomen: BTCV's organs on two real CT scans. One trains, the other (a DICOM series) is predicted and scored.
 #
 #   bash scripts/sample_abdomen/run.sh --init scratch
-#   bash scripts/sample_abdomen/run.sh --help          every setting, with the values of this recipe
+#   bash scripts/sample_abdomen/run.sh --help    all settings, with the values of this recipe
 #
 # Arguments are passed on to Finetune.main_finetune and override the values below. OUT: folder of the run.
-# Hardware: two CPU cores. Time: minutes. Two scans are no benchmark: this shows that the chain works. The labels come from a model.
+#
+# Hardware: two CPU cores. Time: minutes. Two scans are no benchmark: the run shows that the programs work together, not how well a
+# method does. The labels come from a model.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 
