@@ -78,7 +78,8 @@ class Preset:
     @property
     def preprocessing(self) -> Preprocessing:
         names = ("spacing", "intensity", "low", "high", "foreground_threshold", "channels")
-        return Preprocessing(**{name: getattr(self, name) for name in names})
+        modality = "CT" if self.modality == "CT" else "any"
+        return Preprocessing(**{name: getattr(self, name) for name in names}, modality=modality)
 
     @property
     def foreground(self) -> dict[int, str]:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,7 +183,7 @@ def _state_key(case: Case, preprocessing: Preprocessing) -> str:
             states.append([str(path.absolute()), hashing.file_state(path)])
         except OSError:
             states.append([str(path.absolute()), "unreadable"])
-    text = json.dumps([states, asdict(preprocessing), FORMAT])
+    text = json.dumps([states, preprocessing.key(), FORMAT])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -359,7 +359,7 @@ def _write_volume(case: Case, preprocessing: Preprocessing, folder: Path, hashes
         "files": hashes,
         "content_hash": hashing.content_hash(image),
         "scanned": _as_scanned(image),
-        "preprocessing": asdict(preprocessing),
+        "preprocessing": preprocessing.key(),
         "has_label": label is not None,
     }
     image, label = preprocessing.apply(image, label)

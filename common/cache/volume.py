@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def _points(folder: Path) -> dict[int, np.ndarray]:
 
 def volume_key(hashes: Sequence[str], preprocessing: Preprocessing) -> str:
     """Return the folder name of a volume: a hash of the files (image, then label), the settings and the format."""
-    text = json.dumps({"files": list(hashes), "preprocessing": asdict(preprocessing), "format": FORMAT}, sort_keys=True)
+    text = json.dumps({"files": list(hashes), "preprocessing": preprocessing.key(), "format": FORMAT}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -10,8 +10,19 @@ from common.data.geometry import check_size
 from common.errors import InputError, one_line
 
 REQUIRED = ["InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns"]
+# modalities without an image to train on
+NOT_IMAGES = {
+    "RTSTRUCT": "contours",
+    "SEG": "a segmentation",
+    "RTDOSE": "a dose distribution",
+    "RTPLAN": "a treatment plan",
+    "SR": "a structured report",
+    "PR": "a presentation state",
+    "KO": "a selection of images",
+    "REG": "a registration",
+}
 EQUAL = ["Rows", "Columns", "PixelSpacing", "ImageOrientationPatient"]
-TAGS = [*REQUIRED, "SeriesInstanceUID", "NumberOfFrames", "SamplesPerPixel"]
+TAGS = [*REQUIRED, "SeriesInstanceUID", "NumberOfFrames", "SamplesPerPixel", "Modality", "ImageType"]
 
 
 def series_files(folder: Path) -> list[Path]:
@@ -27,16 +38,18 @@ def is_dicom_file(path: Path) -> bool:
         return False
 
 
-def check_series(folder: Path) -> list[Path]:
-    """Return the files of the one series in `folder`, in the order of their slices.
+def check_series(folder: Path) -> tuple[list[Path], str]:
+    """Return the files of the one series in `folder`, in the order of their slices, and its modality.
 
     Raises:
-        InputError: there is no series or more than one; or a slice is missing, occurs twice, differs from the others
-            in shape or orientation, or is out of order.
+        InputError: there is no series or more than one; a file is not an image, is a localizer, or has several frames;
+            or a slice is missing, occurs twice, differs from the others in shape or orientation, or is out of order.
     """
     headers = [(_header(path), path) for path in series_files(folder)]
     if not headers:
         raise InputError(f"{folder}: found no DICOM file, expected one series")
+    for header, path in headers:
+        _check_kind(header, path)
     series = {str(header.get("SeriesInstanceUID")) for header, _ in headers}
     if len(series) > 1:
         raise InputError(f"{folder}: found {len(series)} DICOM series, expected one per folder")
@@ -48,7 +61,7 @@ def check_series(folder: Path) -> list[Path]:
     check_size((headers[0][0].Columns, headers[0][0].Rows, len(headers)), folder)
     headers.sort(key=lambda pair: int(pair[0].InstanceNumber))
     _check_positions(folder, [header for header, _ in headers])
-    return [path for _, path in headers]
+    return [path for _, path in headers], str(headers[0][0].get("Modality") or "unknown")
 
 
 def _header(path: Path) -> pydicom.Dataset:
@@ -59,12 +72,25 @@ def _header(path: Path) -> pydicom.Dataset:
         raise InputError(f"{path}: the DICOM header cannot be read ({one_line(error)})") from None
 
 
+def _check_kind(header: pydicom.Dataset, path: Path) -> None:
+    modality, frames = str(header.get("Modality")), int(header.get("NumberOfFrames") or 1)
+    if modality in NOT_IMAGES:
+        raise InputError(f"{path}: found {NOT_IMAGES[modality]} (modality {modality}), expected a series of images")
+    if "LOCALIZER" in (header.get("ImageType") or ()):
+        raise InputError(f"{path}: found a localizer, expected a slice of a CT or MR series")
+    if frames != 1:
+        raise InputError(
+            f"{path}: found {frames} frames in one file (enhanced or multi-frame DICOM), expected one file per slice; "
+            "convert it to NIfTI first"
+        )
+
+
 def _check_slice(header: pydicom.Dataset, path: Path) -> None:
     absent = [tag for tag in REQUIRED if header.get(tag) is None]
     if absent:
         raise InputError(f"{path}: found no {', '.join(absent)}, expected a slice of a CT or MR series")
-    if int(header.get("NumberOfFrames") or 1) != 1 or int(header.get("SamplesPerPixel") or 1) != 1:
-        raise InputError(f"{path}: found several frames or colours, expected a slice of a CT or MR series")
+    if int(header.get("SamplesPerPixel") or 1) != 1:
+        raise InputError(f"{path}: found a colour image, expected a slice of a CT or MR series")
 
 
 def _check_equal(headers: list[pydicom.Dataset], folder: Path) -> None:

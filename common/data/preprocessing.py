@@ -1,7 +1,7 @@
 """Settings of the preprocessing, which are part of the key of a cached volume."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from common.config import setting
 from common.errors import InputError
@@ -28,6 +28,7 @@ class Preprocessing:
     foreground_threshold: float | None = setting(0.05, "crop to voxels above this, of the [0,1] scale; none: no crop")
     margin: int = setting(8, "voxels kept around the foreground", least=0)
     channels: int = setting(1, "channels of a volume; more than one: 4D NIfTI, channels last", least=1)
+    modality: Literal["CT", "any"] = setting("CT", "DICOM series that a window in HU accepts; any: MR and PET as well")
     dtype: Literal["int16", "uint8"] = setting("int16", "int16 keeps whole HU; uint8: half the bytes, 255 steps")
 
     def __post_init__(self):
@@ -45,6 +46,14 @@ class Preprocessing:
             raise InputError(f"low, high: found {self.low:g} and {self.high:g}, expected 0 <= low < high <= 100")
         if self.margin < 0 or self.channels < 1:
             raise InputError(f"margin {self.margin}, channels {self.channels}: must be at least 0 and at least 1")
+
+    def key(self) -> dict[str, Any]:
+        """Return the settings that the key of a cached volume depends on."""
+        values = asdict(self)
+        # the same volume as before the setting existed, unless the setting may have let it pass
+        if self.modality == "CT" or self.intensity != "window":
+            del values["modality"]
+        return values
 
     def apply(self, image: "MetaTensor", label: "MetaTensor | None" = None) -> "tuple[MetaTensor, MetaTensor | None]":
         """Return `image` and `label` preprocessed, see `common.data.transforms.preprocess`."""

@@ -24,10 +24,12 @@ def preprocess(
     The foreground is found in the image alone, never in the label.
 
     Raises:
-        InputError: the intensities cannot be HU, or there is no foreground.
+        InputError: the modality is not CT or the intensities cannot be HU, for a window; or there is no foreground.
     """
     where = image.meta.get("filename_or_obj", "image")
     if settings.intensity == "window":
+        if settings.modality == "CT":
+            check_modality(image.meta.get("modality"), settings, where)
         check_hounsfield(image.as_tensor(), settings.low, settings.high, where)
     if settings.spacing is not None:
         image = Spacing(settings.spacing, mode="bilinear", padding_mode="border", dtype=torch.float32)(image)
@@ -63,12 +65,25 @@ def _crop(
     return crop.crop_pad(image, start, stop), label if label is None else crop.crop_pad(label, start, stop)
 
 
+def check_modality(modality: str | None, settings: Preprocessing, where: str | Path) -> None:
+    """Raise InputError if a DICOM series is not CT and the window is in HU."""
+    if modality not in (None, "CT") and is_hounsfield(settings.low, settings.high):
+        raise InputError(
+            f"{where}: found modality {modality}, expected CT for a window in HU; --modality any accepts others"
+        )
+
+
+def is_hounsfield(low: float, high: float) -> bool:
+    """Return whether a window is in HU: it is at least 100 wide. Our choice."""
+    return high - low >= 100
+
+
 def check_hounsfield(image: torch.Tensor, low: float, high: float, where: str | Path) -> None:
     """Raise InputError if intensities cannot be HU: scaled to [0, 1], without the rescale offset, or out of range.
 
-    Only windows of at least 100 are in HU. The thresholds are our choice.
+    The thresholds are our choice.
     """
-    if high - low < 100:
+    if not is_hounsfield(low, high):
         return
     least, most = float(image.min()), float(image.max())
     sample = image.flatten()[:: max(1, image.numel() // 1_000_000)]

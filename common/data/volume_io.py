@@ -26,7 +26,8 @@ def read_image(path: str | Path, channels: int = 1) -> MetaTensor:
             MONAI can read.
 
     Returns:
-        A tensor whose `meta["original_affine"]` and `meta["spatial_shape"]` are those of the file.
+        A tensor whose `meta["original_affine"]` and `meta["spatial_shape"]` are those of the file. `meta["modality"]`
+        is that of a DICOM series, None for other files.
 
     Raises:
         InputError: the file is missing or damaged, has another shape or an invalid affine, contains NaN or infinity,
@@ -84,7 +85,7 @@ def load(path: Path, channels: int) -> MetaTensor:
         InputError: the file is missing or damaged, has another shape, or an invalid affine.
     """
     _check_readable(path)
-    array, affine = _read(path)
+    array, affine, modality = _read(path)
     if channels == 1 and array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
     _check_array(array, channels, path)
@@ -95,6 +96,7 @@ def load(path: Path, channels: int) -> MetaTensor:
     image.meta["filename_or_obj"] = str(path)
     image.meta["original_affine"] = torch.as_tensor(affine)
     image.meta["spatial_shape"] = tuple(array.shape[1:])
+    image.meta["modality"] = modality
     return Orientation("RAS", labels=None)(image)
 
 
@@ -123,15 +125,17 @@ def _check_array(array: np.ndarray, channels: int, path: Path) -> None:
         raise InputError(f"{path}: found data of type {array.dtype}, expected whole or decimal numbers")
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the array, (D, H, W) or (D, H, W, C), and the affine (4, 4) of any volume."""
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
+    """Return the array, (D, H, W) or (D, H, W, C), the affine (4, 4) and the DICOM modality of any volume."""
     if path.is_dir():
         return _read_dicom(path)
-    return nifti.read(path) if path.name.lower().endswith((".nii", ".nii.gz")) else _read_other(path)
+    is_nifti = path.name.lower().endswith((".nii", ".nii.gz"))
+    return *(nifti.read(path) if is_nifti else _read_other(path)), None
 
 
-def _read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    files = [str(file) for file in dicom.check_series(path)]
+def _read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    files, modality = dicom.check_series(path)
+    files = [str(file) for file in files]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -140,7 +144,7 @@ def _read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
             # as PydicomReader sets them if it is given the folder
             reader.has_series, reader.filenames = True, [files]
             array, meta = reader.get_data(datasets)
-            return array, meta["affine"]
+            return array, meta["affine"], modality
         # pydicom's decoders raise whatever their libraries raise
         except Exception as error:
             raise InputError(f"{path}: the DICOM series cannot be decoded ({one_line(error)})") from None

@@ -216,6 +216,23 @@ def _bad_series(folder):
     _change(slices[0], InstanceNumber=5)
     _change(slices[4], InstanceNumber=1)
     yield "do not follow", folder / "shuffled"
+    slices = _slices(folder / "frames")
+    _change(slices[0], NumberOfFrames=275)
+    yield "slice-000.dcm: found 275 frames in one file", folder / "frames"
+    for modality, pattern in {"RTSTRUCT": "contours", "SEG": "a segmentation", "SR": "a structured report"}.items():
+        for path in _slices(folder / modality)[1:]:
+            path.unlink()
+        _change(path.with_name("slice-000.dcm"), Modality=modality)
+        yield f"found {pattern} \\(modality {modality}\\)", folder / modality
+    for path in _slices(folder / "scout"):
+        _change(path, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    yield "found a localizer", folder / "scout"
+    for path in _slices(folder / "mr"):
+        _change(path, Modality="MR")
+    yield "found modality MR, expected CT.*--modality any", folder / "mr"
+    for path in _slices(folder / "pet"):
+        _change(path, Modality="PT")
+    yield "found modality PT, expected CT", folder / "pet"
     (folder / "empty").mkdir()
     yield "no DICOM file", folder / "empty"
 
@@ -240,6 +257,22 @@ def test_labels_series_and_paths_that_cannot_be_used(tmp_path):
     for (pattern, case), failure in zip(bad, result.failures):
         assert failure.case is case
         assert re.search(pattern, failure.reason), failure
+
+
+def test_a_modality_is_accepted_if_asked_for(tmp_path):
+    for path in _slices(tmp_path / "mr"):
+        _change(path, Modality="MR")
+    case = Case("mr", tmp_path / "mr")
+    assert "modality MR" in build.build_missing([case], Preprocessing(), tmp_path / "cache").failures[0].reason
+    anything = build.build_missing([case], Preprocessing(modality="any"), tmp_path / "cache")
+    zscore = build.build_missing([case], Preprocessing(intensity="zscore"), tmp_path / "cache")
+    assert anything.built == zscore.built == 1
+    assert "modality MR" in build.build_missing([case], Preprocessing(), tmp_path / "cache").failures[0].reason
+
+
+def test_the_modality_is_in_the_key_only_if_it_matters():
+    assert "modality" not in Preprocessing().key() | Preprocessing(intensity="zscore", modality="any").key()
+    assert Preprocessing(modality="any").key() == Preprocessing().key() | {"modality": "any"}
 
 
 def test_the_same_voxels_under_two_names_are_used_once(tmp_path):
