@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -72,6 +73,7 @@ def read_cases(source: str | Path, root: str | Path | None = None, section: str 
     if not cases:
         where = f", section '{section}'" if source.suffix.lower() == ".json" else ""
         raise InputError(f"{source}{where}: found an empty data list, expected at least one volume")
+    _check_paths(cases, source)
     return _with_unique_names(_with_repeats_marked(cases, source), source)
 
 
@@ -162,8 +164,8 @@ def skipped_text(skipped: Sequence[Skipped], limit: int = 3) -> str:
 def _read_json(source: Path, base: Path, section: str) -> list[Case]:
     try:
         content = json.loads(_read_text(source))
-    except ValueError as error:
-        raise InputError(f"{source}: not JSON ({one_line(error)})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source}: not JSON, or nested too deeply ({one_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get(section), list):
         lists = [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
         expected = f"one of the sections {', '.join(lists)}" if lists else "a mapping with lists of volumes"
@@ -175,18 +177,24 @@ def _json_case(item: Any, where: str, base: Path) -> Case:
     if isinstance(item, str):
         item = {"image": item}
     if not isinstance(item, dict) or not isinstance(item.get("image"), str):
-        raise InputError(f"{where}: found {item!r}, expected a path or a mapping with 'image' (one path)")
+        raise InputError(f"{where}: found {reprlib.repr(item)}, expected a path or a mapping with 'image' (one path)")
     label, fold, name = item.get("label"), item.get("fold"), item.get("name")
     if not isinstance(label, str | None):
-        raise InputError(f"{where}: found the label {label!r}, expected one path")
+        raise InputError(f"{where}: found the label {reprlib.repr(label)}, expected one path")
     if not isinstance(fold, int | None) or isinstance(fold, bool):
-        raise InputError(f"{where}: found the fold {fold!r}, expected a whole number")
+        raise InputError(f"{where}: found the fold {reprlib.repr(fold)}, expected a whole number")
     if not isinstance(name, str | None):
-        raise InputError(f"{where}: found the name {name!r}, expected text")
+        raise InputError(f"{where}: found the name {reprlib.repr(name)}, expected text")
     return Case(name or stem(item["image"]), base / item["image"], label and base / label, fold)
 
 
 # ---------------------------------------------------------------- names
+
+
+def _check_paths(cases: list[Case], source: Path) -> None:
+    for path in [path for case in cases for path in (case.image, case.label) if path]:
+        if "\0" in str(path):
+            raise InputError(f"{source}: found a NUL character in the path {str(path)!r}, expected the path of a file")
 
 
 def _with_repeats_marked(cases: list[Case], source: Path) -> list[Case]:

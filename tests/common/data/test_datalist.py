@@ -73,6 +73,10 @@ def test_a_text_file_of_paths(tmp_path):
     "content, message",
     [
         ("{", "not JSON"),
+        ("[" * 3000 + "]" * 3000, "nested too deeply"),
+        ('{"training": [' + "[" * 900 + "]" * 900 + "]}", "expected a path or a mapping"),
+        ('{"training": ["a\\u0000b/c.nii"]}', "NUL character in the path"),
+        ('{"training": [{"image": "a.nii", "label": "b\\u0000/c.nii"}]}', "NUL character in the path"),
         ("[]", "no list 'training'"),
         ('{"validation": []}', "expected one of the sections validation"),
         ('{"training": []}', "empty data list"),
