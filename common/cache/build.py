@@ -362,7 +362,7 @@ def _write_volume(case: Case, preprocessing: Preprocessing, folder: Path, hashes
         "preprocessing": preprocessing.key(),
         "has_label": label is not None,
     }
-    image, label = preprocessing.apply(image, label)
+    image, label = preprocessing.apply(image, label, overwrite=True)
     threshold = preprocessing.foreground_threshold or 0.0
     with storage.new_folder(folder) as temporary:
         quantisation, levels = storage.write_image(temporary, image, preprocessing)
@@ -374,7 +374,7 @@ def _write_volume(case: Case, preprocessing: Preprocessing, folder: Path, hashes
             "levels": levels,
             "affine": _round(image.affine),
             "spacing": _round(image.pixdim),
-            "foreground_share": float((image.as_tensor() > threshold).float().mean()),
+            "foreground_share": int(torch.count_nonzero(image > threshold)) / image.numel(),
             "quantisation": quantisation,
             "checksums": {path.name: hashing.file_hash(path) for path in sorted(temporary.iterdir())},
         }

@@ -15,6 +15,9 @@ from common.data import dicom
 from common.errors import InputError
 from common.files import file_sha256
 
+# voxels that are hashed at a time
+CHUNK = 2**20
+
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -65,12 +68,18 @@ def content_hash(image: torch.Tensor) -> str:
     Whole numbers are hashed as int32, so that the type they were stored in does not matter either.
     """
     values = torch.as_tensor(image).contiguous()
-    whole = values.round()
-    if bool(((values - whole).abs() < 1e-3).all()) and float(whole.abs().max()) < 2**31:
-        values = whole.to(torch.int32)
     digest = hashlib.sha256(str(tuple(values.shape)).encode())
-    digest.update(values.numpy().data)
+    # in parts, which need no memory beside the volume
+    parts = values.flatten().split(CHUNK)
+    whole = all(map(_is_whole, parts))
+    for part in parts:
+        digest.update((part.round().to(torch.int32) if whole else part).numpy().data)
     return digest.hexdigest()
+
+
+def _is_whole(values: torch.Tensor) -> bool:
+    rounded = values.round()
+    return bool(((values - rounded).abs() < 1e-3).all()) and float(rounded.abs().max()) < 2**31
 
 
 class HashIndex:

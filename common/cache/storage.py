@@ -63,7 +63,8 @@ def quantise(image: torch.Tensor, preprocessing: Preprocessing) -> np.ndarray:
     """Return preprocessed intensities as the whole numbers that are stored."""
     scale, offset = quantisation_of(preprocessing)
     limits = torch.iinfo(getattr(torch, preprocessing.dtype))
-    numbers = ((image - offset) / scale).round().clamp(limits.min, limits.max)
+    # in place after the first step, for a volume fills much of the memory
+    numbers = (image - offset).div_(scale).round_().clamp_(limits.min, limits.max)
     return numbers.to(getattr(torch, preprocessing.dtype)).numpy()
 
 
@@ -76,7 +77,7 @@ def write_image(folder: Path, image: Any, preprocessing: Preprocessing) -> tuple
     spacing = [float(mm) for mm in image.pixdim]
     level, shapes = image.as_tensor(), []
     numbers = quantise(level, preprocessing)
-    error = float((torch.from_numpy(numbers).float() * scale + offset - level).abs().max())
+    error = float(torch.from_numpy(numbers).float().mul_(scale).add_(offset).sub_(level).abs_().max())
     for number in range(MAX_LEVELS):
         if number:
             numbers = quantise(level, preprocessing)
@@ -115,7 +116,7 @@ def halve(x: torch.Tensor, axis: int) -> torch.Tensor:
         weight = (
             ((right - left).clamp(min=0) * half / n).float().reshape([-1 if a == axis else 1 for a in range(x.ndim)])
         )
-        total += weight * x.index_select(axis, (first + offset).clamp(max=n - 1).long())
+        total += x.index_select(axis, (first + offset).clamp(max=n - 1).long()).mul_(weight)
     return total
 
 

@@ -1,4 +1,9 @@
-"""Checks of a DICOM series in a folder. Only headers are read; MONAI reads the pixels."""
+"""Reading of a DICOM series in a folder, after checks of its headers.
+
+pydicom decodes the pixels slice by slice into one array. MONAI's PydicomReader holds the files, the decoded slices and
+their stack in memory at once. Without a message, it also replaces the affine by the identity if a number in a header is
+longer than the 16 characters that DICOM allows.
+"""
 
 from pathlib import Path
 
@@ -38,8 +43,41 @@ def is_dicom_file(path: Path) -> bool:
         return False
 
 
-def check_series(folder: Path) -> tuple[list[Path], str]:
-    """Return the files of the one series in `folder`, in the order of their slices, and its modality.
+def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return the one series in `folder` as (columns, rows, slices) float32, its affine (4, 4) in RAS, and its modality.
+
+    Raises:
+        InputError: as `check_series`, or the pixels cannot be decoded.
+    """
+    series = check_series(folder)
+    headers = [header for header, _ in series]
+    volume = np.empty((len(series), headers[0].Rows, headers[0].Columns), np.float32)
+    try:
+        for target, (_, path) in zip(volume, series):
+            slice_ = pydicom.dcmread(path)
+            pixels = slice_.pixel_array.astype(np.float32)
+            target[:] = pixels * slice_.get("RescaleSlope", 1) + slice_.get("RescaleIntercept", 0)
+    # pydicom's decoders raise whatever their libraries raise
+    except Exception as error:
+        raise InputError(f"{folder}: the DICOM series cannot be decoded ({one_line(error)})") from None
+    return volume.T, _affine(headers), str(headers[0].get("Modality") or "unknown")
+
+
+def _affine(headers: list[pydicom.Dataset]) -> np.ndarray:
+    """Return the affine (4, 4): (column, row, slice) -> mm in RAS. DICOM's own axes are LPS."""
+    first, last = (np.asarray(header.ImagePositionPatient, float) for header in (headers[0], headers[-1]))
+    orientation = np.asarray(headers[0].ImageOrientationPatient, float)
+    between_rows, between_columns = map(float, headers[0].PixelSpacing)
+    affine = np.eye(4)
+    affine[:3, 0] = orientation[:3] * between_columns
+    affine[:3, 1] = orientation[3:] * between_rows
+    affine[:3, 2] = (last - first) / (len(headers) - 1)
+    affine[:3, 3] = first
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def check_series(folder: Path) -> list[tuple[pydicom.Dataset, Path]]:
+    """Return the headers and files of the one series in `folder`, in the order of their slices.
 
     Raises:
         InputError: there is no series or more than one; a file is not an image, is a localizer, or has several frames;
@@ -61,7 +99,7 @@ def check_series(folder: Path) -> tuple[list[Path], str]:
     check_size((headers[0][0].Columns, headers[0][0].Rows, len(headers)), folder)
     headers.sort(key=lambda pair: int(pair[0].InstanceNumber))
     _check_positions(folder, [header for header, _ in headers])
-    return [path for _, path in headers], str(headers[0][0].get("Modality") or "unknown")
+    return headers
 
 
 def _header(path: Path) -> pydicom.Dataset:

@@ -55,9 +55,11 @@ class Preprocessing:
             del values["modality"]
         return values
 
-    def apply(self, image: "MetaTensor", label: "MetaTensor | None" = None) -> "tuple[MetaTensor, MetaTensor | None]":
+    def apply(
+        self, image: "MetaTensor", label: "MetaTensor | None" = None, overwrite: bool = False
+    ) -> "tuple[MetaTensor, MetaTensor | None]":
         """Return `image` and `label` preprocessed, see `common.data.transforms.preprocess`."""
         # slow to import, and not needed for --help
         from common.data.transforms import preprocess
 
-        return preprocess(image, label, self)
+        return preprocess(image, label, self, overwrite)

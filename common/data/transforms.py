@@ -7,7 +7,6 @@ from monai.data import MetaTensor
 from monai.transforms import (
     CropForeground,
     NormalizeIntensity,
-    ScaleIntensityRange,
     ScaleIntensityRangePercentiles,
     Spacing,
 )
@@ -17,11 +16,14 @@ from common.errors import InputError
 
 
 def preprocess(
-    image: MetaTensor, label: MetaTensor | None, settings: Preprocessing
+    image: MetaTensor, label: MetaTensor | None, settings: Preprocessing, overwrite: bool = False
 ) -> tuple[MetaTensor, MetaTensor | None]:
     """Return `image` (C, D, H, W) and `label` (1, D, H, W) preprocessed, with their new affines.
 
     The foreground is found in the image alone, never in the label.
+
+    Args:
+        overwrite: may use the memory of `image`, which saves a copy of the volume.
 
     Raises:
         InputError: the modality is not CT or the intensities cannot be HU, for a window; or there is no foreground.
@@ -36,17 +38,19 @@ def preprocess(
         if label is not None:
             nearest = Spacing(settings.spacing, mode="nearest", padding_mode="border", dtype=torch.float32)
             label = nearest(label).to(torch.uint8)
-    image = _scale(image, settings)
+    image = _scale(image, settings, overwrite)
     return (image, label) if settings.foreground_threshold is None else _crop(image, label, settings, where)
 
 
-def _scale(image: MetaTensor, settings: Preprocessing) -> MetaTensor:
+def _scale(image: MetaTensor, settings: Preprocessing, overwrite: bool) -> MetaTensor:
     if settings.intensity == "zscore":
         return NormalizeIntensity(nonzero=True, channel_wise=True)(image)
-    limits = settings.low, settings.high, 0.0, 1.0
-    if settings.intensity == "window":
-        return ScaleIntensityRange(*limits, clip=True)(image)
-    return ScaleIntensityRangePercentiles(*limits, clip=True, channel_wise=True)(image)
+    if settings.intensity == "percentiles":
+        limits = settings.low, settings.high, 0.0, 1.0
+        return ScaleIntensityRangePercentiles(*limits, clip=True, channel_wise=True)(image)
+    # in place, where MONAI's ScaleIntensityRange makes three copies of the volume
+    image = image.sub_(settings.low) if overwrite else image - settings.low
+    return image.div_(settings.high - settings.low).clamp_(0, 1)
 
 
 def _crop(
@@ -85,7 +89,7 @@ def check_hounsfield(image: torch.Tensor, low: float, high: float, where: str | 
     """
     if not is_hounsfield(low, high):
         return
-    least, most = float(image.min()), float(image.max())
+    least, most = map(float, image.aminmax())
     sample = image.flatten()[:: max(1, image.numel() // 1_000_000)]
     found = f"{where}: found intensities {least:g}..{most:g}, expected HU"
     if most - least < 50:

@@ -5,8 +5,11 @@ import os
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import torch
+from monai.data import PydicomReader
+from monai.transforms import LoadImage, Orientation
 
 from common.data.preprocessing import Preprocessing
 from common.data.volume_io import read_image, read_label
@@ -39,6 +42,36 @@ def test_a_dicom_series_is_the_nifti_it_was_made_from(tmp_path):
     flipped = nib.Nifti1Image(label, affine).as_reoriented(np.array([[0, -1], [2, 1], [1, -1]]))
     nib.save(flipped, tmp_path / "label.nii.gz")
     np.testing.assert_array_equal(read_label(tmp_path / "label.nii.gz", image).numpy()[0], label)
+
+
+@pytest.mark.parametrize(
+    "angle, slope, intercept", [(0.0, "1", "-1024"), (0.25, "0.73", "-1000.3"), (0.25, None, None)]
+)
+def test_a_dicom_series_is_read_as_by_monai(tmp_path, angle, slope, intercept):
+    write_dicom(tmp_path, phantom(SHAPE)[0][:, :, :7], affine_of(SHAPE, SPACING))
+    axes = np.array([[np.cos(angle), np.sin(angle), 0], [-np.sin(angle), np.cos(angle), 0]]).round(8)
+    for path in tmp_path.iterdir():
+        ds = pydicom.dcmread(path)
+        ds.ImageOrientationPatient = axes.ravel().tolist()
+        ds.RescaleSlope, ds.RescaleIntercept = slope, intercept
+        if slope is None:
+            del ds.RescaleSlope, ds.RescaleIntercept
+        ds.save_as(path)
+    image = read_image(tmp_path)
+    wanted = Orientation("RAS", labels=None)(LoadImage(PydicomReader, ensure_channel_first=True)(tmp_path))
+    np.testing.assert_array_equal(image.numpy(), wanted.numpy().astype(np.float32))
+    np.testing.assert_allclose(image.affine.numpy(), wanted.affine.numpy(), atol=1e-6)
+
+
+def test_long_numbers_in_a_dicom_header_are_read(tmp_path):
+    """MONAI's reader returns an affine of 1 mm for such a series."""
+    affine = affine_of(SHAPE, SPACING)
+    write_dicom(tmp_path, phantom(SHAPE)[0][:, :, :5], affine)
+    for path in tmp_path.iterdir():
+        ds = pydicom.dcmread(path)
+        ds.PixelSpacing = ["7.000000000000000001", "6.000000000000000001"]
+        ds.save_as(path)
+    np.testing.assert_allclose(read_image(tmp_path).affine.numpy()[:3, :3], affine[:3, :3], atol=1e-4)
 
 
 def test_channels_last_become_channels_first(tmp_path):
