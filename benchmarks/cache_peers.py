@@ -78,12 +78,12 @@ class MonaiSettings:
 def main() -> None:
     settings = parse(MonaiSettings, description=__doc__)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="cache-peers-", dir=os.environ.get("BENCH_DIR")) as folder:
+    with tempfile.TemporaryDirectory(prefix="cache-monai-", dir=os.environ.get("BENCH_DIR")) as folder:
         measure(settings, Path(folder))
 
 
 def measure(settings: MonaiSettings, folder: Path) -> None:
-    paths = list(settings.volumes) or draw(settings, folder)
+    paths = list(settings.volumes) or write_volumes(settings, folder)
     volumes = build.build_cache([Case(stem(path), path) for path in paths], Preprocessing(), folder / "cache")
     monai_items = persistent_dataset(paths, folder / "monai")
     shapes = [tuple(monai_items[i]["image"].shape[1:]) for i in range(len(paths))]
@@ -112,7 +112,7 @@ def row(title: str, monai_value: float, cache_value: float, ratio: float) -> Non
     print_main(f"{title:44s} PersistentDataset {monai_value:9.2f}   cache {cache_value:9.2f}   ratio {ratio:6.1f}")
 
 
-def draw(settings: MonaiSettings, folder: Path) -> list[Path]:
+def write_volumes(settings: MonaiSettings, folder: Path) -> list[Path]:
     paths = [folder / f"volume{seed}.nii" for seed in range(settings.count)]
     for seed, path in enumerate(paths):
         hu, _ = phantom(settings.shape, seed=seed, noise=20.0)

@@ -87,12 +87,12 @@ def make(out: Path, synthetic: bool = False, archive: Path | None = None) -> Pat
     try:
         new = temporary / "new"
         if synthetic:
-            draw(new)
+            write_synthetic(new)
         elif (found := archive or download(temporary)) is None:
             announce_synthetic()
-            draw(new)
+            write_synthetic(new)
         else:
-            convert(unpack(found, temporary), new)
+            write_real(unpack(found, temporary), new)
         # incomplete: from an older version, or changed
         if out.exists():
             out.replace(temporary / "old")
@@ -162,7 +162,7 @@ def unpack(archive: Path, folder: Path) -> Path:
     return folder / "unpacked" / FILES
 
 
-def convert(source: Path, out: Path) -> None:
+def write_real(source: Path, out: Path) -> None:
     """Write the sample files of the package in the layout of the data set, labels with BTCV's ids."""
     import nibabel as nib
     import numpy as np
@@ -196,7 +196,7 @@ def convert(source: Path, out: Path) -> None:
 KIDNEYS = (2, 3)
 
 
-def draw(out: Path) -> None:
+def write_synthetic(out: Path) -> None:
     """Write synthetic volumes in the same layout."""
     from scripts.synthetic_ct import affine_of, phantom, write_dicom, write_nifti
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from common.data import nifti
+
 # BTCV id -> centre, radii and HU. Lengths are in units of the half axes of the body (right, anterior) and of half the
 # height of the volume (superior), with the signs of RAS. Places and sizes are roughly anatomical.
 ORGANS = {
@@ -69,10 +71,9 @@ def affine_of(shape: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
 
 def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     """Write a NIfTI file and the folder that it is in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
-    nib.save(image, path)
+    nifti.write_nifti(path, image)
 
 
 def write_dicom(folder: Path, hu: np.ndarray, affine: np.ndarray, name: str = "synthetic") -> None:

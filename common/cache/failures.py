@@ -1,4 +1,4 @@
-"""Volumes that cannot be used, with the reasons, stored beside the cache: a bad file is read once, not in every run.
+"""Volumes that cannot be used, with the reasons, stored in the cache: a bad file is read once, not in every run.
 
 A volume is tried again if its file, the settings or the format of the cache have changed, and always if it could not be
 read at all (no such file, no permission, a worker that died).

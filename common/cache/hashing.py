@@ -69,7 +69,7 @@ def content_hash(image: torch.Tensor) -> str:
     """
     values = torch.as_tensor(image).contiguous()
     digest = hashlib.sha256(str(tuple(values.shape)).encode())
-    # in parts, which need no memory beside the volume
+    # in parts, which need no memory for another volume
     parts = values.flatten().split(CHUNK)
     whole = all(map(_is_whole, parts))
     for part in parts:

@@ -60,7 +60,7 @@ def test_the_short_demo_goes_from_scans_to_scores(tmp_path, method, encoder):
 
     if method == "glmae":
         # A second run reuses the cache.
-        assert "0 made now" in demo(tmp_path, "--smoke")
+        assert "0 built" in demo(tmp_path, "--smoke")
 
 
 def test_an_unknown_argument_is_named():

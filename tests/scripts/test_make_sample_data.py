@@ -1,4 +1,4 @@
-"""The demo's data set: drawn without a network, checked with one, made once."""
+"""The data set of the demo: synthetic without a network, real and checked with one, made once."""
 
 import tarfile
 
@@ -13,32 +13,37 @@ from scripts import make_sample_data
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
+def synthetic(tmp_path_factory):
     return make_sample_data.make(tmp_path_factory.mktemp("sample") / "sample_abdomen", synthetic=True)
 
 
-def test_layout(drawn):
-    a, b = read_cases(drawn)
-    assert (a.fold, b.fold) == (1, 0) and b.image.is_dir()  # the DICOM scan validates fold 0
-    pretraining = {case.image for case in read_cases(drawn, section="pretraining")}
+def test_layout(synthetic):
+    a, b = read_cases(synthetic)
+    # the DICOM scan validates fold 0
+    assert (a.fold, b.fold) == (1, 0) and b.image.is_dir()
+    pretraining = {case.image for case in read_cases(synthetic, section="pretraining")}
     assert a.image in pretraining and b.image not in pretraining and len(pretraining) == 2
-    for case, missing in ((a, set()), (b, {2, 3})):  # as in the real pair the second has no kidneys
+    # as in the real pair the second has no kidneys
+    for case, missing in ((a, set()), (b, {2, 3})):
         image = read_image(case.image)
         label = read_label(case.label, image)
         assert set(label.unique().tolist()) == set(range(14)) - missing
         liver, air = image[label == 6], image[label == 0]
         assert 60 < liver.mean() < 150 and air.min() < -900
-    assert make_sample_data.is_synthetic(drawn.parent) and "NOT REAL CT" in (drawn.parent / "README.txt").read_text()
+    assert (
+        make_sample_data.is_synthetic(synthetic.parent)
+        and "NOT REAL CT" in (synthetic.parent / "README.txt").read_text()
+    )
 
 
-def test_a_second_call_does_nothing(drawn, monkeypatch):
-    monkeypatch.setattr(make_sample_data, "draw", None)
+def test_a_second_call_does_nothing(synthetic, monkeypatch):
+    monkeypatch.setattr(make_sample_data, "write_synthetic", None)
     monkeypatch.setattr(make_sample_data, "download", None)
-    before = drawn.stat().st_mtime_ns
-    assert make_sample_data.make(drawn.parent) == drawn and drawn.stat().st_mtime_ns == before
+    before = synthetic.stat().st_mtime_ns
+    assert make_sample_data.make(synthetic.parent) == synthetic and synthetic.stat().st_mtime_ns == before
 
 
-def test_an_incomplete_folder_is_made_anew(tmp_path):
+def test_an_incomplete_folder_is_made_again(tmp_path):
     out = tmp_path / "s"
     make_sample_data.make(out, synthetic=True)
     (out / "labelsTs/abdomen_b.nii.gz").unlink()
@@ -46,13 +51,13 @@ def test_an_incomplete_folder_is_made_anew(tmp_path):
     assert make_sample_data.is_complete(out) and [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
-def test_without_a_network_it_draws_and_says_so(tmp_path, monkeypatch, capsys):
+def test_without_a_network_the_scans_are_synthetic(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make_sample_data, "download", lambda folder: None)
     make_sample_data.make(tmp_path / "s")
     assert "SYNTHETIC" in capsys.readouterr().out and make_sample_data.is_synthetic(tmp_path / "s")
 
 
-def test_a_failed_download_is_none(tmp_path, monkeypatch):
+def test_a_failed_download_returns_none(tmp_path, monkeypatch):
     monkeypatch.setattr(make_sample_data.sys, "executable", "/nowhere/python")
     assert make_sample_data.download(tmp_path) is None
 
@@ -65,15 +70,15 @@ def test_another_archive_is_refused_and_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.tar.gz"]
 
 
-def test_ids_become_btcvs():
+def test_ids_are_mapped_to_those_of_btcv():
     names = {1: "spleen", 2: "right kidney", 5: "liver", 7: "pancreas", 15: "oesophagus", 52: "aorta", 64: "portal"}
     for theirs, name in names.items():
         assert make_sample_data.ORGANS[make_sample_data.TO_BTCV[theirs]].startswith(name)
     assert sorted(make_sample_data.TO_BTCV.values()) == sorted(make_sample_data.ORGANS) == list(range(1, 14))
 
 
-def test_the_drawn_dicom_scan_is_a_whole_series(drawn):
-    _, b = read_cases(drawn)
+def test_the_synthetic_dicom_scan_is_a_complete_series(synthetic):
+    _, b = read_cases(synthetic)
     image = read_image(b.image)
     assert torch.isfinite(image.as_tensor()).all() and image.shape[3] == len(list(b.image.iterdir()))
     np.testing.assert_allclose(np.asarray(image.pixdim), [2, 2, 3], atol=1e-5)
@@ -85,7 +90,8 @@ def test_the_real_scans(tmp_path):
     listing = make_sample_data.make(tmp_path / "s")
     if make_sample_data.is_synthetic(tmp_path / "s"):
         pytest.skip("no network")
-    assert [p.name for p in tmp_path.iterdir()] == ["s"]  # the download is gone
+    # the download was removed
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
     a, b = read_cases(listing)
     for case, liver, aorta, organs in ((a, (20, 60), (25, 60), 12), (b, (70, 110), (140, 260), 8)):
         image = read_image(case.image)

@@ -264,8 +264,8 @@ def test_folders_of_killed_processes_are_pruned(tmp_path):
     dead.join()
     for name, pid in (("mine", os.getpid()), ("left", dead.pid)):
         (tmp_path / f"cache/.tmp-{os.uname().nodename}-{pid}-{name}").mkdir()
-    gone, _ = maintenance.prune(tmp_path / "cache", cases)
-    assert [folder.name.rsplit("-", 1)[1] for folder in gone] == ["left"]
+    removed, _ = maintenance.prune(tmp_path / "cache", cases)
+    assert [folder.name.rsplit("-", 1)[1] for folder in removed] == ["left"]
 
 
 def _die(job):

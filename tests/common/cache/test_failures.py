@@ -175,7 +175,7 @@ def _bad_labels(folder):
     yield "off its image", Case("grid", image, nifti(folder / "grid.nii.gz", LABEL, shifted))
     yield "expected whole numbers", Case("half", image, nifti(folder / "half.nii.gz", LABEL * np.float32(0.5)))
     yield "0..255", Case("minus", image, nifti(folder / "minus.nii.gz", LABEL.astype(np.int16) - 3))
-    yield "no such file", Case("gone", image, folder / "gone.nii.gz")
+    yield "no such file", Case("absent", image, folder / "absent.nii.gz")
 
 
 def _slices(folder: Path) -> list[Path]:

@@ -17,8 +17,8 @@ def write_json(path: Path, **sections) -> Path:
 
 
 def test_decathlon_json(tmp_path):
-    entries = [{"image": "imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz", "fold": 3}, "imagesTs/b.nii"]
-    listing = write_json(tmp_path / "dataset.json", training=entries, other=[{"image": "/abs/c.nii.gz"}])
+    listed = [{"image": "imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz", "fold": 3}, "imagesTs/b.nii"]
+    listing = write_json(tmp_path / "dataset.json", training=listed, other=[{"image": "/abs/c.nii.gz"}])
     assert read_cases(listing) == [
         Case("a", tmp_path / "imagesTr/a.nii.gz", tmp_path / "labelsTr/a.nii.gz", 3),
         Case("b", tmp_path / "imagesTs/b.nii"),

@@ -136,7 +136,8 @@ def test_resampling_keeps_places(tmp_path):
     for number in (1, 6):
         before = centre(label.as_tensor() == number, label.affine)
         after = centre(moved.as_tensor() == number, moved.affine)
-        assert (before - after).norm() < 2  # mm
+        # mm
+        assert (before - after).norm() < 2
     assert set(moved.unique().tolist()) <= set(label.unique().tolist())
 
 
