@@ -13,7 +13,6 @@ the run that will read the cache: they are part of its key. The work is done in 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from common.cli import parse, run_program
 from common.config import setting
@@ -22,9 +21,6 @@ from common.data.preprocessing import Preprocessing
 from common.errors import InputError
 from common.runlog import print_main
 from Pretrain.catalog import DataSettings
-
-if TYPE_CHECKING:
-    from common.cache.build import BuildResult
 
 
 @dataclass(kw_only=True)
@@ -116,7 +112,11 @@ def build(settings: CacheSettings, cases: Sequence[Case], preprocessing: Preproc
 
     result = build_missing(cases, preprocessing, settings.cache_dir, settings.workers, unique=settings.preset is None)
     skipped = settings.skipped()
-    print_main(summary(result, settings, len(cases), len(skipped)))
+    size = sum(maintenance.folder_bytes(volume.folder) for volume in result.volumes)
+    text = f"cache: {len(result.volumes)} of {len(cases)} volumes in {settings.cache_dir}, {size / 1e9:.2f} GB; "
+    text += f"{result.built} built in {maintenance.duration(result.seconds)}"
+    text += f", largest memory of a process {result.peak_memory / 2**30:.2f} GiB" if result.built else ""
+    print_main(text + (f"; {len(skipped)} files or folders skipped" if skipped else ""))
     if settings.report:
         print_main(maintenance.describe_cache(result.volumes))
         for item in skipped:
@@ -126,17 +126,6 @@ def build(settings: CacheSettings, cases: Sequence[Case], preprocessing: Preproc
         if not settings.allow_failures:
             failed = f"{len(result.failures)} of {len(cases)} volumes cannot be used"
             raise InputError(f"{failed}; the others are cached (--allow_failures makes this exit with 0)")
-
-
-def summary(result: "BuildResult", settings: CacheSettings, count: int, skipped: int) -> str:
-    """Return one line about the volumes, their size, the cost of building, and the number of skipped files."""
-    from common.cache.maintenance import duration, folder_bytes
-
-    size = sum(folder_bytes(volume.folder) for volume in result.volumes)
-    text = f"cache: {len(result.volumes)} of {count} volumes in {settings.cache_dir}, {size / 1e9:.2f} GB; "
-    text += f"{result.built} built in {duration(result.seconds)}"
-    text += f", largest memory of a process {result.peak_memory / 2**30:.2f} GiB" if result.built else ""
-    return text + (f"; {skipped} files or folders skipped" if skipped else "")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from common.config import setting
 from common.errors import InputError
 from common.files import file_sha256, save_bytes
 from common.runlog import print_main
+from Finetune.presets import load_preset
 
 PACKAGE, VERSION = "TotalSegmentator", "2.18.0"
 SHA256 = "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03"
@@ -31,21 +32,7 @@ WANTED = (
     "example_seg_dicom.nii.gz",
     "aorta_report/example_ct.nii.gz",
 )
-ORGANS = {
-    1: "spleen",
-    2: "right kidney",
-    3: "left kidney",
-    4: "gallbladder",
-    5: "oesophagus",
-    6: "liver",
-    7: "stomach",
-    8: "aorta",
-    9: "inferior vena cava",
-    10: "portal and splenic vein",
-    11: "pancreas",
-    12: "right adrenal gland",
-    13: "left adrenal gland",
-}
+ORGANS = load_preset("sample_abdomen").foreground
 # TotalSegmentator's id -> BTCV's
 TO_BTCV = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 7, 7: 11, 8: 12, 9: 13, 15: 5, 52: 8, 63: 9, 64: 10}
 IMAGES = ("imagesTr/abdomen_a.nii.gz", "imagesTs/abdomen_b", "unlabelled/chest.nii.gz")

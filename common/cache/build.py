@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,10 +59,10 @@ class BuildResult:
     """
 
     volumes: list[CachedVolume]
-    failures: list[Failure] = field(default_factory=list)
-    built: int = 0
-    seconds: float = 0.0
-    peak_memory: int = 0
+    failures: list[Failure]
+    built: int
+    seconds: float
+    peak_memory: int
 
 
 def build_cache(
@@ -94,11 +94,7 @@ def build_cache(
 
 
 def build_missing(
-    cases: Sequence[Case],
-    preprocessing: Preprocessing,
-    cache_dir: str | Path,
-    workers: int = 0,
-    unique: bool = False,
+    cases: Sequence[Case], preprocessing: Preprocessing, cache_dir: str | Path, workers: int = 0, unique: bool = False
 ) -> BuildResult:
     """Build the volumes that are missing. A case that cannot be used is logged, and the others are built.
 

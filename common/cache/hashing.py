@@ -91,7 +91,8 @@ class HashIndex:
         for fields in read_records(path):
             # another version of the index may have other fields
             with contextlib.suppress(TypeError):
-                self._remember([FileRecord(**fields)])
+                record = FileRecord(**fields)
+                self._records[record.path] = record
 
     def get(self, path: Path) -> FileRecord | None:
         """Return the record of a file, None if the file is unknown or has changed since it was added."""
@@ -103,8 +104,5 @@ class HashIndex:
 
     def add(self, records: Sequence[FileRecord]) -> None:
         """Append records to the file."""
-        self._remember(records)
-        append_records(self.path, map(vars, records))
-
-    def _remember(self, records: Sequence[FileRecord]) -> None:
         self._records |= {record.path: record for record in records}
+        append_records(self.path, map(vars, records))

@@ -15,12 +15,10 @@ from common.errors import InputError, one_line
 from common.runlog import print_main
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
-# names of folders with labels: whole words, so that a scan in seg_dicom4qi/ is read
-LABEL_FOLDER = re.compile(
-    r"(labels?|masks?|segs?|segmentations?|annotations?)[-_ ]?(tr|ts|va|train|test|val|training|testing|validation)?"
-    r"[-_ ]?\d*",
-    re.IGNORECASE,
-)
+# a folder is skipped if all words of its name are among these, so that a scan in seg_dicom4qi/ is read
+LABEL_WORDS = {"label", "mask", "seg", "segmentation", "annotation"}
+LABEL_WORDS |= {f"{word}s" for word in LABEL_WORDS}
+OTHER_WORDS = {"map", "maps", "tr", "ts", "va", "train", "training", "test", "testing", "val", "validation"}
 # of folders that may be added to a name to make it unique
 MAX_PARENTS = 7
 DATA_ROOT_HELP = "folder that relative paths of a list start from; none or /: the folder of the list"
@@ -138,7 +136,9 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def _is_labels(name: str) -> bool:
-    return LABEL_FOLDER.fullmatch(name) is not None
+    """Return whether a folder has the name of a folder of labels: labelsTr, segmentation_masks, seg, ..."""
+    words = {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)}
+    return bool(words & LABEL_WORDS) and words <= LABEL_WORDS | OTHER_WORDS
 
 
 def _volumes_in(folder: Path, files: list[str]) -> tuple[list[Path], list[Skipped]]:
@@ -178,14 +178,12 @@ def _json_case(item: Any, where: str, base: Path) -> Case:
         item = {"image": item}
     if not isinstance(item, dict) or not isinstance(item.get("image"), str):
         raise InputError(f"{where}: found {reprlib.repr(item)}, expected a path or a mapping with 'image' (one path)")
-    label, fold, name = item.get("label"), item.get("fold"), item.get("name")
-    if not isinstance(label, str | None):
-        raise InputError(f"{where}: found the label {reprlib.repr(label)}, expected one path")
-    if not isinstance(fold, int | None) or isinstance(fold, bool):
-        raise InputError(f"{where}: found the fold {reprlib.repr(fold)}, expected a whole number")
-    if not isinstance(name, str | None):
-        raise InputError(f"{where}: found the name {reprlib.repr(name)}, expected text")
-    return Case(name or stem(item["image"]), base / item["image"], label and base / label, fold)
+    for key, kind, expected in (("label", str, "one path"), ("fold", int, "a whole number"), ("name", str, "text")):
+        value = item.get(key)
+        if value is not None and type(value) is not kind:
+            raise InputError(f"{where}: found the {key} {reprlib.repr(value)}, expected {expected}")
+    label, name = item.get("label"), item.get("name")
+    return Case(name or stem(item["image"]), base / item["image"], label and base / label, item.get("fold"))
 
 
 # ---------------------------------------------------------------- names

@@ -38,7 +38,9 @@ def test_a_folder_gives_its_images_and_series_but_no_label(tmp_path):
     assert [case.name for case in read_cases(tmp_path)] == ["two", "one", "patient"]
 
 
-@pytest.mark.parametrize("name", ["labelsTr", "labels", "LABELS_ts", "seg", "masks", "labelsTr2200", "Segmentations"])
+@pytest.mark.parametrize(
+    "name", ["labelsTr", "labels", "LABELS_ts", "seg", "masks", "labelsTr20", "segmentation_masks"]
+)
 def test_a_folder_of_labels_is_skipped_and_printed(tmp_path, capsys, name):
     nifti(tmp_path / "a.nii.gz"), nifti(tmp_path / name / "b.nii.gz")
     assert [case.name for case in read_cases(tmp_path)] == ["a"]
