@@ -162,8 +162,9 @@ def skipped_text(skipped: Sequence[Skipped], limit: int = 3) -> str:
 
 
 def _read_json(source: Path, base: Path, section: str) -> list[Case]:
+    text = _read_text(source)
     try:
-        content = json.loads(_read_text(source))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: not JSON, or nested too deeply ({one_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get(section), list):
