@@ -228,3 +228,10 @@ def test_the_training_loop_calls_hooks_directly(path):
 def test_code_lines_are_counted():
     source = '"""Module."""\n\n\ndef f(\n    x,\n):\n    """Two\n    lines."""\n\n    # why\n    return """a\nb"""\n'
     assert code_lines(source) == {4, 5, 6, 11, 12}
+
+
+def test_names_of_tests_are_short():
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
+    nodes = [(path, node) for path in tests for node in ast.walk(ast.parse(path.read_text()))]
+    names = [(short(path), f.name) for path, f in nodes if isinstance(f, ast.FunctionDef) and f.name[:5] == "test_"]
+    assert len(names) > 300 and [(path, name) for path, name in names if len(name) > 60] == []
