@@ -211,6 +211,13 @@ def functions(path: Path) -> dict[str, int]:
     return {f"{short(path)}:{f.lineno} {f.name}": len(lines & set(range(f.lineno, f.end_lineno + 1))) for f in found}
 
 
+def test_an_update_passes_through_eight_files():
+    """docs/architecture.md lists them in order; `test_paths_in_texts_exist` checks that they exist."""
+    listed = re.findall(r"^ (\d) (\S+/\S+)", (ROOT / "docs/architecture.md").read_text(), re.M)
+    assert [int(number) for number, _ in listed] == list(range(1, 9))
+    assert all((ROOT / path).is_file() for _, path in listed)
+
+
 def test_functions_are_short():
     lengths = {name: length for path in code_files() for name, length in functions(path).items()}
     assert {name: length for name, length in lengths.items() if length > 60} == {}
