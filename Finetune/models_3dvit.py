@@ -141,6 +141,22 @@ def take(tokens: Tensor, ids: Tensor) -> Tensor:
 # ---------------------------------------------------------------- model
 
 
+@torch.no_grad()
+def fold_standardization(proj: nn.Conv3d, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Change a patch embedding with random weights so that it embeds (x - mean) / std. Inputs x stay as they are.
+
+    The usual initialisations assume inputs of mean 0 and variance 1. With intensities in [0, 1] the position table
+    otherwise outweighs what a patch contains (its variance per channel is 0.5). Not for loaded weights. Our choice.
+
+    Args:
+        proj: the convolution of the patch embedding.
+        mean, std: one number per input channel.
+    """
+    mean, std = (proj.weight.new_tensor(list(values)).view(1, -1, 1, 1, 1) for values in (mean, std))
+    proj.weight.div_(std)
+    proj.bias.sub_((proj.weight * mean).sum(dim=(1, 2, 3, 4)))
+
+
 class PatchEmbed3D(nn.Module):
     """Linear embedding of non-overlapping patches: (B, in_chans, D, H, W) -> (B, N, C)."""
 
@@ -322,7 +338,11 @@ class VisionTransformer3D(nn.Module):
     def _summary(self, tokens: Tensor) -> Tensor:
         return tokens[:, 0] if self.num_prefix_tokens else tokens.mean(dim=1)
 
-    # ------------------------------------------------------------ for fine-tuning
+    # ------------------------------------------------------------ for training
+
+    def standardize_input(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Initialise the patch embedding for inputs of this mean and standard deviation (`fold_standardization`)."""
+        fold_standardization(self.patch_embed.proj, mean, std)
 
     def add_classification_head(self, num_classes: int) -> None:
         """Add a linear layer on the CLS token. `model(x)` then returns its logits (B, num_classes)."""

@@ -357,6 +357,10 @@ class ConvViT3D(nn.Module):
 
     # ------------------------------------------------------------ for training
 
+    def standardize_input(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Initialise the first embedding for inputs of this mean and standard deviation (`fold_standardization`)."""
+        vit.fold_standardization(self.patch_embed1.proj, mean, std)
+
     def freeze_encoder(self) -> None:
         """Stop training what pretraining provides. What only the pyramid has stays trainable."""
         for name, parameter in self.named_parameters():

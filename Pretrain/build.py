@@ -19,6 +19,7 @@ from Finetune import models_3dvit
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain import models_mim
 from Pretrain.catalog import DataSettings
+from Pretrain.data import InputStatistics
 from Pretrain.models_glmae import GLMAE, TERMS, GLMAESettings
 from Pretrain.models_mae import MAE, ViTSettings
 from Pretrain.models_mim import MiMSettings
@@ -38,6 +39,9 @@ class EncoderSettings:
     decoder_depth: int = setting(8, "blocks of the decoder", least=0)
     decoder_num_heads: int = setting(16, "attention heads of the decoder", least=1)
     norm_pix_loss: bool = setting(True, "reconstruct patches normalised to mean 0 and variance 1")
+    standardize: bool = setting(
+        True, "initialise the patch embedding for the mean and standard deviation of the data; inputs stay in [0, 1]"
+    )
 
 
 @dataclass(kw_only=True)
@@ -71,7 +75,7 @@ class Task:
 class MethodEntry:
     """A pretraining method: how it is built, and its settings by the field that holds them, `settings.<field>`."""
 
-    build: Callable[[Any, BatchPlan], Task]
+    build: Callable[[Any, BatchPlan, InputStatistics | None], Task]
     settings: Mapping[str, type] = field(default_factory=dict)
 
 
@@ -91,10 +95,14 @@ def settings_class() -> type[PretrainSettings]:
     return dataclasses.make_dataclass("PretrainSettings", [method, *groups], bases=(PretrainSettings,), kw_only=True)
 
 
-def build_task(settings: PretrainSettings, plan: BatchPlan) -> Task:
-    """Return the task that the settings describe. InputError when they contradict each other."""
+def build_task(settings: PretrainSettings, plan: BatchPlan, inputs: InputStatistics | None = None) -> Task:
+    """Return the task that the settings describe. InputError when they contradict each other.
+
+    Args:
+        inputs: what the patch embedding is initialised for; None leaves it as it is.
+    """
     try:
-        return METHODS[settings.method].build(settings, plan)
+        return METHODS[settings.method].build(settings, plan, inputs)
     except InputError:
         raise
     except (ValueError, AssertionError) as error:
@@ -105,12 +113,12 @@ def build_task(settings: PretrainSettings, plan: BatchPlan) -> Task:
 # ---------------------------------------------------------------- MAE and GL-MAE
 
 
-def build_vit(settings: Any) -> VisionTransformer3D:
+def build_vit(settings: Any, inputs: InputStatistics | None = None) -> VisionTransformer3D:
     """Return the ViT with its decoder. Its position table is that of a local view, the size used in fine-tuning."""
     encoder = settings.encoder
     sizes = {"embed_dim": settings.vit.embed_dim, "depth": settings.vit.depth, "num_heads": encoder.num_heads}
     factory = getattr(models_3dvit, f"vit_{encoder.model}_patch16_3d")
-    return factory(
+    vit = factory(
         img_size=settings.views.local_size,
         patch_size=encoder.patch_size,
         in_chans=settings.data.preprocessing.channels,
@@ -120,6 +128,9 @@ def build_vit(settings: Any) -> VisionTransformer3D:
         decoder_num_heads=encoder.decoder_num_heads,
         **given(sizes),
     )
+    if inputs:
+        vit.standardize_input(inputs.mean, inputs.std)
+    return vit
 
 
 def given(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -131,16 +142,16 @@ def local_spec(views: ViewSettings) -> ViewSpec:
     return ViewSpec(views.local_views, views.local_size, views.local_scale, views.crop_mode, views.flip_prob)
 
 
-def build_mae(settings: Any, plan: BatchPlan) -> Task:
-    method = MAE(build_vit(settings), settings.vit.mask_ratio_local, settings.encoder.norm_pix_loss)
+def build_mae(settings: Any, plan: BatchPlan, inputs: InputStatistics | None = None) -> Task:
+    method = MAE(build_vit(settings, inputs), settings.vit.mask_ratio_local, settings.encoder.norm_pix_loss)
     return Task(method, {"local": local_spec(settings.views)}, lambda step: {"rec_local": 1.0})
 
 
-def build_glmae(settings: Any, plan: BatchPlan) -> Task:
+def build_glmae(settings: Any, plan: BatchPlan, inputs: InputStatistics | None = None) -> Task:
     glmae = settings.glmae
     weights = {term: weight for term in TERMS if (weight := getattr(glmae, f"weight_{term}")) > 0}
     specs = glmae_specs(settings, set(weights))
-    vit = build_vit(settings)
+    vit = build_vit(settings, inputs)
     if not {"rec_global", "rec_local"} & set(weights):
         vit.remove_decoder()
     method = GLMAE(
@@ -181,7 +192,7 @@ def glmae_specs(settings: Any, terms: set[str]) -> dict[str, ViewSpec]:
 # ---------------------------------------------------------------- MiM
 
 
-def build_mim(settings: Any, plan: BatchPlan) -> Task:
+def build_mim(settings: Any, plan: BatchPlan, inputs: InputStatistics | None = None) -> Task:
     mim, views, encoder = settings.mim, settings.views, settings.encoder
     if encoder.model not in ("tiny", "base"):
         raise InputError(f"--model {encoder.model}: --method mim has tiny and base")
@@ -210,6 +221,8 @@ def build_mim(settings: Any, plan: BatchPlan) -> Task:
         norm_pix_loss=encoder.norm_pix_loss,
         **given({"embed_dims": mim.embed_dims, "depths": mim.depths, "num_heads": num_heads}),
     )
+    if inputs:
+        method.encoder.standardize_input(inputs.mean, inputs.std)
     size = tuple(mim.group * n for n in views.local_size)
     spec = ViewSpec(1, size, views.global_scale, views.crop_mode, views.flip_prob)
     return Task(method, {"image": spec}, partial(mim_loss_weights, mim, plan.total_steps))

@@ -33,7 +33,7 @@ from common.training.settings import BatchPlan, plan_updates
 from common.training.trainer import Trainer
 from common.watchdog import Watchdog
 from Pretrain.build import PretrainSettings, build_task, settings_class
-from Pretrain.data import ViewDataset
+from Pretrain.data import ViewDataset, input_statistics
 from Pretrain.visualize import picture
 
 
@@ -52,8 +52,9 @@ def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path | None:
     check_writable(settings.out_dir)
     volumes = prepare_volumes(settings)
     plan = plan_updates(settings, len(volumes), run.world_size)
+    inputs = input_statistics(volumes) if settings.encoder.standardize else None
     torch.manual_seed(settings.seed)
-    task = build_task(settings, plan)
+    task = build_task(settings, plan, inputs)
     dataset = ViewDataset(volumes, task.specs, settings.seed)
     peak_lr = settings.optim.peak_lr(plan.batch * task.views)
     print_main(summary(settings, run, plan, len(volumes), task.views, peak_lr))
@@ -78,7 +79,8 @@ def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path | None:
         ),
         loss_weights=task.loss_weights,
         make_optimizer=partial(build_optimizer, weight_decay=settings.optim.weight_decay),
-        args=recorded | {"grid_size": list(encoder.grid_size), "data": [v.content_hash for v in volumes]},
+        args=recorded
+        | {"grid_size": list(encoder.grid_size), "data": [v.content_hash for v in volumes], "inputs": to_dict(inputs)},
         data_fingerprint=fingerprint,
         recorded=recorded,
         **({"after_epoch": draw} if run.rank == 0 else {}),

@@ -14,7 +14,7 @@
 # 1600 epochs, a teacher that sees unmasked global views, four loss terms.
 # Our choice, because no source we could read states it: 2 global and 8 local views, resized crops and their scales, flips, mask ratio
 # 0.6, decoder 576/8/16, normalised targets, the projection head and its 4096 prototypes, temperatures, centre, momentum, loss weights
-# 1/1/1/1, AdamW with lr 1.5e-4 per 256 views, 40 epochs of warm-up, 32 volumes per update, gradient norm clipped at 3, bf16.
+# 1/1/1/1, the patch embedding initialised for the mean and spread of the data, AdamW with lr 1.5e-4 per 256 views, 40 epochs of warm-up, 32 volumes per update, gradient norm clipped at 3, bf16.
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -22,7 +22,7 @@ read -ra data <<<"$(pretraining_data "$@")"
 
 launch Pretrain.main_pretrain \
   --method glmae \
-  --model base --patch_size 16 --decoder_embed_dim 576 --decoder_depth 8 --decoder_num_heads 16 \
+  --model base --patch_size 16 --decoder_embed_dim 576 --decoder_depth 8 --decoder_num_heads 16 --standardize \
   ${data[@]+"${data[@]}"} --cache_dir cache \
   --intensity window --low -1000 --high 1000 --spacing none \
   --global_views 2 --global_size 160 --global_scale 0.5 1.0 \

@@ -14,7 +14,7 @@ read -ra data <<<"$(pretraining_data "$@")"
 
 launch Pretrain.main_pretrain \
   --method mae \
-  --model base --patch_size 16 --decoder_embed_dim 576 --decoder_depth 8 --decoder_num_heads 16 \
+  --model base --patch_size 16 --decoder_embed_dim 576 --decoder_depth 8 --decoder_num_heads 16 --standardize \
   ${data[@]+"${data[@]}"} --cache_dir cache \
   --intensity window --low -1000 --high 1000 --spacing none \
   --local_views 8 --local_size 96 --local_scale 0.2 0.5 --crop_mode resize --flip_prob 0.2 \

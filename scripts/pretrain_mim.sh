@@ -17,8 +17,9 @@
 # 256, counts every crop four times, for sub-crops that their loader does not make. Per crop that is the 4e-4 below.
 # Their accumulation drops the last update of each epoch (5 updates instead of 6); here all 6 are made.
 # Our choice: cosine alignment with the place that a volume was cut from (theirs aligns the mid level with itself); the foreground crop
-# (theirs is commented out, so crops are mostly air); bf16 instead of fp16; no weight decay on the mask token. We could not read the
-# paper's text: where it differs from the code, this recipe follows the code.
+# (theirs is commented out, so crops are mostly air); the first embedding initialised for the mean and spread of the data; bf16
+# instead of fp16; no weight decay on the mask token. We could not read the paper's text: where it differs from the code, this recipe
+# follows the code.
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -26,7 +27,7 @@ read -ra data <<<"$(pretraining_data "$@")"
 
 launch Pretrain.main_pretrain \
   --method mim \
-  --model base --decoder_embed_dim 576 --decoder_depth 8 --decoder_num_heads 16 \
+  --model base --decoder_embed_dim 576 --decoder_depth 8 --decoder_num_heads 16 --standardize \
   ${data[@]+"${data[@]}"} --cache_dir cache \
   --intensity window --low -1000 --high 1000 --spacing none \
   --local_size 96 --group 2 --crop_mode fixed --flip_prob 0 \
