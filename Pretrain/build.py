@@ -88,7 +88,7 @@ def settings_class() -> type[PretrainSettings]:
             users.setdefault(attribute, []).append(name)
             classes[attribute] = cls
     groups = [
-        (attribute, cls, group(cls, attribute.upper(), method=tuple(users[attribute])))
+        (attribute, cls, group(cls, TITLES.get(attribute, attribute), method=tuple(users[attribute])))
         for attribute, cls in classes.items()
     ]
     method = ("method", Literal[tuple(METHODS)], setting("glmae", "the pretraining method"))
@@ -242,6 +242,8 @@ def scheduled(schedule: Callable[..., float], ends: tuple[float, float], total: 
     return partial(schedule, total=total, start=ends[0], end=ends[1])
 
 
+# headings of --help
+TITLES = {"vit": "ViT", "glmae": "GL-MAE", "mim": "MiM"}
 METHODS: dict[str, MethodEntry] = {
     "mae": MethodEntry(build_mae, {"vit": ViTSettings}),
     "glmae": MethodEntry(build_glmae, {"vit": ViTSettings, "glmae": GLMAESettings}),
