@@ -62,7 +62,7 @@ def content_hashes(cases: Sequence[Case], cache_dir: Path, channels: int = 1) ->
             except InputError as error:
                 print_main(f"  not compared: {error}")
                 continue
-            index.add([record])
+            index.add([vars(record)])
         hashes[case.name] = record.content
     return hashes
 

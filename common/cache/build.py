@@ -35,7 +35,8 @@ from monai.data import MetaTensor
 
 from common import watchdog
 from common.cache import hashing, storage
-from common.cache.failures import Failure, FailureLog, failure_table
+from common.cache.failures import Failure, failure_table
+from common.cache.jsonlines import JsonLines
 from common.cache.volume import FORMAT, CachedVolume, open_volume, volume_key
 from common.data.datalist import Case
 from common.data.preprocessing import Preprocessing
@@ -105,25 +106,30 @@ def build_missing(
         InputError: the cache cannot be written.
     """
     cache_dir, start = Path(cache_dir), time.monotonic()
-    outcomes: dict[int, CachedVolume | Failure | Built] = {}
+    outcomes: dict[int, Built | Failure] = {}
     jobs: dict[int, Job] = {}
     with naming_errors(cache_dir):
         (cache_dir / "locks").mkdir(parents=True, exist_ok=True)
         index = hashing.HashIndex(cache_dir / "index.jsonl")
-        log = FailureLog(cache_dir / "failures.jsonl")
+        log = JsonLines(cache_dir / "failures.jsonl", key="key")
         for number, case in enumerate(cases):
             job = Job(case, preprocessing, cache_dir, _state_key(case, preprocessing))
             if known := _known_outcome(job, index, log):
                 outcomes[number] = known
             else:
                 jobs[number] = job
-        outcomes |= _run_and_log(jobs, workers, index, log)
-    built = [outcome for outcome in outcomes.values() if isinstance(outcome, Built)]
-    final = [o.volume if isinstance(o, Built) else o for _, o in sorted(outcomes.items())]
-    if unique:
-        final = _without_repeats(final, cases)
+        if jobs:
+            for number, outcome in progress(_run(jobs, workers), "cache", len(jobs), "volume"):
+                outcomes[number] = outcome
+                if isinstance(outcome, Built):
+                    index.add(map(vars, outcome.records))
+                elif outcome.lasting:
+                    log.add([outcome.record(jobs[number].key)])
+    ordered = [outcome for _, outcome in sorted(outcomes.items())]
+    built = [outcome for outcome in ordered if isinstance(outcome, Built)]
+    final = _without_repeats(ordered) if unique else ordered
     return BuildResult(
-        volumes=[outcome for outcome in final if isinstance(outcome, CachedVolume)],
+        volumes=[outcome.volume for outcome in final if isinstance(outcome, Built)],
         failures=[outcome for outcome in final if isinstance(outcome, Failure)],
         built=sum(outcome.fresh for outcome in built),
         seconds=time.monotonic() - start,
@@ -141,21 +147,21 @@ class Job(NamedTuple):
 
 
 class Built(NamedTuple):
-    """A volume, the records of its files, whether it was built by this call, and the peak memory in bytes."""
+    """A volume, the new records of its files, whether this call built it, and the peak memory in bytes."""
 
+    case: Case
     volume: CachedVolume
-    records: list[hashing.FileRecord]
-    fresh: bool
-    memory: int
+    records: Sequence[hashing.FileRecord] = ()
+    fresh: bool = False
+    memory: int = 0
 
 
-def _known_outcome(job: Job, index: hashing.HashIndex, log: FailureLog) -> CachedVolume | Failure | None:
+def _known_outcome(job: Job, index: hashing.HashIndex, log: JsonLines) -> Built | Failure | None:
     if job.case.problem:
         return Failure(job.case, job.case.problem)
     if volume := find_volume(job.case, job.preprocessing, job.cache_dir, index):
-        return volume
-    reason = log.reason(job.key)
-    return Failure(job.case, reason, lasting=True) if reason else None
+        return Built(job.case, volume)
+    return Failure(job.case, log.records[job.key]["reason"]) if job.key in log.records else None
 
 
 def find_volume(
@@ -176,41 +182,23 @@ def _state_key(case: Case, preprocessing: Preprocessing) -> str:
     states = []
     for path in _files(case):
         try:
-            states.append([str(path.absolute()), hashing.file_state(path)])
+            state = hashing.file_state(path)
         except OSError:
-            states.append([str(path.absolute()), "unreadable"])
+            state = "unreadable"
+        states.append([str(path.absolute()), state])
     text = json.dumps([states, preprocessing.key(), FORMAT])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _run_and_log(
-    jobs: dict[int, Job], workers: int, index: hashing.HashIndex, log: FailureLog
-) -> dict[int, Built | Failure]:
-    if not jobs:
-        return {}
-    outcomes = {}
-    with progress(desc="cache", total=len(jobs), unit="volume") as bar:
-        for number, outcome in _run(jobs, workers):
-            watchdog.reset()
-            outcomes[number] = outcome
-            if isinstance(outcome, Built):
-                index.add(outcome.records)
-            elif outcome.lasting:
-                log.add(jobs[number].key, outcome)
-            bar.update()
-    return outcomes
-
-
-def _without_repeats(outcomes: Sequence[CachedVolume | Failure], cases: Sequence[Case]) -> list[CachedVolume | Failure]:
+def _without_repeats(outcomes: Sequence[Built | Failure]) -> list[Built | Failure]:
     first: dict[str, CachedVolume] = {}
-    result: list[CachedVolume | Failure] = []
-    for case, outcome in zip(cases, outcomes):
-        if isinstance(outcome, CachedVolume):
-            other = first.setdefault(outcome.content_hash, outcome)
-            if other is not outcome:
-                reason = f"{outcome.source}: found the same voxels as in {other.source}, expected each volume once"
-                outcome = Failure(case, reason)
-        result.append(outcome)
+    result = list(outcomes)
+    for number, outcome in enumerate(outcomes):
+        if isinstance(outcome, Built):
+            other = first.setdefault(outcome.volume.content_hash, outcome.volume)
+            if other is not outcome.volume:
+                problem = f"found the same voxels as in {other.source}, expected each volume once"
+                result[number] = Failure(outcome.case, f"{outcome.volume.source}: {problem}")
     return result
 
 
@@ -222,11 +210,11 @@ def _run(jobs: dict[int, Job], workers: int) -> Iterator[tuple[int, Built | Fail
     waiting = dict(jobs)
     pause = 0.0
     while waiting:
-        # another process may take long
-        watchdog.reset()
         busy = {}
-        step = _in_workers if workers > 0 and len(waiting) >= MIN_VOLUMES_FOR_WORKERS else _here
-        for number, outcome in step(waiting, workers):
+        use_workers = workers > 0 and len(waiting) >= MIN_VOLUMES_FOR_WORKERS
+        here = ((number, _build_case(job)) for number, job in waiting.items())
+        for number, outcome in _in_workers(waiting, workers) if use_workers else here:
+            watchdog.reset()
             if outcome is None:
                 busy[number] = waiting[number]
             else:
@@ -236,13 +224,8 @@ def _run(jobs: dict[int, Job], workers: int) -> Iterator[tuple[int, Built | Fail
         waiting = busy
 
 
-def _here(jobs: dict[int, Job], workers: int) -> Iterator[tuple[int, Built | Failure | None]]:
-    for number, job in jobs.items():
-        yield number, _build_case(job)
-
-
 def _in_workers(jobs: dict[int, Job], workers: int) -> Iterator[tuple[int, Built | Failure | None]]:
-    """Yield as `_here`, from worker processes.
+    """Yield (number, outcome) for each job from worker processes; None for a job of another process.
 
     If a worker dies (out of memory, a crash in a library), the jobs that were running are tried again one by one, and
     the one that kills its worker is a failure.
@@ -250,19 +233,18 @@ def _in_workers(jobs: dict[int, Job], workers: int) -> Iterator[tuple[int, Built
     waiting = list(jobs.items())
     suspects: list[tuple[int, Job]] = []
     while waiting or suspects:
-        alone = bool(suspects)
-        queue = suspects if alone else waiting
+        queue, limit = (suspects, 1) if suspects else (waiting, workers)
         running: dict[Future, tuple[int, Job]] = {}
-        pool = _pool(1 if alone else min(workers, len(queue)))
+        pool = _pool(limit)
         try:
-            yield from _drain(pool, queue, running, limit=1 if alone else workers)
+            yield from _drain(pool, queue, running, limit)
         except BrokenProcessPool:
-            if alone:
+            if queue is waiting:
+                suspects = list(running.values())
+            else:
                 ((number, job),) = running.values()
                 reason = "the process that read it died (out of memory, or a crash in a library)"
                 yield number, Failure(job.case, f"{job.case.image}: {reason}")
-            else:
-                suspects = list(running.values())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -277,6 +259,7 @@ def _drain(
             running[pool.submit(_build_case, job)] = number, job
         done, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
+            # before it leaves `running`, for it may raise BrokenProcessPool
             outcome = future.result()
             yield running.pop(future)[0], outcome
 
@@ -335,7 +318,7 @@ def _build_locked(job: Job) -> Built | Failure:
             return Failure(case, str(error), lasting=True)
     volume = open_volume(folder, case)
     records[0] = replace(records[0], content=volume.content_hash)
-    return Built(volume, records, fresh, peak_memory())
+    return Built(case, volume, records, fresh, peak_memory())
 
 
 def peak_memory() -> int:
@@ -385,11 +368,8 @@ def _as_scanned(image: MetaTensor) -> dict[str, Any]:
     """Return shape, spacing, and percentiles of a million voxels of the first channel."""
     voxels = image.as_tensor()[0].flatten()
     percentiles = np.percentile(voxels[:: max(1, len(voxels) // 1_000_000)].numpy(), PERCENTILES)
-    return {
-        "shape": list(image.shape[1:]),
-        "spacing": _round(image.pixdim),
-        "percentiles": percentiles.round(3).tolist(),
-    }
+    shape, spacing = list(image.shape[1:]), _round(image.pixdim)
+    return {"shape": shape, "spacing": spacing, "percentiles": percentiles.round(3).tolist()}
 
 
 def _write_points(path: Path, label: np.ndarray) -> None:

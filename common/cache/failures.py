@@ -9,9 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from common.cache.jsonlines import append_records, read_records
 from common.data.datalist import Case
 
 
@@ -23,23 +21,10 @@ class Failure:
     reason: str
     lasting: bool = False
 
-
-class FailureLog:
-    """The file `failures.jsonl`, one line per failure."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._reasons = {r["key"]: r["reason"] for r in read_records(path) if "key" in r and "reason" in r}
-
-    def reason(self, key: str) -> str | None:
-        """Return why the volume of this key (files, their state, settings) cannot be used, None if it is not known."""
-        return self._reasons.get(key)
-
-    def add(self, key: str, failure: Failure) -> None:
-        """Append a failure to the file."""
-        record = {"key": key, "name": failure.case.name, "image": str(failure.case.image), "reason": failure.reason}
-        self._reasons[key] = failure.reason
-        append_records(self.path, [record | {"time": time.strftime("%Y-%m-%dT%H:%M:%S")}])
+    def record(self, key: str) -> dict[str, str]:
+        """Return the line of `failures.jsonl`. `key` identifies the files, their state and the settings."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%S")
+        return {"key": key, "name": self.case.name, "image": str(self.case.image), "reason": self.reason, "time": now}
 
 
 def failure_table(failures: Sequence[Failure], limit: int = 100) -> str:

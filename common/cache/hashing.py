@@ -1,16 +1,14 @@
 """Hashes of files and of voxels, and an index of them, so that a known file is not read again."""
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from common.cache.jsonlines import append_records, read_records
+from common.cache.jsonlines import JsonLines
 from common.data import dicom
 from common.errors import InputError
 from common.files import file_sha256
@@ -36,8 +34,7 @@ class FileRecord:
 def file_record(path: Path) -> FileRecord:
     """Return the record of a file. InputError if it cannot be read."""
     try:
-        state = file_state(path)
-        return FileRecord(str(path.absolute()), state, file_hash(path))
+        return FileRecord(str(path.absolute()), file_state(path), file_hash(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file or folder") from None
     except OSError as error:
@@ -82,27 +79,17 @@ def _is_whole(values: torch.Tensor) -> bool:
     return bool(((values - rounded).abs() < 1e-3).all()) and float(rounded.abs().max()) < 2**31
 
 
-class HashIndex:
+class HashIndex(JsonLines):
     """The file `index.jsonl`, which holds a record for every file that was read."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self._records: dict[str, FileRecord] = {}
-        for fields in read_records(path):
-            # another version of the index may have other fields
-            with contextlib.suppress(TypeError):
-                record = FileRecord(**fields)
-                self._records[record.path] = record
+        super().__init__(path, key="path")
 
     def get(self, path: Path) -> FileRecord | None:
         """Return the record of a file, None if the file is unknown or has changed since it was added."""
-        record = self._records.get(str(path.absolute()))
+        fields = self.records.get(str(path.absolute()))
         try:
-            return record if record and record.state == file_state(path) else None
-        except OSError:
+            return FileRecord(**fields) if fields and fields["state"] == file_state(path) else None
+        # no such file, or a record that another version of this code wrote
+        except (OSError, TypeError, KeyError):
             return None
-
-    def add(self, records: Sequence[FileRecord]) -> None:
-        """Append records to the file."""
-        self._records |= {record.path: record for record in records}
-        append_records(self.path, map(vars, records))

@@ -7,11 +7,10 @@ the alternatives.
 import os
 import shutil
 import socket
-import threading
 import uuid
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +75,10 @@ def write_image(folder: Path, image: Any, preprocessing: Preprocessing) -> tuple
     scale, offset = quantisation_of(preprocessing)
     spacing = [float(mm) for mm in image.pixdim]
     level, shapes = image.as_tensor(), []
-    numbers = quantise(level, preprocessing)
-    error = float(torch.from_numpy(numbers).float().mul_(scale).add_(offset).sub_(level).abs_().max())
     for number in range(MAX_LEVELS):
-        if number:
-            numbers = quantise(level, preprocessing)
+        numbers = quantise(level, preprocessing)
+        if number == 0:
+            error = float(torch.from_numpy(numbers).float().mul_(scale).add_(offset).sub_(level).abs_().max())
         write(folder / level_name(number), numbers)
         shapes.append(list(level.shape[1:]))
         smaller = reduced_shape(level.shape[1:], spacing)
@@ -113,10 +111,9 @@ def halve(x: torch.Tensor, axis: int) -> torch.Tensor:
     # a new voxel covers n / half <= 2 old ones, so it touches at most 3
     for offset in range(3):
         left, right = torch.maximum(edges[:-1], first + offset), torch.minimum(edges[1:], first + offset + 1)
-        weight = (
-            ((right - left).clamp(min=0) * half / n).float().reshape([-1 if a == axis else 1 for a in range(x.ndim)])
-        )
-        total += x.index_select(axis, (first + offset).clamp(max=n - 1).long()).mul_(weight)
+        weight = ((right - left).clamp(min=0) * half / n).float()
+        old = x.index_select(axis, (first + offset).clamp(max=n - 1).long())
+        total += old.mul_(weight.reshape([-1 if a == axis else 1 for a in range(x.ndim)]))
     return total
 
 
@@ -173,31 +170,17 @@ def read_box(path: Path, start: Sequence[int], size: Sequence[int], outside: int
     return box
 
 
-_arrays: OrderedDict[Path, Any] = OrderedDict()
-_owner = os.getpid()
-_lock = threading.Lock()
-
-
 def _open(path: Path) -> Any:
-    """Return the array at `path`, opened once per process (a forked worker opens its own).
+    return _open_once(path, os.getpid())
 
-    Of more than `MAX_OPEN` arrays the least recently used are closed.
-    """
-    global _owner
-    with _lock:
-        if _owner != os.getpid():
-            _arrays.clear()
-            _owner = os.getpid()
-        array = _arrays.pop(path, None)
-        if array is None:
-            try:
-                array = blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
-            except Exception as error:
-                raise _damaged(path, error) from None
-        _arrays[path] = array
-        while len(_arrays) > MAX_OPEN:
-            _arrays.popitem(last=False)
-        return array
+
+@lru_cache(maxsize=MAX_OPEN)
+def _open_once(path: Path, pid: int) -> Any:
+    """Return the array at `path`. Each process opens its own, and closes the least recently used ones."""
+    try:
+        return blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
+    except Exception as error:
+        raise _damaged(path, error) from None
 
 
 def _damaged(path: Path, error: Exception) -> InputError:

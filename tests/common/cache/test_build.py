@@ -1,5 +1,6 @@
 """The cache returns what the preprocessing made, notices every change, and is never incomplete."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -164,12 +165,13 @@ def test_volumes_work_in_other_processes(case, tmp_path, method):
 
 
 def test_more_volumes_than_open_arrays(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "MAX_OPEN", 2)
+    opened = functools.lru_cache(maxsize=2)(storage._open_once.__wrapped__)
+    monkeypatch.setattr(storage, "_open_once", opened)
     cases = [Case(str(seed), nifti(tmp_path / f"{seed}.nii", seed=seed)) for seed in range(4)]
     volumes = build.build_cache(cases, Preprocessing(), tmp_path / "cache")
     first = [full(volume) for volume in volumes]
     assert all(torch.equal(full(volume), wanted) for volume, wanted in zip(volumes, first))
-    assert len(storage._arrays) <= 2
+    assert opened.cache_info().currsize == 2 < opened.cache_info().misses
 
 
 def test_a_bad_case_is_reported_and_the_others_are_built(case, tmp_path):
