@@ -216,7 +216,6 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         make_optimizer=partial(
             make_optimizer, weight_decay=config.optim.weight_decay, layer_decay=config.optim.layer_decay
         ),
-        recorded=to_dict(config),
         after_epoch=after_epoch,
     )
     path = trainer.fit()

@@ -4,6 +4,7 @@ A method of your own is one entry in `METHODS`; docs/extending.md shows an examp
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,12 +18,13 @@ from common.training.schedules import cosine, linear
 from common.training.settings import BatchPlan, LoopSettings
 from Finetune import models_3dvit
 from Finetune.models_3dvit import VisionTransformer3D
+from Finetune.models_convvit3d import ConvViT3D
 from Pretrain import models_mim
 from Pretrain.catalog import DataSettings
 from Pretrain.data import InputStatistics
 from Pretrain.models_glmae import GLMAE, TERMS, GLMAESettings
 from Pretrain.models_mae import MAE, ViTSettings
-from Pretrain.models_mim import MiMSettings
+from Pretrain.models_mim import MiM, MiMSettings
 from Pretrain.views import ViewSettings, ViewSpec
 
 
@@ -30,9 +32,7 @@ from Pretrain.views import ViewSettings, ViewSpec
 class EncoderSettings:
     """Settings of encoder and decoder that all methods share."""
 
-    model: Literal["tiny", "small", "base", "large", "huge"] = setting(
-        "base", "size of the encoder (MiM has tiny and base)"
-    )
+    model: Literal["tiny", "small", "base", "large", "huge"] = setting("base", "size; MiM has tiny and base")
     patch_size: tuple[int, int, int] = setting((16, 16, 16), "voxels of a patch (D H W)", least=1)
     num_heads: int | None = setting(None, "attention heads; none: those of the model", least=1)
     decoder_embed_dim: int = setting(576, "width of the decoder", least=1)
@@ -49,9 +49,7 @@ class PretrainSettings(LoopSettings):
     """Settings of a pretraining run that do not depend on the method. `settings_class` adds those of the methods."""
 
     method: str = setting("glmae", "the pretraining method")
-    loader_only: bool = setting(
-        False, "measure data loading alone over one epoch and stop: volumes and views per second, bytes read"
-    )
+    loader_only: bool = setting(False, "measure the speed of data loading alone over one epoch, and stop")
     data: DataSettings = group(DataSettings, "Data")
     views: ViewSettings = group(ViewSettings, "Views")
     encoder: EncoderSettings = group(EncoderSettings, "Encoder and decoder")
@@ -81,18 +79,12 @@ class MethodEntry:
 
 def settings_class() -> type[PretrainSettings]:
     """Return `PretrainSettings` with the settings of every method in `METHODS`, each used by its methods only."""
-    users: dict[str, list[str]] = {}
-    classes: dict[str, type] = {}
-    for name, entry in METHODS.items():
-        for attribute, cls in entry.settings.items():
-            users.setdefault(attribute, []).append(name)
-            classes[attribute] = cls
-    groups = [
-        (attribute, cls, group(cls, TITLES.get(attribute, attribute), method=tuple(users[attribute])))
-        for attribute, cls in classes.items()
-    ]
-    method = ("method", Literal[tuple(METHODS)], setting("glmae", "the pretraining method"))
-    return dataclasses.make_dataclass("PretrainSettings", [method, *groups], bases=(PretrainSettings,), kw_only=True)
+    classes = {attribute: cls for entry in METHODS.values() for attribute, cls in entry.settings.items()}
+    fields = [("method", Literal[tuple(METHODS)], setting("glmae", "the pretraining method"))]
+    for attribute, cls in classes.items():
+        users = tuple(name for name, entry in METHODS.items() if attribute in entry.settings)
+        fields.append((attribute, cls, group(cls, TITLES.get(attribute, attribute), method=users)))
+    return dataclasses.make_dataclass("PretrainSettings", fields, bases=(PretrainSettings,), kw_only=True)
 
 
 def build_task(settings: PretrainSettings, plan: BatchPlan, inputs: InputStatistics | None = None) -> Task:
@@ -110,32 +102,27 @@ def build_task(settings: PretrainSettings, plan: BatchPlan, inputs: InputStatist
         raise InputError(f"--method {settings.method}: {error}") from None
 
 
+def arguments_of(function: Callable, *groups: Any) -> dict[str, Any]:
+    """Return the settings of `groups` that are parameters of `function`, without those that are none."""
+    values = {name: value for settings in groups for name, value in vars(settings).items() if value is not None}
+    return {name: values[name] for name in inspect.signature(function).parameters if name in values}
+
+
 # ---------------------------------------------------------------- MAE and GL-MAE
 
 
 def build_vit(settings: Any, inputs: InputStatistics | None = None) -> VisionTransformer3D:
     """Return the ViT with its decoder. Its position table is that of a local view, the size used in fine-tuning."""
-    encoder = settings.encoder
-    sizes = {"embed_dim": settings.vit.embed_dim, "depth": settings.vit.depth, "num_heads": encoder.num_heads}
-    factory = getattr(models_3dvit, f"vit_{encoder.model}_patch16_3d")
+    factory = getattr(models_3dvit, f"vit_{settings.encoder.model}_patch16_3d")
     vit = factory(
         img_size=settings.views.local_size,
-        patch_size=encoder.patch_size,
         in_chans=settings.data.preprocessing.channels,
         encoder_only=False,
-        decoder_embed_dim=encoder.decoder_embed_dim,
-        decoder_depth=encoder.decoder_depth,
-        decoder_num_heads=encoder.decoder_num_heads,
-        **given(sizes),
+        **arguments_of(VisionTransformer3D, settings.encoder, settings.vit),
     )
     if inputs:
         vit.standardize_input(inputs.mean, inputs.std)
     return vit
-
-
-def given(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Drop the settings that are none, so that a factory's own value is used."""
-    return {name: value for name, value in sizes.items() if value is not None}
 
 
 def local_spec(views: ViewSettings) -> ViewSpec:
@@ -154,23 +141,13 @@ def build_glmae(settings: Any, plan: BatchPlan, inputs: InputStatistics | None =
     vit = build_vit(settings, inputs)
     if not {"rec_global", "rec_local"} & set(weights):
         vit.remove_decoder()
-    method = GLMAE(
-        vit,
-        terms=tuple(weights),
-        mask_ratio_global=glmae.mask_ratio_global,
-        mask_ratio_local=settings.vit.mask_ratio_local,
-        norm_pix_loss=settings.encoder.norm_pix_loss,
-        consistency=glmae.consistency,
-        gg_pairs=glmae.gg_pairs,
-        hidden_dim=glmae.hidden_dim,
-        bottleneck_dim=glmae.bottleneck_dim,
-        out_dim=glmae.out_dim,
-        student_temp=glmae.student_temp,
-        teacher_temp=scheduled(linear, glmae.teacher_temp, glmae.teacher_temp_epochs * plan.steps_per_epoch),
-        momentum=scheduled(cosine, glmae.momentum, plan.total_steps),
-        center_momentum=glmae.center_momentum,
-        freeze_last_layer=round(glmae.freeze_last_layer * plan.steps_per_epoch),
-    )
+    per_step = {
+        "teacher_temp": scheduled(linear, glmae.teacher_temp, glmae.teacher_temp_epochs * plan.steps_per_epoch),
+        "momentum": scheduled(cosine, glmae.momentum, plan.total_steps),
+        "freeze_last_layer": round(glmae.freeze_last_layer * plan.steps_per_epoch),
+    }
+    arguments = arguments_of(GLMAE, glmae, settings.vit, settings.encoder)
+    method = GLMAE(vit, **(arguments | per_step), terms=tuple(weights))
     return Task(method, specs, lambda step: weights)
 
 
@@ -198,29 +175,13 @@ def build_mim(settings: Any, plan: BatchPlan, inputs: InputStatistics | None = N
         raise InputError(f"--model {encoder.model}: --method mim has tiny and base")
     if encoder.patch_size != (16, 16, 16):
         raise InputError(f"--patch_size {encoder.patch_size}: --method mim has patches of 16 voxels")
-    num_heads = encoder.num_heads
-    if mim.embed_dims and not num_heads:
+    arguments = arguments_of(ConvViT3D, mim, encoder)
+    if mim.embed_dims and not encoder.num_heads:
         # fine-tuning assumes the same where the number was not recorded
-        num_heads = max(1, mim.embed_dims[3] // 32)
+        arguments["num_heads"] = max(1, mim.embed_dims[3] // 32)
     factory = getattr(models_mim, f"mim_convvit3d_{encoder.model}_patch16")
-    method = factory(
-        img_size=views.local_size,
-        in_chans=settings.data.preprocessing.channels,
-        decoder_embed_dim=encoder.decoder_embed_dim,
-        decoder_depth=encoder.decoder_depth,
-        decoder_num_heads=encoder.decoder_num_heads,
-        group=mim.group,
-        num_mid=mim.num_mid,
-        num_down=mim.num_down,
-        down_parts=mim.down_parts,
-        mask_ratio_up=mim.mask_ratio_up,
-        mask_ratio_mid=mim.mask_ratio_mid,
-        mask_ratio_down=mim.mask_ratio_down,
-        align=mim.align,
-        temperature=mim.align_temp,
-        norm_pix_loss=encoder.norm_pix_loss,
-        **given({"embed_dims": mim.embed_dims, "depths": mim.depths, "num_heads": num_heads}),
-    )
+    channels = settings.data.preprocessing.channels
+    method = factory(img_size=views.local_size, in_chans=channels, **arguments, **arguments_of(MiM, mim, encoder))
     if inputs:
         method.encoder.standardize_input(inputs.mean, inputs.std)
     size = tuple(mim.group * n for n in views.local_size)

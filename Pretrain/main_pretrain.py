@@ -57,13 +57,13 @@ def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path | None:
     task = build_task(settings, plan, inputs)
     dataset = ViewDataset(volumes, task.specs, settings.seed)
     peak_lr = settings.optim.peak_lr(plan.batch * task.views)
+    warmup = round(settings.optim.warmup_epochs * plan.steps_per_epoch)
     print_main(summary(settings, run, plan, len(volumes), task.views, peak_lr))
     if settings.loader_only:
         return measure(settings, run, plan, dataset, task.views)
     encoder = task.method.encoder
     encoder.set_grad_checkpointing(settings.precision.grad_checkpointing)
-    fingerprint = {"data": digest([v.content_hash for v in volumes]), "views": digest([task.specs])}
-    recorded = to_dict(settings)
+    hashes = [volume.content_hash for volume in volumes]
     draw = Reconstructions(settings, plan, dataset, encoder.patch_size)
     trainer = Trainer(
         task.method,
@@ -71,18 +71,11 @@ def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path | None:
         settings,
         run,
         plan,
-        learning_rate=partial(
-            warmup_cosine,
-            total=plan.total_steps,
-            warmup=round(settings.optim.warmup_epochs * plan.steps_per_epoch),
-            peak=peak_lr,
-        ),
+        learning_rate=partial(warmup_cosine, total=plan.total_steps, warmup=warmup, peak=peak_lr),
         loss_weights=task.loss_weights,
         make_optimizer=partial(build_optimizer, weight_decay=settings.optim.weight_decay),
-        args=recorded
-        | {"grid_size": list(encoder.grid_size), "data": [v.content_hash for v in volumes], "inputs": to_dict(inputs)},
-        data_fingerprint=fingerprint,
-        recorded=recorded,
+        args=to_dict(settings) | {"grid_size": list(encoder.grid_size), "data": hashes, "inputs": to_dict(inputs)},
+        data_fingerprint={"data": digest(hashes), "views": digest([task.specs])},
         **({"after_epoch": draw} if run.rank == 0 else {}),
     )
     return trainer.fit()
@@ -92,9 +85,7 @@ def prepare_volumes(settings: PretrainSettings) -> list[CachedVolume]:
     """Return the cached volumes. The first process builds what is missing, the others wait."""
     data = settings.data
     with distributed.main_first(), Watchdog(settings.hang_minutes):
-        return build_cache(
-            data.cases(), data.preprocessing, data.cache_dir, settings.workers, skip_failures=data.allow_failures
-        )
+        return build_cache(data.cases(), data.preprocessing, data.cache_dir, settings.workers, data.allow_failures)
 
 
 def summary(
@@ -115,7 +106,7 @@ def measure(
     sampler = StreamSampler(len(dataset), plan.micro_batch, plan.accum, run.rank, run.world_size, settings.seed)
     sampler.stop = plan.steps_per_epoch
     loader = build_loader(dataset, sampler, settings.workers, run.device)
-    print_main(str(measure_loader(loader, lambda batch: (len(batch["key"]), len(batch["key"]) * views))))
+    print_main(measure_loader(loader, lambda batch: len(batch["key"]), views))
 
 
 @dataclass(frozen=True)
@@ -131,12 +122,9 @@ class Reconstructions:
     patch_size: tuple[int, int, int]
 
     def __call__(self, epoch: int, log: RunLog, method: Method) -> dict[str, float]:
-        settings = self.settings
-        if (epoch + 1) % settings.checkpoints.save_every == 0 or epoch + 1 == settings.epochs:
-            self.draw(epoch, log, method)
-        return {}
-
-    def draw(self, epoch: int, log: RunLog, method: Method) -> None:
+        done = epoch + 1
+        if done % self.settings.checkpoints.save_every and done != self.settings.epochs:
+            return {}
         sample = torch.utils.data.default_collate([self.dataset[(0, 0)]])
         method.eval()
         with torch.no_grad():
@@ -144,7 +132,8 @@ class Reconstructions:
         if rows:
             pixels = picture(rows, self.patch_size, self.settings.encoder.norm_pix_loss)
             save_picture(self.settings.out_dir / f"reconstruction-{epoch}.png", pixels)
-            log.add_image("reconstruction", pixels, (epoch + 1) * self.plan.steps_per_epoch - 1)
+            log.add_image("reconstruction", pixels, done * self.plan.steps_per_epoch - 1)
+        return {}
 
 
 def save_picture(path: Path, pixels: np.ndarray) -> None:

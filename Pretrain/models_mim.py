@@ -221,7 +221,7 @@ class MiM(Method):
             parent). Children pass through a trainable head and parents do not, so a constant is no solution.
             `published`: as the authors' code computes it (the mid level aligned with itself, the down level with its
             parent's mean), for comparison.
-        temperature: of `infonce`.
+        align_temp: temperature of `infonce`.
         norm_pix_loss: normalise the target of each patch.
         decoder_embed_dim, decoder_depth, decoder_num_heads: sizes of the decoder.
 
@@ -241,7 +241,7 @@ class MiM(Method):
         num_down: int = 4,
         down_parts: int | None = None,
         align: Align = "cosine",
-        temperature: float = 0.2,
+        align_temp: float = 0.2,
         norm_pix_loss: bool = True,
         decoder_embed_dim: int = 576,
         decoder_depth: int = 8,
@@ -268,7 +268,7 @@ class MiM(Method):
             if self.keep[level] == places[level]:
                 raise ValueError(f"mask_ratio_{level} {ratios[level]} removes none of {places[level]} places")
         self.group, self.num_mid, self.num_down = group, num_mid, num_down
-        self.align, self.temperature, self.norm_pix_loss = align, temperature, norm_pix_loss
+        self.align, self.align_temp, self.norm_pix_loss = align, align_temp, norm_pix_loss
         self.num_parts = 2 + self.down_parts
 
         self.encoder = encoder
@@ -373,7 +373,7 @@ class MiM(Method):
     def _align(self, child: Tensor, keys: Tensor, labels: Tensor) -> Tensor:
         if self.align == "cosine":
             return align_cosine(child, keys, labels)
-        return align_infonce(child, keys, labels, self.temperature)
+        return align_infonce(child, keys, labels, self.align_temp)
 
     @staticmethod
     def _noise(keys: Tensor, stream: int, volumes: int, tokens: int) -> Tensor:

@@ -4,7 +4,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +15,24 @@ from common.data.sampler import StreamSampler
 from common.runlog import progress
 
 
-@dataclass(frozen=True)
-class LoaderSpeed:
-    """The speed of a loader without a model.
-
-    `waited` are the seconds in which the caller had no batch. `bytes_read` are those that this process and its workers
-    read from disk, 0 if all came from the page cache.
-    """
-
-    batches: int
-    volumes: int
-    crops: int
-    seconds: float
-    waited: float
-    bytes_read: int
-
-    def __str__(self) -> str:
-        share, read = 100 * self.waited / self.seconds, self.bytes_read / 1e6
-        return (
-            f"loader alone: {self.batches} batches in {self.seconds:.1f} s; "
-            f"{self.volumes / self.seconds:.2f} volumes/s, {self.crops / self.seconds:.1f} crops/s; "
-            f"waiting for data {share:.0f} % of the time; {read:.1f} MB read from disk ({read / self.seconds:.1f} MB/s)"
-        )
-
-
-def measure_loader(
-    loader: Iterable[Any],
-    sizes: Callable[[Any], tuple[int, int]],
-    max_batches: int | None = None,
-    work: Callable[[Any], None] | None = None,
-) -> LoaderSpeed:
-    """Iterate over `loader` and return its speed, measured after the first batch, when the workers have started.
+def measure_loader(loader: Iterable[Any], volumes_in: Callable[[Any], int], crops: int) -> str:
+    """Iterate over `loader` and return its speed as text, measured from the second batch on: then the workers run.
 
     Args:
-        sizes: returns the numbers of volumes and crops in a batch.
-        max_batches: stop after so many batches.
-        work: called with every batch, in place of a training step.
+        volumes_in: returns the number of volumes in a batch.
+        crops: number of crops of a volume.
     """
     iterator = iter(loader)
-    bar = progress(desc="loader", total=max_batches, unit="batch")
     next(iterator, None)
-    workers = [w.pid for w in getattr(iterator, "_workers", ())]
-    before, start, waited = disk_bytes(workers), time.perf_counter(), 0.0
-    batches = volumes = crops = 0
-    while max_batches is None or batches < max_batches:
-        began = time.perf_counter()
-        batch = next(iterator, None)
-        waited += time.perf_counter() - began
-        if batch is None:
-            break
-        batches, (more, cut) = batches + 1, sizes(batch)
-        volumes, crops = volumes + more, crops + cut
-        if work:
-            work(batch)
-        bar.update()
-    bar.close()
+    workers = [worker.pid for worker in getattr(iterator, "_workers", ())]
+    before, start = disk_bytes(workers), time.perf_counter()
+    counts = [volumes_in(batch) for batch in progress(iterator, "loader", unit="batch")]
     seconds = max(time.perf_counter() - start, 1e-9)
-    return LoaderSpeed(batches, volumes, crops, seconds, waited, max(disk_bytes(workers) - before, 0))
+    rate, read = sum(counts) / seconds, max(disk_bytes(workers) - before, 0) / 1e6
+    return (
+        f"loader alone: {len(counts)} batches in {seconds:.1f} s; {rate:.2f} volumes/s, {rate * crops:.1f} crops/s; "
+        f"{read:.1f} MB read from disk ({read / seconds:.1f} MB/s)"
+    )
 
 
 def disk_bytes(workers: Iterable[int] = ()) -> int:

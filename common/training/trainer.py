@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common import checkpoint, distributed
+from common.config import to_dict
 from common.data.loader import build_loader
 from common.data.sampler import StreamSampler, mix
 from common.distributed import Run
@@ -49,12 +50,11 @@ class Trainer:
         method: on any device; it is moved to that of `run`, and sharded with `--fsdp`.
         dataset: `dataset[(position, index)]` returns a sample whose randomness is drawn from (`dataset.seed`,
             position); `dataset.name(index)` returns the name of its volume.
-        settings: those of the loop; a program's own settings go into `args` and `recorded`.
+        settings: those of the program, also written to settings.yaml.
         learning_rate, loss_weights: functions of the step.
         make_optimizer: called with the method when its parameters are final (on their device, sharded).
         args: what the checkpoint stores as `args`, in plain types.
         data_fingerprint: plain values that identify the data. A checkpoint with other values is refused on resume.
-        recorded: all settings of the program as a flat mapping, written to settings.yaml.
         after_epoch: called on every rank after each epoch with its number, the log and the method (a copy with full
             weights under `--fsdp`), for validation and pictures. What it returns is added to the epoch's log line. A
             resumed run may call it again for the same epoch. It should pass long loops through `until_stopped`.
@@ -73,13 +73,11 @@ class Trainer:
         make_optimizer: Callable[[Method], torch.optim.Optimizer],
         args: dict[str, Any],
         data_fingerprint: dict[str, Any],
-        recorded: dict[str, Any],
         after_epoch: AfterEpoch = lambda epoch, log, method: {},
     ):
         self.method, self.dataset, self.settings, self.run, self.plan = method, dataset, settings, run, plan
         self.learning_rate, self.loss_weights, self.after_epoch = learning_rate, loss_weights, after_epoch
-        self.args, self.recorded = args, recorded
-        self.out_dir = Path(settings.out_dir)
+        self.args, self.out_dir = args, Path(settings.out_dir)
         # equal in all parts of a run, or the same steps would mean other data
         self.invariants = {
             "seed": settings.seed,
@@ -155,7 +153,7 @@ class Trainer:
         self._save_start(found[0] if found else None)
         if self.run.rank == 0:
             remove_requeue_marker(self.out_dir)
-            save_bytes(self.out_dir / SETTINGS, yaml.safe_dump(self.recorded, sort_keys=False).encode())
+            save_bytes(self.out_dir / SETTINGS, yaml.safe_dump(to_dict(self.settings), sort_keys=False).encode())
 
     def _open_log(self) -> RunLog:
         return RunLog(self.out_dir, self.state.step, self.state.epoch, self.state.rollbacks)

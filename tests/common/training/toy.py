@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from common import checkpoint
-from common.config import from_dict, to_dict
+from common.config import from_dict
 from common.data.sampler import generator
 from common.distributed import Run
 from common.training.method import Method
@@ -91,7 +91,6 @@ def run_toy(out_dir, method=None, run=CPU, data="twelve numbers", after_epoch=No
         args={"note": "toy"},
         data_fingerprint={"data": data},
         make_optimizer=partial(build_optimizer, weight_decay=settings.optim.weight_decay),
-        recorded=to_dict(settings),
         **({"after_epoch": after_epoch} if after_epoch else {}),
     )
     return method, checkpoint.load(trainer.fit())
