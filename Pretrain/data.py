@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common.cache.volume import CachedVolume
 from common.data.sampler import generator, mix
-from Pretrain.views import ViewSpec, Volume, crop, draw_box
+from Pretrain.views import ViewSpec, crop, draw_box
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ViewDataset(Dataset):
     student see the same voxels.
     """
 
-    def __init__(self, volumes: Sequence[Volume], specs: dict[str, ViewSpec], seed: int = 0):
+    def __init__(self, volumes: Sequence[CachedVolume], specs: dict[str, ViewSpec], seed: int = 0):
         self.volumes, self.specs, self.seed = volumes, {k: s for k, s in specs.items() if s.count}, seed
 
     def __len__(self) -> int:

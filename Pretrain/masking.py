@@ -4,6 +4,8 @@ Randomness comes from a key per sample (int64, in the batch) instead of a genera
 then the same on any number of ranks, in any micro-batch, on CPU and CUDA, and after a restart. Our choice.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -33,16 +35,22 @@ def uniform(keys: Tensor, count: int) -> Tensor:
     return _shift(bits, 40).float() / (1 << 24)
 
 
-def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep the `keep` patches of lowest noise (B, N).
+class Masking(NamedTuple):
+    """Kept patches in the order of their noise, and what sorts [kept, removed] back into raster order."""
 
-    Returns ids_keep (B, K) in the order of their noise; ids_restore (B, N), which sorts [kept, removed] back into
-    raster order; mask (B, N) float, 1 = removed.
-    """
+    # (B, K)
+    ids_keep: Tensor
+    # (B, N)
+    ids_restore: Tensor
+    # (B, N) float, 1 = removed
+    mask: Tensor
+
+
+def random_masking(noise: Tensor, keep: int) -> Masking:
+    """Keep the `keep` patches of lowest noise (B, N)."""
     ids_shuffle = noise.argsort(dim=1, stable=True)
     ids_restore = ids_shuffle.argsort(dim=1)
-    mask = (ids_restore >= keep).float()
-    return ids_shuffle[:, :keep], ids_restore, mask
+    return Masking(ids_shuffle[:, :keep], ids_restore, (ids_restore >= keep).float())
 
 
 def _signed(number: int) -> int:

@@ -41,24 +41,16 @@ class GLMAESettings:
     weight_rec_local: float = setting(1.0, "weight of the local reconstruction", least=0)
     weight_global_global: float = setting(1.0, "weight of the global-to-global consistency", least=0)
     weight_global_local: float = setting(1.0, "weight of the global-to-local consistency", least=0)
-    consistency: Literal["ce", "byol"] = setting(
-        "ce", "ce: cross-entropy over prototypes; byol: 2 - 2 cos with a predictor"
-    )
-    gg_pairs: Literal["all", "same"] = setting(
-        "all", "global-to-global: all pairs of views, or each view with its own masked copy"
-    )
+    consistency: Literal["ce", "byol"] = setting("ce", "ce: cross-entropy over prototypes; byol: cosine with predictor")
+    gg_pairs: Literal["all", "same"] = setting("all", "pairs of global views; same: a view and its masked copy")
 
     out_dim: int = setting(4096, "prototypes of the projection head", least=1)
     hidden_dim: int = setting(2048, "hidden width of the projection head", least=1)
     bottleneck_dim: int = setting(256, "width of the embedding before the prototypes", least=1)
     student_temp: float = setting(0.1, "temperature of the student", above=0)
-    teacher_temp: tuple[float, float] = setting(
-        (0.04, 0.07), "temperature of the teacher at the start and after its warm-up", above=0
-    )
-    teacher_temp_epochs: float = setting(30.0, "epochs of that warm-up", least=0)
-    momentum: tuple[float, float] = setting(
-        (0.996, 1.0), "EMA momentum of the teacher at the start and at the end", least=0, most=1
-    )
+    teacher_temp: tuple[float, float] = setting((0.04, 0.07), "temperature of the teacher: start, end", above=0)
+    teacher_temp_epochs: float = setting(30.0, "epochs from its start to its end", least=0)
+    momentum: tuple[float, float] = setting((0.996, 1.0), "EMA momentum of the teacher: start, end", least=0, most=1)
     center_momentum: float = setting(0.9, "momentum of the teacher's centre", least=0, most=1)
     freeze_last_layer: float = setting(1.0, "epochs during which the prototypes are not trained", least=0)
 
@@ -146,7 +138,7 @@ class GLMAE(Method):
         super().__init__()
         unknown = set(terms) - set(TERMS)
         if unknown or not terms:
-            raise ValueError(f"terms: found {tuple(terms)}, allowed: at least one of {', '.join(TERMS)}")
+            raise ValueError(f"terms: found {tuple(terms)}, expected at least one of {', '.join(TERMS)}")
         self.terms, self.norm_pix_loss = tuple(terms), norm_pix_loss
         self.mask_ratio = {"global": checked_ratio(mask_ratio_global), "local": checked_ratio(mask_ratio_local)}
         self.consistency, self.gg_pairs = consistency, gg_pairs
@@ -167,8 +159,8 @@ class GLMAE(Method):
                     nn.Linear(bottleneck_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim)
                 )
             self.register_buffer("center", torch.zeros(1, prototypes or bottleneck_dim))
-        self._center_sum: Tensor | None = None
-        self._center_count = 0
+        # mean logits of the teacher, (1, K) per pass of this update
+        self._teacher_means: list[Tensor] = []
 
     @property
     def is_consistent(self) -> bool:
@@ -188,10 +180,14 @@ class GLMAE(Method):
     def forward(self, batch: Batch, step: int = 0, part: int = 0) -> dict[str, Tensor]:
         values, student = {}, {}
         for kind in ("global", "local"):
-            if f"rec_{kind}" in self.terms or f"global_{kind}" in self.terms:
-                cls_tokens = self._student_pass(batch, kind, values)  # (views*B, C)
-                if f"global_{kind}" in self.terms:
-                    student[kind] = self._project(cls_tokens).unflatten(0, (-1, len(batch["key"])))  # (views, B, K)
+            if not {f"rec_{kind}", f"global_{kind}"} & set(self.terms):
+                continue
+            x, visible = self._masked_views(batch, kind)
+            if f"rec_{kind}" in self.terms:
+                values[f"rec_{kind}"], _ = reconstruct(self.encoder, x, visible, self.norm_pix_loss)
+            if f"global_{kind}" in self.terms:
+                projected = self._project(visible.tokens[:, 0])  # (views*B, K)
+                student[kind] = projected.unflatten(0, (-1, len(batch["key"])))  # (views, B, K)
         return values | self._consistency(batch, step, student) if student else values
 
     def _consistency(self, batch: Batch, step: int, student: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -208,13 +204,6 @@ class GLMAE(Method):
             values |= {f"monitor/{name}": value for name, value in monitors.items()}
             values["monitor/center_norm"] = self.center.norm()
         return values
-
-    def _student_pass(self, batch: Batch, kind: str, values: dict[str, Tensor]) -> Tensor:
-        """Return the CLS tokens (views*B, C) of the masked views of one kind, and add their loss to `values`."""
-        x, visible = self._masked_views(batch, kind)
-        if f"rec_{kind}" in self.terms:
-            values[f"rec_{kind}"], _ = reconstruct(self.encoder, x, visible, self.norm_pix_loss)
-        return visible.tokens[:, 0]
 
     def _masked_views(self, batch: Batch, kind: str) -> tuple[Tensor, Visible]:
         x, keys = view_major(batch[kind]), view_keys(batch["key"], batch[kind].shape[1], kind=int(kind == "global"))
@@ -242,15 +231,11 @@ class GLMAE(Method):
         projected = self.teacher["head"](self.teacher["backbone"](view_major(views))).float()
         if self.consistency == "ce":
             if self.training:
-                self._add_to_center(projected.mean(dim=0, keepdim=True))
+                self._teacher_means.append(projected.mean(dim=0, keepdim=True))
             projected = F.softmax((projected - self.center) / self.teacher_temp(step), dim=-1)
         return projected.unflatten(0, (views.shape[1], -1))
 
     # ------------------------------------------------------------ around the optimiser step
-
-    def _add_to_center(self, mean_logits: Tensor) -> None:
-        self._center_sum = mean_logits if self._center_sum is None else self._center_sum + mean_logits
-        self._center_count += 1
 
     def before_step(self, step: int) -> None:
         if step < self.freeze_last_layer and self.is_consistent and self.consistency == "ce":
@@ -267,12 +252,12 @@ class GLMAE(Method):
         student = dict(self.student.named_parameters())
         pairs = [(mine, student[name]) for name, mine in self.teacher.named_parameters()]
         get_ema_multi_avg_fn(self.momentum(step))([mine for mine, _ in pairs], [theirs for _, theirs in pairs], None)
-        if self._center_count:
-            mean = all_reduce_mean(self._center_sum / self._center_count)
+        if self._teacher_means:
+            mean = all_reduce_mean(sum(self._teacher_means) / len(self._teacher_means))
             # the logits of a skipped update may not be finite
             mean = torch.where(mean.isfinite(), mean, self.center)
             self.center.lerp_(mean, 1.0 - self.center_momentum)
-            self._center_sum, self._center_count = None, 0
+            self._teacher_means = []
 
     def schedule_values(self, step: int) -> dict[str, float]:
         return {"momentum": self.momentum(step), "teacher_temp": self.teacher_temp(step)} if self.is_consistent else {}
@@ -287,9 +272,8 @@ class GLMAE(Method):
         return state
 
     def load_checkpoint_state(self, content: dict[str, Any]) -> None:
-        self.student.load_state_dict(
-            {name.removeprefix("module."): value for name, value in content["student"].items()}
-        )
+        student = {name.removeprefix("module."): value for name, value in content["student"].items()}
+        self.student.load_state_dict(student)
         if self.is_consistent:
             self.teacher.load_state_dict(content["teacher"])
             self.center.copy_(content["dino_loss"]["center"])

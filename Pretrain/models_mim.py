@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from Finetune.models_3dvit import Grid, get_3d_sincos_pos_embed, take
 from Finetune.models_convvit3d import ConvViT3D, convvit3d_base_patch16, convvit3d_tiny_patch16, to_map, to_tokens
 from Finetune.pretrained import load_matching, read_checkpoint
 from Pretrain.losses import masked_mse, norm_pix, patchify
-from Pretrain.masking import derive, num_keep, random_masking, uniform
+from Pretrain.masking import Masking, derive, num_keep, random_masking, uniform
 
 LEVELS = ("up", "mid", "down")
 Align = Literal["none", "cosine", "infonce", "published"]
@@ -52,24 +52,16 @@ HEADS = {
 class MiMSettings:
     """Settings of MiM. The recipe scripts/pretrain_mim.sh says which of the defaults are the authors'."""
 
-    embed_dims: tuple[int, int, int, int] | None = setting(
-        None, "widths of the encoder's stages; none: those of the model", least=1
-    )
-    depths: tuple[int, int, int, int] | None = setting(
-        None, "blocks of the encoder's stages; none: those of the model", least=1
-    )
+    embed_dims: tuple[int, int, int, int] | None = setting(None, "widths of the encoder; none: the model's", least=1)
+    depths: tuple[int, int, int, int] | None = setting(None, "blocks of its stages; none: the model's", least=1)
     group: int = setting(2, "g: mid volumes per axis of the volume; must divide the token grid", least=1)
     num_mid: int = setting(4, "S: mid volumes per volume", least=1)
     num_down: int = setting(4, "Q: down volumes per mid volume", least=1)
     down_parts: int | None = setting(None, "backward passes of the down level; none: num_down", least=1)
-    mask_ratio_up: float = setting(
-        0.5, "share of units (the places of mid volumes) removed from the volume", least=0, below=1
-    )
+    mask_ratio_up: float = setting(0.5, "share of units (places of mid volumes) removed", least=0, below=1)
     mask_ratio_mid: float = setting(0.6, "share of patches removed from mid volumes", least=0, below=1)
     mask_ratio_down: float = setting(0.5, "share of patches removed from down volumes", least=0, below=1)
-    align: Align = setting(
-        "cosine", "alignment of a child with its place in the parent; published: as the authors' code computes it"
-    )
+    align: Align = setting("cosine", "alignment of a child with its place in the parent; published: the authors' code")
     align_temp: float = setting(0.2, "temperature of infonce", above=0)
     weight_rec_up: float = setting(1.0, "weight of the up level's reconstruction", least=0)
     weight_rec_mid: float = setting(1.0, "weight of the mid level's reconstruction", least=0)
@@ -86,17 +78,6 @@ class MiMSettings:
 # ---------------------------------------------------------------- functions
 
 
-class Masking(NamedTuple):
-    """Visible tokens of M volumes, as `random_masking` returns them."""
-
-    # (M, K)
-    ids_keep: Tensor
-    # (M, T)
-    ids_restore: Tensor
-    # (M, T), 1 = removed
-    mask: Tensor
-
-
 def unit_masking(noise: Tensor, keep: int, grid: Grid) -> tuple[Masking, Tensor]:
     """Keep the `keep` units of lowest noise (B, g^3), of the g^3 cubic units of a token grid (d, h, w).
 
@@ -108,7 +89,7 @@ def unit_masking(noise: Tensor, keep: int, grid: Grid) -> tuple[Masking, Tensor]
     _, rank, unit_mask = random_masking(noise, keep)
     blocks = rank.float().view(-1, 1, group, group, group)
     tokens = F.interpolate(blocks, size=grid, mode="nearest-exact").flatten(1)  # (B, T)
-    return Masking(*random_masking(tokens, keep * tokens.shape[1] // units)), unit_mask
+    return random_masking(tokens, keep * tokens.shape[1] // units), unit_mask
 
 
 def choose_removed(noise: Tensor, mask: Tensor, count: int) -> Tensor:
@@ -306,7 +287,7 @@ class MiM(Method):
         if self.group > 1:
             masking, unit_mask = unit_masking(uniform(derive(keys, 0), units), self.keep["up"], self.encoder.grid_size)
         else:
-            masking = Masking(*random_masking(uniform(derive(keys, 0), tokens), self.keep["up"]))
+            masking = random_masking(uniform(derive(keys, 0), tokens), self.keep["up"])
             unit_mask = torch.ones_like(keys, dtype=torch.float32).unsqueeze(1)
         loss, feature = self._reconstruct(x, masking)
         labels = choose_removed(uniform(derive(keys, 1), units), unit_mask, self.num_mid)  # (B, S)
@@ -318,20 +299,18 @@ class MiM(Method):
         labels, parent = self._carry["labels"], self._carry["parent"]
         # from the unmasked volume: every level draws its own mask
         x = cut_blocks(self._image(batch), self.encoder.img_size, labels)  # (B*S, C, D, H, W)
-        masking = Masking(*random_masking(self._noise(keys, 2, count, tokens), self.keep["mid"]))
+        masking = random_masking(self._noise(keys, 2, count, tokens), self.keep["mid"])
         loss, feature = self._reconstruct(x, masking)
         chosen = choose_removed(self._noise(keys, 3, count, tokens), masking.mask, self.num_down)  # (B*S, Q)
         self._carry = {"volumes": x, "labels": chosen, "parent": feature.detach()}
-        values = {"rec_mid": loss}
-        if self.align != "none":
-            child = feature.mean(dim=1)  # (B*S, E)
-            if self.align == "published":
-                # row // S indexes the mid level, where a row of the up level was meant
-                rows = torch.arange(len(child), device=child.device) // count
-                values["align_up_mid"] = cosine_distance(child[rows], self.aggregate_mid(child)).mean()
-            else:
-                parent = parent.repeat_interleave(count, dim=0)  # (B*S, g^3, E)
-                values["align_up_mid"] = self._align(self.aggregate_mid(child), parent, labels.flatten())
+        values, child = {"rec_mid": loss}, feature.mean(dim=1)  # (B*S, E)
+        if self.align == "published":
+            # row // S indexes the mid level, where a row of the up level was meant
+            rows = torch.arange(len(child), device=child.device) // count
+            values["align_up_mid"] = cosine_distance(child[rows], self.aggregate_mid(child)).mean()
+        elif self.align != "none":
+            parent = parent.repeat_interleave(count, dim=0)  # (B*S, g^3, E)
+            values["align_up_mid"] = self._align(self.aggregate_mid(child), parent, labels.flatten())
         return values
 
     def _down(self, batch: Batch, piece: int) -> dict[str, Tensor]:
@@ -342,7 +321,7 @@ class MiM(Method):
         x = cut_blocks(volumes[own], self.encoder.patch_size, labels.flatten()[rows].unsqueeze(1))  # (R, C, 16, 16, 16)
         x = F.interpolate(x, size=self.encoder.img_size, mode="trilinear", align_corners=False)
         noise = self._noise(batch["key"], 4, self.num_mid * count, math.prod(grid))[rows]
-        loss, feature = self._reconstruct(x, Masking(*random_masking(noise, self.keep["down"])))
+        loss, feature = self._reconstruct(x, random_masking(noise, self.keep["down"]))
         values = {"rec_down": loss * share}
         if self.align != "none":
             child = self.aggregate_down(feature.mean(dim=1))  # (R, E)

@@ -7,22 +7,13 @@ authors' loaders. The scale ranges, and `resize` as the default, are our choice:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from common.cache.volume import CachedVolume
 from common.config import setting
-
-
-class Volume(Protocol):
-    """The part of `common.cache.volume.CachedVolume` that views need."""
-
-    levels: Sequence[tuple[int, int, int]]
-
-    def read(
-        self, start: Sequence[int], size: Sequence[int], level: int = 0, out_size: Sequence[int] | None = None
-    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -39,20 +30,10 @@ class ViewSettings:
     """Settings of the views that a method trains on."""
 
     local_views: int = setting(8, "q: local views per volume", least=0)
-    local_size: tuple[int, int, int] = setting(
-        (96, 96, 96),
-        "voxels of a local view (D H W); MiM: of every encoder input, a group-th of its volume",
-        least=1,
-    )
-    local_scale: tuple[float, float] = setting(
-        (0.2, 0.5), "share of each axis that a local view covers (resize)", above=0, most=1
-    )
-    global_scale: tuple[float, float] = setting(
-        (0.5, 1.0), "share of each axis that a global view, or MiM's volume, covers (resize)", above=0, most=1
-    )
-    crop_mode: Literal["resize", "fixed"] = setting(
-        "resize", "resize: a share of the scan, resized; fixed: the view's size in voxels"
-    )
+    local_size: tuple[int, int, int] = setting((96, 96, 96), "voxels of a local view, or of MiM's inputs", least=1)
+    local_scale: tuple[float, float] = setting((0.2, 0.5), "share of an axis in a local view", above=0, most=1)
+    global_scale: tuple[float, float] = setting((0.5, 1.0), "share in a global view, or MiM's volume", above=0, most=1)
+    crop_mode: Literal["resize", "fixed"] = setting("resize", "resize: a share of the scan; fixed: the size in voxels")
     flip_prob: float = setting(0.2, "probability of a flip, per axis", least=0, most=1)
 
 
@@ -89,24 +70,18 @@ def _place(length: int, extent: int, noise: float) -> int:
     return int(noise * (slack + 1)) if slack >= 0 else slack // 2
 
 
-def crop(volume: Volume, box: Box, out_size: Sequence[int]) -> Tensor:
+def crop(volume: CachedVolume, box: Box, out_size: Sequence[int]) -> Tensor:
     """Read a box as a view (C, *out_size), trilinearly resized if its size differs, and flipped along `box.flips`.
 
     It is read from the coarsest level that is at least as fine as the view along every axis that the level reduces.
     """
-    full = volume.levels[0]
-    level = 0
+    full, level = volume.levels[0], 0
     for index, shape in enumerate(volume.levels):
         if all(s == f or extent * s >= out * f for extent, s, out, f in zip(box.size, shape, out_size, full)):
             level = index
-    start, size = _at_level(box, full, volume.levels[level])
+    # in voxels of that level
+    start = [round(a * s / f) for a, s, f in zip(box.start, volume.levels[level], full)]
+    size = [max(1, round(e * s / f)) for e, s, f in zip(box.size, volume.levels[level], full)]
     view = volume.read(start, size, level=level, out_size=out_size if tuple(size) != tuple(out_size) else None)
     axes = [axis + 1 for axis, flip in enumerate(box.flips) if flip]
     return view.flip(axes) if axes else view
-
-
-def _at_level(box: Box, full: Sequence[int], shape: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Convert the box to the voxels of a reduced level."""
-    start = [round(a * s / f) for a, s, f in zip(box.start, shape, full)]
-    size = [max(1, round(e * s / f)) for e, s, f in zip(box.size, shape, full)]
-    return start, size

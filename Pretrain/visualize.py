@@ -1,4 +1,4 @@
-"""Pictures of what an autoencoder reconstructs: the view, what it was shown of it, and what it made of that."""
+"""Pictures of what an autoencoder reconstructs: the view, its visible patches, and the prediction."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ PANELS = ("view", "visible", "reconstruction")
 
 
 def panels(made: Reconstruction, patch_size: Sequence[int], norm_pix_loss: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The view, then with its removed patches black, then with them predicted; each (M, C, D, H, W).
+    """Return the view, the view with removed patches black, and the view with them predicted; each (M, C, D, H, W).
 
     With `norm_pix_loss` a prediction has no absolute scale: it is shown with the mean and spread of the true patch.
     """
@@ -34,37 +34,29 @@ def panels(made: Reconstruction, patch_size: Sequence[int], norm_pix_loss: bool)
 def picture(
     rows: dict[str, Reconstruction], patch_size: Sequence[int], norm_pix_loss: bool, zoom: int = 3
 ) -> np.ndarray:
-    """A row of three panels per kind of view: axial middle slices, first view and channel, as (H, W, 3) uint8."""
+    """Draw three panels per kind of view: axial middle slices, first view and channel, as (H, W, 3) uint8."""
     strips = []
     for name, made in rows.items():
         volumes = panels(Reconstruction(*(t[:1] for t in made)), patch_size, norm_pix_loss)
-        slices = [axial(volume[0, 0].cpu().numpy()) for volume in volumes]
-        low, high = np.percentile(slices[0], (1, 99))  # the view's own contrast, for all three
-        slices = [((s - low) / max(high - low, 1e-6)).clip(0, 1) for s in slices]
-        images = [
-            Image.fromarray((s * 255).astype(np.uint8)).resize((s.shape[1] * zoom, s.shape[0] * zoom), 0)
-            for s in slices
-        ]
-        strips.append(_strip(name, images))
-    canvas = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "black")
-    top = 0
-    for strip in strips:
-        canvas.paste(strip, (0, top))
-        top += strip.height
-    return np.asarray(canvas)
+        slices = np.stack([axial(volume[0, 0].cpu().numpy()) for volume in volumes])  # (3, H, W)
+        # the contrast of the view, for all three
+        low, high = np.percentile(slices[0], (1, 99))
+        pixels = (255 * ((slices - low) / max(high - low, 1e-6)).clip(0, 1)).astype(np.uint8)
+        strips.append(_strip(name, pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)))
+    width = max(strip.shape[1] for strip in strips)
+    gray = np.vstack([np.pad(strip, ((0, 0), (0, width - strip.shape[1]))) for strip in strips])
+    return np.stack([gray] * 3, axis=-1)
 
 
 def axial(volume: np.ndarray) -> np.ndarray:
-    """The middle axial slice of a RAS volume (D, H, W) as radiologists see it: front up, the right side on the left."""
+    """Return the middle axial slice of a RAS volume (D, H, W) as radiologists see it: anterior up, right side left."""
     return np.flip(volume[:, :, volume.shape[2] // 2].T, axis=(0, 1))
 
 
-def _strip(name: str, images: list[Image.Image], margin: int = 18) -> Image.Image:
-    width = sum(i.width for i in images) + 4 * (len(images) - 1)
-    strip = Image.new("RGB", (width, images[0].height + margin), "black")
-    draw, left = ImageDraw.Draw(strip), 0
-    for title, image in zip(PANELS, images):
-        draw.text((left + 3, 3), f"{name}: {title}", fill="white")
-        strip.paste(image, (left, margin))
-        left += image.width + 4
-    return strip
+def _strip(name: str, slices: np.ndarray, title: int = 18, gap: int = 4) -> np.ndarray:
+    """Return slices (3, H, W) side by side under their titles."""
+    framed = np.pad(slices, ((0, 0), (title, 0), (0, gap)))
+    image = Image.fromarray(np.hstack(framed)[:, :-gap])
+    for number, panel in enumerate(PANELS):
+        ImageDraw.Draw(image).text((number * framed.shape[2] + 3, 3), f"{name}: {panel}", fill=255)
+    return np.asarray(image)

@@ -38,23 +38,15 @@ BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 # ---------------------------------------------------------------- declaring settings
 
 
-def setting(
-    default: Any = dataclasses.MISSING,
-    help: str = "",
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-    finite: bool = True,
-) -> Any:
+def setting(default: Any = dataclasses.MISSING, help: str = "", *, finite: bool = True, **bounds: float) -> Any:
     """Return a dataclass field with a line of help. Without `default` the setting is required.
 
-    `least`, `above`, `most` and `below` bound a number, or each of several: >=, >, <=, <. NaN and infinity are refused
-    unless `finite` is False. A dict or list as default is copied for every instance.
+    `bounds` are `least`, `above`, `most` and `below`: a number, or each of several, is >=, >, <=, < it. NaN and
+    infinity are refused unless `finite` is False. A dict or list as default is copied for every instance.
     """
-    bounds = {"least": least, "above": above, "most": most, "below": below}
-    metadata = {"help": help, "finite": finite} | {name: bound for name, bound in bounds.items() if bound is not None}
+    if unknown := bounds.keys() - BOUNDS.keys():
+        raise TypeError(f"setting() has no bound {', '.join(unknown)}")
+    metadata = {"help": help, "finite": finite, **bounds}
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -306,10 +298,7 @@ _READERS: dict[Any, Callable[[Any, Any, str], Any]] = {
     list: _list,
     dict: _dict,
     bool: _bool,
-    int: _scalar,
-    float: _scalar,
-    str: _scalar,
-    Path: _scalar,
+    **dict.fromkeys((int, float, str, Path), _scalar),
 }
 
 

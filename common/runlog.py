@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,10 @@ def print_main(text: str) -> None:
         sys.stdout.flush()
 
 
-def progress(
-    iterable: Iterable | None = None, desc: str = "", total: int | None = None, unit: str = "it", initial: int = 0
-) -> tqdm:
-    """Return a progress bar that rank 0 shows. Written to a file or a pipe, it is updated every ten seconds only.
-
-    Args:
-        iterable, desc, total, unit: as in tqdm.
-        initial: number of steps that are already done.
-    """
-    return tqdm(
-        iterable,
-        desc=desc,
-        total=total,
-        unit=unit,
-        initial=initial,
-        disable=not is_main(),
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
-        dynamic_ncols=True,
-    )
+def progress(*args: Any, **kwargs: Any) -> tqdm:
+    """Return a progress bar that rank 0 shows; arguments as in tqdm. In a file it is updated every ten seconds only."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(*args, disable=not is_main(), mininterval=interval, dynamic_ncols=True, **kwargs)
 
 
 class RunLog:

@@ -119,7 +119,7 @@ def build_missing(
             else:
                 jobs[number] = job
         if jobs:
-            for number, outcome in progress(_run(jobs, workers), "cache", len(jobs), "volume"):
+            for number, outcome in progress(_run(jobs, workers), "cache", len(jobs), unit="volume"):
                 outcomes[number] = outcome
                 if isinstance(outcome, Built):
                     index.add(map(vars, outcome.records))

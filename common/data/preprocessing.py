@@ -19,9 +19,7 @@ class Preprocessing:
 
     spacing: tuple[float, float, float] | None = setting(None, "mm per voxel (D H W, or one for all); none: as scanned")
     intensity: Literal["window", "percentiles", "zscore"] = setting(
-        "window",
-        "window: low..high HU become 0..1; percentiles: low..high per cent of each case become 0..1; "
-        "zscore: mean 0 and deviation 1 of the non-zero voxels, per channel",
+        "window", "window, percentiles: low..high HU or per cent become 0..1; zscore: of non-zero voxels, per channel"
     )
     low: float = setting(-1000.0, "HU or percentile that becomes 0")
     high: float = setting(1000.0, "HU or percentile that becomes 1")

@@ -4,12 +4,7 @@ from pathlib import Path
 
 import torch
 from monai.data import MetaTensor
-from monai.transforms import (
-    CropForeground,
-    NormalizeIntensity,
-    ScaleIntensityRangePercentiles,
-    Spacing,
-)
+from monai.transforms import CropForeground, NormalizeIntensity, ScaleIntensityRangePercentiles, Spacing
 
 from common.data.preprocessing import Preprocessing
 from common.errors import InputError

@@ -40,12 +40,8 @@ class CheckpointSettings:
     """Settings of writing checkpoints and resuming from them."""
 
     save_every: int = setting(50, "epochs between the checkpoints that are kept", least=1)
-    save_minutes: float | None = setting(
-        15.0, "minutes between two writes of checkpoint-last.pth within an epoch; none: only at its end", least=0
-    )
-    resume: str = setting(
-        "auto", "auto: resume from the newest checkpoint of out_dir if there is one; none: start again; or a file"
-    )
+    save_minutes: float | None = setting(15.0, "minutes between saves in an epoch; none: only at its end", least=0)
+    resume: str = setting("auto", "auto: the newest checkpoint of out_dir, if any; none: start again; or a file")
 
 
 class CheckpointWriter:

@@ -5,6 +5,7 @@ statistics of batch norm are restored. The host learns of it when it reads the r
 an update needs no synchronisation.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,16 +32,10 @@ class NonFiniteSettings:
     """Settings for updates whose loss or gradient is not finite."""
 
     on_nan: Literal["skip", "rollback", "stop"] = setting(
-        "skip",
-        "a bad update (not finite, or a spike) is never made; then: continue; go back to the last good checkpoint "
-        "after nan_row of them; stop",
+        "skip", "bad updates are never made; skip: continue; rollback: to a good checkpoint after nan_row; stop"
     )
-    nan_row: int = setting(
-        10, "rollback: consecutive bad updates after which the run goes back, and continues with other data", least=1
-    )
-    spike_factor: float | None = setting(
-        None, "an update is also bad when loss or gradient norm exceed this multiple of their mean; none: off", above=1
-    )
+    nan_row: int = setting(10, "rollback: consecutive bad updates after which the run goes back", least=1)
+    spike_factor: float | None = setting(None, "a loss or norm above this times its mean is bad too", above=1)
 
 
 class RollbackRequested(Exception):
@@ -153,9 +148,7 @@ def batch_names(step: int, dataset: Dataset, sampler: StreamSampler) -> list[str
 
 def dump_batches(path: Path, step: int, dataset: Dataset, sampler: StreamSampler) -> None:
     """Write this rank's batches of an update, read again: {`step`, `items`, `batches`: one per micro-batch}."""
-    own = StreamSampler(
-        sampler.num_samples, sampler.micro_batch, sampler.accum, sampler.rank, sampler.world_size, sampler.seed
-    )
+    own = copy.copy(sampler)
     own.start, own.stop = step, step + 1
     micro = list(own)
     batches = [default_collate([dataset[item] for item in items]) for items in micro]

@@ -24,15 +24,9 @@ SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENT
 class PrecisionSettings:
     """Settings that change speed and memory, but not what is computed."""
 
-    amp: Literal["auto", "bf16", "fp16", "off"] = setting(
-        "auto", "autocast; auto: bf16 on CUDA, off on a CPU (where it is slower)"
-    )
-    grad_checkpointing: bool = setting(
-        False, "recompute the encoder's activations in the backward pass: less memory, more time"
-    )
-    fsdp: bool = setting(
-        False, "FSDP2: shard weights, gradients and AdamW's state over the processes (large and huge encoders)"
-    )
+    amp: Literal["auto", "bf16", "fp16", "off"] = setting("auto", "autocast; auto: bf16 on CUDA, off on a CPU")
+    grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
+    fsdp: bool = setting(False, "FSDP2: shard weights, gradients and AdamW's state over the processes")
     compile: bool = setting(False, "torch.compile every transformer block; the first updates take minutes")
 
 

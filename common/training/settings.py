@@ -16,24 +16,17 @@ from common.training.parallel import PrecisionSettings
 class LoopSettings:
     """Settings of every training program. The defaults are those of pretraining."""
 
-    out_dir: Path = setting(
-        help="folder of the run: checkpoints, settings.yaml, log.jsonl, TensorBoard events, pictures"
-    )
+    out_dir: Path = setting(help="folder of the run: checkpoints, settings.yaml, logs, TensorBoard events, pictures")
     epochs: int = setting(100, "passes over the data", least=1)
     batch_size: int = setting(32, "volumes per update, over all processes together", least=1)
-    micro_batch_size: int | None = setting(
-        None, "volumes per process and forward pass; none: batch_size / processes, no accumulation", least=1
-    )
+    micro_batch_size: int | None = setting(None, "volumes per process and pass; none: batch_size / processes", least=1)
     samples_per_epoch: int | None = setting(None, "volumes that make an epoch; none: as many as there are", least=1)
     seed: int = setting(0, "seed of weights, data order, crops and masks")
     workers: int = setting(4, "data loading processes per training process; 0: load in the training process", least=0)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where available")
     log_every: int = setting(10, "updates between two log entries", least=1)
     hang_minutes: float | None = setting(
-        30.0,
-        "end the process, with the stack of every thread, when one update, validation window, cached volume or "
-        "checkpoint takes longer; none: never",
-        above=0,
+        30.0, "end the process if an update, window, cached volume or checkpoint takes longer; none: never", above=0
     )
     optim: OptimSettings = group(OptimSettings, "Optimiser")
     precision: PrecisionSettings = group(PrecisionSettings, "Precision and memory")

@@ -187,15 +187,9 @@ class Trainer:
         validation, the state is saved as it was before."""
         state, plan, began = self.state, self.plan, time.time()
         first, last = state.epoch * plan.steps_per_epoch, (state.epoch + 1) * plan.steps_per_epoch
-        rule = UpdateRule(
-            self.learning_rate, self.loss_weights, plan.accum, self.settings.optim.clip_grad, self.data_seed
-        )
-        self.bar = progress(
-            total=last - first,
-            initial=state.step - first,
-            desc=f"epoch {state.epoch + 1}/{self.settings.epochs}",
-            unit="update",
-        )
+        clip_grad, title = self.settings.optim.clip_grad, f"epoch {state.epoch + 1}/{self.settings.epochs}"
+        rule = UpdateRule(self.learning_rate, self.loss_weights, plan.accum, clip_grad, self.data_seed)
+        self.bar = progress(total=last - first, initial=state.step - first, desc=title, unit="update")
         self.watchdog.reset()
         batches = self._batches(last)
         train_one_epoch(state, batches, last, rule, first_step=first, after_update=self._after_update)
@@ -221,9 +215,8 @@ class Trainer:
         """Return the micro-batches of this rank from `state.step` to `last`."""
         if self._loader is None:
             plan, run, seed = self.plan, self.run, self.data_seed
-            self.sampler = StreamSampler(
-                len(self.dataset), plan.micro_batch, plan.accum, run.rank, run.world_size, seed
-            )
+            shape = plan.micro_batch, plan.accum, run.rank, run.world_size
+            self.sampler = StreamSampler(len(self.dataset), *shape, seed)
             if self.state.rollbacks:
                 self.dataset.seed = seed
             self._loader = build_loader(self.dataset, self.sampler, self.settings.workers, run.device)
