@@ -4,19 +4,18 @@ A data set is added by a YAML; a list (1k, 10k) is a YAML with names of data set
 labels, masks or segmentations are left out.
 """
 
-import difflib
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.config import group, load_yaml, read_yaml, setting
+from common.config import group, load_yaml, nearest, read_yaml, setting
 from common.data.datalist import DATA_ROOT_HELP, Case, Skipped, find_volumes, read_cases, skipped_text, stem
 from common.data.preprocessing import Preprocessing
 from common.errors import InputError
 from common.runlog import print_main
 
-DATASETS = Path(__file__).parents[1] / "Pretrain" / "datasets"
+DATASETS = Path(__file__).parent / "datasets"
 # patterns of file names, lower case
 LABEL_FILES = ("*label*", "*mask*", "*_seg.*", "*segmentation*", "*-seg.*")
 
@@ -96,11 +95,9 @@ def load(name: str) -> list[Source]:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else DATASETS / f"{name}.yaml"
     if not path.is_file():
-        near = difflib.get_close_matches(name, available(), n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(
-            f"--datasets {name}: {hint}expected one of {', '.join(available())}, or the path of a YAML file"
-        )
+        near = nearest(name, available())
+        hint = f"did you mean {near}? " if near else ""
+        raise InputError(f"--datasets {name}: {hint}expected a YAML or one of {', '.join(available())}")
     if "datasets" not in (load_yaml(path) or {}):
         return [read_yaml(path, Source)]
     return [source for part in read_yaml(path, SourceList).datasets for source in load(part)]

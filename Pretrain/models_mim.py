@@ -249,7 +249,8 @@ class MiM(Method):
             if self.keep[level] == places[level]:
                 raise ValueError(f"mask_ratio_{level} {ratios[level]} removes none of {places[level]} places")
         self.group, self.num_mid, self.num_down = group, num_mid, num_down
-        self.align, self.align_temp, self.norm_pix_loss = align, align_temp, norm_pix_loss
+        self.align, self.norm_pix_loss = align, norm_pix_loss
+        self._align = align_cosine if align == "cosine" else partial(align_infonce, temperature=align_temp)
         self.num_parts = 2 + self.down_parts
 
         self.encoder = encoder
@@ -348,11 +349,6 @@ class MiM(Method):
             self._seen.append(Reconstruction(x, masking.mask, prediction))
         target = patchify(x, self.encoder.patch_size)
         return masked_mse(prediction, norm_pix(target) if self.norm_pix_loss else target, masking.mask), feature
-
-    def _align(self, child: Tensor, keys: Tensor, labels: Tensor) -> Tensor:
-        if self.align == "cosine":
-            return align_cosine(child, keys, labels)
-        return align_infonce(child, keys, labels, self.align_temp)
 
     @staticmethod
     def _noise(keys: Tensor, stream: int, volumes: int, tokens: int) -> Tensor:

@@ -86,15 +86,16 @@ def lock_folder(folder: Path, timeout: float = 0.0) -> Iterator[int | None]:
     with contextlib.ExitStack() as stack:
         with naming_errors(folder / ".lock"):
             descriptor = stack.enter_context(open(folder / ".lock", "w")).fileno()
-            locked = _lock(descriptor)
+            locked = try_lock(descriptor)
             until = time.monotonic() + timeout
             while not locked and time.monotonic() < until:
                 time.sleep(0.2)
-                locked = _lock(descriptor)
+                locked = try_lock(descriptor)
         yield descriptor if locked else None
 
 
-def _lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Return whether this process holds the lock of an open file from now on. True if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -103,18 +103,14 @@ class RunLog:
 
 def _filter_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrite a file of JSON lines, if it exists, with the lines that `keep` accepts."""
-    if path.exists():
-        kept = (json.dumps(line) + "\n" for line in _read_lines(path) if keep(line))
-        save_bytes(path, "".join(kept).encode())
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file of JSON lines, without a last line that a killed process left incomplete."""
-    lines, records = path.read_text().splitlines(), []
+    lines, kept = path.read_text().splitlines() if path.exists() else [], []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            if keep(json.loads(line)):
+                kept.append(line + "\n")
         except json.JSONDecodeError:
+            # a killed process may have left the last line incomplete
             if number < len(lines):
                 raise InputError(f"{path}: line {number} is not JSON") from None
-    return records
+    if lines:
+        save_bytes(path, "".join(kept).encode())

@@ -85,10 +85,9 @@ def main() -> None:
     if settings.exclude_leaks:
         leaking = {content for cases_ in by_fold.values() for _, content in cases_}
         clean = [case for case in listed if not case.problem and pretrained.get(case.name) not in leaking]
-        write_list(settings.exclude_leaks, clean)
-        print_main(
-            f"{settings.exclude_leaks}: {len(clean)} of {len(listed)} volumes, without any case of {settings.finetune}"
-        )
+        save_bytes(settings.exclude_leaks, "".join(f"{case.image.absolute()}\n" for case in clean).encode())
+        text = f"{len(clean)} of {len(listed)} volumes, without any case of {settings.finetune}"
+        print_main(f"{settings.exclude_leaks}: {text}")
 
 
 def pretraining_cases(settings: LeakSettings) -> list[Case]:
@@ -118,11 +117,6 @@ def finetuning_folds(settings: LeakSettings) -> tuple[list[Case], dict[int, list
         except InputError:
             continue
     return cases, folds, preset.channels
-
-
-def write_list(path: Path, cases: Sequence[Case]) -> None:
-    """Write a text file of absolute paths, one per line. InputError if it cannot be written."""
-    save_bytes(path, "".join(f"{case.image.absolute()}\n" for case in cases).encode())
 
 
 if __name__ == "__main__":

@@ -75,9 +75,7 @@ def stack(scan: Path) -> np.ndarray:
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({one_line(error)})") from None
         if slices[-1].shape != slices[0].shape:
-            raise InputError(
-                f"{path}: found a slice of {slices[-1].shape}, expected {slices[0].shape} as the first of its scan"
-            )
+            raise InputError(f"{path}: found a slice of {slices[-1].shape}, expected {slices[0].shape} as the first")
     return np.stack(slices, axis=2)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from common.cli import parse, run_program
 from common.config import setting
 from common.errors import InputError
-from common.files import file_sha256, save_bytes
+from common.files import file_sha256, naming_errors, save_bytes
 from common.runlog import print_main
 from Finetune.presets import load_preset
 
@@ -37,6 +37,10 @@ ORGANS = load_preset("sample_abdomen").foreground
 TO_BTCV = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 7, 7: 11, 8: 12, 9: 13, 15: 5, 52: 8, 63: 9, 64: 10}
 IMAGES = ("imagesTr/abdomen_a.nii.gz", "imagesTs/abdomen_b", "unlabelled/chest.nii.gz")
 LABELS = ("labelsTr/abdomen_a.nii.gz", "labelsTs/abdomen_b.nii.gz")
+NOT_REAL = f"""{"!" * 100}
+!! {PACKAGE} {VERSION} COULD NOT BE DOWNLOADED. MAKING SYNTHETIC VOLUMES INSTEAD: ELLIPSES WITH NOISE,
+!! NOT CT OF PATIENTS. SCORES ON THEM MEAN NOTHING BEYOND 'IT RUNS'.
+{"!" * 100}"""
 
 
 @dataclass(kw_only=True)
@@ -61,32 +65,27 @@ def make(out: Path, synthetic: bool = False, archive: Path | None = None) -> Pat
     """
     listing = out / "dataset.json"
     if is_complete(out):
-        kind = "synthetic, NOT REAL CT" if is_synthetic(out) else "real CT"
         if synthetic and not is_synthetic(out):
             raise InputError(f"{out}: found real CT, expected another --out for synthetic volumes")
-        print_main(f"sample data: {out} is complete ({kind})")
+        print_main(f"sample data: {out} is complete ({kind_of(out)})")
         return listing
-    try:
+    with naming_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
-    try:
-        new = temporary / "new"
-        if synthetic:
-            write_synthetic(new)
-        elif (found := archive or download(temporary)) is None:
-            announce_synthetic()
-            write_synthetic(new)
+        temporary = tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True)
+    with temporary as name:
+        folder, new = Path(name), Path(name) / "new"
+        source = None if synthetic else archive or download(folder)
+        if source:
+            write_real(unpack(source, folder), new)
         else:
-            write_real(unpack(found, temporary), new)
+            if not synthetic:
+                print_main(NOT_REAL)
+            write_synthetic(new)
         # incomplete: from an older version, or changed
         if out.exists():
-            out.replace(temporary / "old")
+            out.replace(folder / "old")
         new.replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    print_main(f"sample data: made {out} ({'synthetic, NOT REAL CT' if is_synthetic(out) else 'real CT'})")
+    print_main(f"sample data: made {out} ({kind_of(out)})")
     return listing
 
 
@@ -100,14 +99,8 @@ def is_synthetic(out: Path) -> bool:
     return bool(json.loads((out / "dataset.json").read_text())["synthetic"])
 
 
-def announce_synthetic() -> None:
-    """Print that the volumes are not real CT."""
-    print_main(
-        "!"
-        * 100
-        + f"\n!! {PACKAGE} {VERSION} COULD NOT BE DOWNLOADED. MAKING SYNTHETIC VOLUMES INSTEAD: ELLIPSES WITH NOISE,\n"
-        "!! NOT CT OF PATIENTS. SCORES ON THEM MEAN NOTHING BEYOND 'IT RUNS'.\n" + "!" * 100
-    )
+def kind_of(out: Path) -> str:
+    return "synthetic, NOT REAL CT" if is_synthetic(out) else "real CT"
 
 
 # ---------------------------------------------------------------- the real scans

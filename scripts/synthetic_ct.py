@@ -8,22 +8,22 @@ import numpy as np
 
 from common.data import nifti
 
-# BTCV id -> centre, radii and HU. Lengths are in units of the half axes of the body (right, anterior) and of half the
-# height of the volume (superior), with the signs of RAS. Places and sizes are roughly anatomical.
+# BTCV id -> name, centre, radii and HU. Lengths are in units of the half axes of the body (right, anterior) and of half
+# the height of the volume (superior), with the signs of RAS. Places and sizes are roughly anatomical.
 ORGANS = {
-    6: ((0.42, 0.15, 0.25), (0.45, 0.55, 0.55), 105),  # liver
-    1: ((-0.62, -0.25, 0.35), (0.20, 0.28, 0.30), 115),  # spleen
-    7: ((-0.35, 0.35, 0.30), (0.24, 0.28, 0.32), 45),  # stomach
-    2: ((0.38, -0.42, -0.25), (0.15, 0.20, 0.35), 160),  # right kidney
-    3: ((-0.38, -0.42, -0.20), (0.15, 0.20, 0.35), 160),  # left kidney
-    4: ((0.35, 0.50, -0.10), (0.09, 0.12, 0.16), 12),  # gallbladder
-    11: ((-0.05, 0.12, -0.05), (0.28, 0.10, 0.12), 90),  # pancreas
-    5: ((-0.06, -0.20, 0.75), (0.06, 0.07, 0.30), 40),  # oesophagus
-    8: ((-0.05, -0.33, 0.0), (0.07, 0.09, 2.0), 190),  # aorta
-    9: ((0.12, -0.30, 0.0), (0.08, 0.09, 2.0), 130),  # inferior vena cava
-    10: ((0.10, 0.02, 0.15), (0.14, 0.06, 0.10), 150),  # portal and splenic vein
-    12: ((0.22, -0.35, 0.20), (0.06, 0.06, 0.10), 60),  # right adrenal gland
-    13: ((-0.22, -0.35, 0.22), (0.06, 0.06, 0.10), 60),  # left adrenal gland
+    6: ("liver", (0.42, 0.15, 0.25), (0.45, 0.55, 0.55), 105),
+    1: ("spleen", (-0.62, -0.25, 0.35), (0.20, 0.28, 0.30), 115),
+    7: ("stomach", (-0.35, 0.35, 0.30), (0.24, 0.28, 0.32), 45),
+    2: ("right kidney", (0.38, -0.42, -0.25), (0.15, 0.20, 0.35), 160),
+    3: ("left kidney", (-0.38, -0.42, -0.20), (0.15, 0.20, 0.35), 160),
+    4: ("gallbladder", (0.35, 0.50, -0.10), (0.09, 0.12, 0.16), 12),
+    11: ("pancreas", (-0.05, 0.12, -0.05), (0.28, 0.10, 0.12), 90),
+    5: ("oesophagus", (-0.06, -0.20, 0.75), (0.06, 0.07, 0.30), 40),
+    8: ("aorta", (-0.05, -0.33, 0.0), (0.07, 0.09, 2.0), 190),
+    9: ("inferior vena cava", (0.12, -0.30, 0.0), (0.08, 0.09, 2.0), 130),
+    10: ("portal and splenic vein", (0.10, 0.02, 0.15), (0.14, 0.06, 0.10), 150),
+    12: ("right adrenal gland", (0.22, -0.35, 0.20), (0.06, 0.06, 0.10), 60),
+    13: ("left adrenal gland", (-0.22, -0.35, 0.22), (0.06, 0.06, 0.10), 60),
 }
 
 
@@ -49,7 +49,7 @@ def phantom(
     hu[np.broadcast_to(body < 1, hu.shape)] = fat
     hu[np.broadcast_to(body < 0.85, hu.shape)] = muscle
     label = np.zeros(shape, np.uint8)
-    for number, (centre, radii, value) in ORGANS.items():
+    for number, (_, centre, radii, value) in ORGANS.items():
         middle = np.add(centre, rng.uniform(-0.03, 0.03, 3))
         radius = np.multiply(radii, rng.uniform(0.9, 1.1, 3))
         inside = sum(((a - m) / r) ** 2 for a, m, r in zip((x, y, z), middle, radius)) < 1

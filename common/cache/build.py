@@ -13,7 +13,6 @@ folder and renamed, so it is complete or absent. Any number of processes may bui
 that no other process is building.
 """
 
-import fcntl
 import hashlib
 import json
 import resource
@@ -42,7 +41,7 @@ from common.data.datalist import Case
 from common.data.preprocessing import Preprocessing
 from common.data.volume_io import read_image, read_label
 from common.errors import InputError, one_line
-from common.files import naming_errors
+from common.files import naming_errors, try_lock
 from common.runlog import print_main, progress
 
 # sampled voxels per label class
@@ -291,18 +290,12 @@ def _build_case(job: Job) -> Built | Failure | None:
 def _lock(path: Path) -> Iterator[bool]:
     """Give the block whether this process holds the lock `path`. The lock ends with the process, however that ends."""
     with open(path, "ab") as file:
+        locked = try_lock(file.fileno())
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        # a file system without locks: a volume may be built twice, with the same result
-        except OSError:
-            pass
-        try:
-            yield True
+            yield locked
         finally:
-            path.unlink(missing_ok=True)
+            if locked:
+                path.unlink(missing_ok=True)
 
 
 def _build_locked(job: Job) -> Built | Failure:

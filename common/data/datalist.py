@@ -71,7 +71,6 @@ def read_cases(source: str | Path, root: str | Path | None = None, section: str 
     if not cases:
         where = f", section '{section}'" if source.suffix.lower() == ".json" else ""
         raise InputError(f"{source}{where}: found an empty data list, expected at least one volume")
-    _check_paths(cases, source)
     return _with_unique_names(_with_repeats_marked(cases, source), source)
 
 
@@ -190,12 +189,6 @@ def _json_case(item: Any, where: str, base: Path) -> Case:
 # ---------------------------------------------------------------- names
 
 
-def _check_paths(cases: list[Case], source: Path) -> None:
-    for path in [path for case in cases for path in (case.image, case.label) if path]:
-        if "\0" in str(path):
-            raise InputError(f"{source}: found a NUL character in the path {str(path)!r}, expected the path of a file")
-
-
 def _with_repeats_marked(cases: list[Case], source: Path) -> list[Case]:
     seen: set[Path] = set()
     marked = []
@@ -216,6 +209,9 @@ def _with_unique_names(cases: list[Case], source: Path) -> list[Case]:
         parents = [case.image.parents[level].name if len(case.image.parents) > level else "" for case in cases]
         names = [f"{p.lstrip('.')}_{name}" if count[name] > 1 else name for p, name in zip(parents, names)]
     for name, case in zip(names, cases):
+        for path in (case.image, case.label):
+            if "\0" in str(path):
+                raise InputError(f"{source}: found a NUL character in the path {str(path)!r}, expected that of a file")
         # outputs are written to files of this name, which must not leave their folder
         if not name.isprintable() or not name or name[0] == "." or "/" in name or "\\" in name:
             raise InputError(

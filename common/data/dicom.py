@@ -49,12 +49,11 @@ def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray, str]:
     Raises:
         InputError: as `check_series`, or the pixels cannot be decoded.
     """
-    series = check_series(folder)
-    headers = [header for header, _ in series]
-    volume = np.empty((len(series), headers[0].Rows, headers[0].Columns), np.float32)
+    headers = check_series(folder)
+    volume = np.empty((len(headers), headers[0].Rows, headers[0].Columns), np.float32)
     try:
-        for target, (_, path) in zip(volume, series):
-            slice_ = pydicom.dcmread(path)
+        for target, header in zip(volume, headers):
+            slice_ = pydicom.dcmread(header.filename)
             pixels = slice_.pixel_array.astype(np.float32)
             target[:] = pixels * slice_.get("RescaleSlope", 1) + slice_.get("RescaleIntercept", 0)
     # pydicom's decoders raise whatever their libraries raise
@@ -76,33 +75,33 @@ def _affine(headers: list[pydicom.Dataset]) -> np.ndarray:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
-def check_series(folder: Path) -> list[tuple[pydicom.Dataset, Path]]:
-    """Return the headers and files of the one series in `folder`, in the order of their slices.
+def check_series(folder: Path) -> list[pydicom.FileDataset]:
+    """Return the headers of the one series in `folder`, in the order of their slices.
 
     Raises:
         InputError: there is no series or more than one; a file is not an image, is a localizer, or has several frames;
             or a slice is missing, occurs twice, differs from the others in shape or orientation, or is out of order.
     """
-    headers = [(_header(path), path) for path in series_files(folder)]
+    headers = [_header(path) for path in series_files(folder)]
     if not headers:
         raise InputError(f"{folder}: found no DICOM file, expected one series")
-    for header, path in headers:
-        _check_kind(header, path)
-    series = {str(header.get("SeriesInstanceUID")) for header, _ in headers}
+    for header in headers:
+        _check_kind(header)
+    series = {str(header.get("SeriesInstanceUID")) for header in headers}
     if len(series) > 1:
         raise InputError(f"{folder}: found {len(series)} DICOM series, expected one per folder")
     if len(headers) < 2:
         raise InputError(f"{folder}: found one slice, expected a series")
-    for header, path in headers:
-        _check_slice(header, path)
-    _check_equal([header for header, _ in headers], folder)
-    check_size((headers[0][0].Columns, headers[0][0].Rows, len(headers)), folder)
-    headers.sort(key=lambda pair: int(pair[0].InstanceNumber))
-    _check_positions(folder, [header for header, _ in headers])
+    for header in headers:
+        _check_slice(header)
+    _check_equal(headers, folder)
+    check_size((headers[0].Columns, headers[0].Rows, len(headers)), folder)
+    headers.sort(key=lambda header: int(header.InstanceNumber))
+    _check_positions(folder, headers)
     return headers
 
 
-def _header(path: Path) -> pydicom.Dataset:
+def _header(path: Path) -> pydicom.FileDataset:
     try:
         return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
     # pydicom raises what struct, its parsers and the file system raise
@@ -110,8 +109,8 @@ def _header(path: Path) -> pydicom.Dataset:
         raise InputError(f"{path}: the DICOM header cannot be read ({one_line(error)})") from None
 
 
-def _check_kind(header: pydicom.Dataset, path: Path) -> None:
-    modality, frames = str(header.get("Modality")), int(header.get("NumberOfFrames") or 1)
+def _check_kind(header: pydicom.FileDataset) -> None:
+    path, modality, frames = header.filename, str(header.get("Modality")), int(header.get("NumberOfFrames") or 1)
     if modality in NOT_IMAGES:
         raise InputError(f"{path}: found {NOT_IMAGES[modality]} (modality {modality}), expected a series of images")
     if "LOCALIZER" in (header.get("ImageType") or ()):
@@ -123,12 +122,12 @@ def _check_kind(header: pydicom.Dataset, path: Path) -> None:
         )
 
 
-def _check_slice(header: pydicom.Dataset, path: Path) -> None:
+def _check_slice(header: pydicom.FileDataset) -> None:
     absent = [tag for tag in REQUIRED if header.get(tag) is None]
     if absent:
-        raise InputError(f"{path}: found no {', '.join(absent)}, expected a slice of a CT or MR series")
+        raise InputError(f"{header.filename}: found no {', '.join(absent)}, expected a slice of a CT or MR series")
     if int(header.get("SamplesPerPixel") or 1) != 1:
-        raise InputError(f"{path}: found a colour image, expected a slice of a CT or MR series")
+        raise InputError(f"{header.filename}: found a colour image, expected a slice of a CT or MR series")
 
 
 def _check_equal(headers: list[pydicom.Dataset], folder: Path) -> None:

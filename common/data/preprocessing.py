@@ -42,8 +42,6 @@ class Preprocessing:
             raise InputError(f"low, high: found {self.low:g} and {self.high:g}, expected low < high")
         if self.intensity == "percentiles" and not 0 <= self.low < self.high <= 100:
             raise InputError(f"low, high: found {self.low:g} and {self.high:g}, expected 0 <= low < high <= 100")
-        if self.margin < 0 or self.channels < 1:
-            raise InputError(f"margin {self.margin}, channels {self.channels}: must be at least 0 and at least 1")
 
     def key(self) -> dict[str, Any]:
         """Return the settings that the key of a cached volume depends on."""

@@ -144,14 +144,9 @@ def checkpoints_to_resume(out_dir: Path, resume: str) -> list[Path]:
     if resume == "none":
         move_earlier_run(out_dir)
         return []
-    again = own and former_settings(out_dir).get("resume") == resume
+    settings = out_dir / SETTINGS
+    again = own and settings.exists() and load_yaml(settings).get("resume") == resume
     return own if again else [Path(resume)]
-
-
-def former_settings(out_dir: Path) -> dict[str, Any]:
-    """Return the settings of the run in a folder; {} where there is none."""
-    path = out_dir / SETTINGS
-    return load_yaml(path) if path.exists() else {}
 
 
 def move_earlier_run(out_dir: Path) -> None:

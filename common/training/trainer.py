@@ -20,13 +20,7 @@ from common.errors import InputError
 from common.files import lock_folder, naming_errors, save_bytes
 from common.runlog import RunLog, print_main, progress
 from common.signals import MARKER, Requeue, remove_requeue_marker, write_requeue_marker
-from common.training.checkpointing import (
-    SETTINGS,
-    CheckpointWriter,
-    checkpoints_to_resume,
-    existing_checkpoints,
-    load_first_intact,
-)
+from common.training import checkpointing
 from common.training.fsdp import full_copy, meta_copy, shard, shard_loaded_state
 from common.training.loop import LossWeights, Schedule, UpdateRule, train_one_epoch
 from common.training.method import Method
@@ -79,15 +73,10 @@ class Trainer:
         self.learning_rate, self.loss_weights, self.after_epoch = learning_rate, loss_weights, after_epoch
         self.args, self.out_dir = args, Path(settings.out_dir)
         # equal in all parts of a run, or the same steps would mean other data
-        self.invariants = {
-            "seed": settings.seed,
-            "batch": plan.batch,
-            "steps_per_epoch": plan.steps_per_epoch,
-            "num_samples": len(dataset),
-            **data_fingerprint,
-        }
+        self.invariants = {"seed": settings.seed, "batch": plan.batch, "steps_per_epoch": plan.steps_per_epoch}
+        self.invariants |= {"num_samples": len(dataset)} | data_fingerprint
         self.state = self._make_state(make_optimizer)
-        self.writer = CheckpointWriter(self.out_dir, settings.checkpoints.save_minutes)
+        self.writer = checkpointing.CheckpointWriter(self.out_dir, settings.checkpoints.save_minutes)
         self.watchdog = Watchdog(settings.hang_minutes)
         self.reporter = BadUpdateReporter(self.out_dir, settings.nonfinite, dataset)
         self.log: RunLog | None = None
@@ -139,8 +128,8 @@ class Trainer:
             if self._lock.enter_context(lock_folder(self.out_dir, LOCK_TIMEOUT)) is None:
                 raise InputError(f"{self.out_dir}: another process trains into this folder")
             checkpoint.remove_temporary(self.out_dir)
-            paths = checkpoints_to_resume(self.out_dir, self.settings.checkpoints.resume)
-        found = load_first_intact(paths, self.run)
+            paths = checkpointing.checkpoints_to_resume(self.out_dir, self.settings.checkpoints.resume)
+        found = checkpointing.load_first_intact(paths, self.run)
         if found:
             self.state.load(*found, self.invariants)
             print_main(f"resuming from {found[0]}: {self.state.step} updates done")
@@ -153,7 +142,8 @@ class Trainer:
         self._save_start(found[0] if found else None)
         if self.run.rank == 0:
             remove_requeue_marker(self.out_dir)
-            save_bytes(self.out_dir / SETTINGS, yaml.safe_dump(to_dict(self.settings), sort_keys=False).encode())
+            recorded = yaml.safe_dump(to_dict(self.settings), sort_keys=False)
+            save_bytes(self.out_dir / checkpointing.SETTINGS, recorded.encode())
 
     def _open_log(self) -> RunLog:
         return RunLog(self.out_dir, self.state.step, self.state.epoch, self.state.rollbacks)
@@ -312,14 +302,14 @@ class Trainer:
         """Return to the last good checkpoint, and continue from there with other data."""
         rollbacks = self.state.rollbacks + 1
         if rollbacks > MAX_ROLLBACKS:
-            raise InputError(
-                f"{reason}, after {MAX_ROLLBACKS} rollbacks: stopped; their files are in {self.log.skipped_path}"
-            )
+            files = self.log.skipped_path
+            raise InputError(f"{reason}, after {MAX_ROLLBACKS} rollbacks: stopped; their files are in {files}")
         self.writer.wait()
         self.log.close()
         # rank 0 has written
         distributed.barrier()
-        path, content = load_first_intact(existing_checkpoints(self.out_dir), self.run)
+        paths = checkpointing.existing_checkpoints(self.out_dir)
+        path, content = checkpointing.load_first_intact(paths, self.run)
         self.state.load(path, content, self.invariants)
         self.state.rollbacks, self._loader = rollbacks, None
         self.log = self._open_log()
