@@ -141,20 +141,112 @@ def take(tokens: Tensor, ids: Tensor) -> Tensor:
 # ---------------------------------------------------------------- model
 
 
-@torch.no_grad()
-def fold_standardization(proj: nn.Conv3d, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Change a patch embedding with random weights so that it embeds (x - mean) / std. Inputs x stay as they are.
+class Encoder3D(nn.Module):
+    """What both encoders have: checks of the input, recomputing of blocks, freezing, loading of pretrained weights.
 
-    The usual initialisations assume inputs of mean 0 and variance 1. With intensities in [0, 1] the position table
-    otherwise outweighs what a patch contains (its variance per channel is 0.5). Not for loaded weights. Our choice.
+    A subclass sets `in_chans`, `patch_size`, `grid_size`, and:
 
-    Args:
-        proj: the convolution of the patch embedding.
-        mean, std: one number per input channel.
+        encoder_names      the tensors that a pretrained checkpoint must provide
+        num_prefix_tokens  rows of a position table before those of the patches
+        patch_weight       the name of the convolution weight that is applied to the voxels
     """
-    mean, std = (proj.weight.new_tensor(list(values)).view(1, -1, 1, 1, 1) for values in (mean, std))
-    proj.weight.div_(std)
-    proj.bias.sub_((proj.weight * mean).sum(dim=(1, 2, 3, 4)))
+
+    num_prefix_tokens = 0
+    patch_weight: str
+    encoder_names: tuple[str, ...]
+    grad_checkpointing = False
+
+    def input_grid(self, x: Tensor) -> Grid:
+        """Return the patch grid of an input (B, in_chans, D, H, W). ValueError for other shapes."""
+        if x.ndim != 5 or x.shape[1] != self.in_chans:
+            raise ValueError(f"found an input of shape {tuple(x.shape)}, expected (B, {self.in_chans}, D, H, W)")
+        return grid_of(x.shape[2:], self.patch_size)
+
+    def run_block(self, block: nn.Module, *args) -> Tensor:
+        """Return `block(*args)`, recomputed in the backward pass with gradient checkpointing."""
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass, which saves memory and takes about a third more time."""
+        self.grad_checkpointing = enable
+
+    @torch.no_grad()
+    def standardize_input(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Change a random patch embedding so that it embeds (x - mean) / std. The inputs x stay as they are.
+
+        The usual initialisations assume inputs of mean 0 and variance 1. With intensities in [0, 1] the position table
+        otherwise outweighs what a patch contains (its variance per channel is 0.5). Not for loaded weights. Our choice.
+
+        Args:
+            mean, std: one number per input channel.
+        """
+        proj = self.get_submodule(self.patch_weight.removesuffix(".weight"))
+        mean, std = (proj.weight.new_tensor(list(values)).view(1, -1, 1, 1, 1) for values in (mean, std))
+        proj.weight.div_(std)
+        proj.bias.sub_((proj.weight * mean).sum(dim=(1, 2, 3, 4)))
+
+    def freeze_encoder(self) -> None:
+        """Stop training what a pretrained checkpoint provides. A decoder, a head or a pyramid stays trainable."""
+        for name, parameter in self.named_parameters():
+            if name in self.encoder_names:
+                parameter.requires_grad_(False)
+
+    def load_pretrained_checkpoint(
+        self,
+        path: str | os.PathLike,
+        encoder_only: bool = True,
+        interpolate_pos_embed: bool = True,
+        checkpoint_key: str | None = None,
+        source_grid: Grid | None = None,
+        rescale_channels: bool = True,
+        **tables,
+    ) -> tuple[list[str], list[str]]:
+        """Load pretrained weights and print a short report on rank 0.
+
+        Args:
+            path: a checkpoint of this repository or of the authors. Nothing in the file is executed.
+            encoder_only: load the encoder alone. False also loads other tensors that fit by name and shape.
+            interpolate_pos_embed: resample the position table if the patch grids differ. False makes that an error.
+            checkpoint_key: where the weights are in the file; by default under `student`, `state_dict` or `model`, or
+                at the top level. `"teacher"` is the EMA teacher.
+            source_grid: patch grid (d, h, w) of the file's position table. Needed only if the file does not record
+                it, and it is neither that of this model nor a cube.
+            rescale_channels: divide a 1-channel patch embedding that is repeated over `in_chans` by their number, so
+                that an image repeated over the channels has the same features. False is what the authors' loader does.
+            **tables: passed to `adapt_tables`.
+
+        Returns:
+            (missing_keys, unexpected_keys), without prefixes such as `module.`.
+
+        Raises:
+            ValueError: the file cannot be read, or an encoder tensor is missing, does not fit or is not finite. The
+                model is then unchanged.
+        """
+        state, extras = pretrained.read_checkpoint(path, checkpoint_key)
+        args = extras.get("args")
+        grid = source_grid or (args.get("grid_size") if isinstance(args, dict) else None)
+        adapted = self.adapt_tables(state, grid, path, **tables)
+        own = self.encoder_names if encoder_only else self.state_dict()
+        for name in ("pos_embed", "decoder_pos_embed"):
+            if name in state and name in own:
+                adapted[name] = fit_pos_embed(
+                    state[name], self.grid_size, self.num_prefix_tokens, grid, interpolate_pos_embed, path
+                )
+        if self.patch_weight in state:
+            weight = state[self.patch_weight]
+            adapted[self.patch_weight] = pretrained.inflate_channels(weight, self.in_chans, rescale_channels)
+        report = pretrained.load_matching(self, adapted, self.encoder_names, encoder_only, path)
+        report.resampled = [name for name in report.matched if not pretrained.same(adapted[name], state[name])]
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(report)
+        self.load_report = report
+        return report.missing, report.unexpected
+
+    def adapt_tables(self, state: pretrained.State, grid: Sequence[int] | None, path: object) -> pretrained.State:
+        """Return a copy of the tensors of a file, with tables of its patch grid `grid` in the shapes of this model."""
+        return dict(state)
 
 
 class PatchEmbed3D(nn.Module):
@@ -168,7 +260,7 @@ class PatchEmbed3D(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-class VisionTransformer3D(nn.Module):
+class VisionTransformer3D(Encoder3D):
     """3D ViT with fixed sine-cosine positions, a CLS token, pre-norm blocks (LayerNorm eps 1e-6) and a final norm.
 
     Args:
@@ -185,6 +277,8 @@ class VisionTransformer3D(nn.Module):
         ValueError: a size is not positive, the patch size does not divide `img_size`, or the heads do not divide the
             width.
     """
+
+    patch_weight = "patch_embed.proj.weight"
 
     def __init__(
         self,
@@ -210,7 +304,6 @@ class VisionTransformer3D(nn.Module):
         self.grid_size = grid_of(self.img_size, self.patch_size)
         self.in_chans, self.embed_dim = in_chans, embed_dim
         self.num_prefix_tokens = int(class_token)
-        self.grad_checkpointing = False
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
         block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm_layer)
         drop_paths = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
@@ -223,8 +316,7 @@ class VisionTransformer3D(nn.Module):
         self.norm = norm_layer(embed_dim)
         self.encoder_names = tuple(self.state_dict())
 
-        self.has_decoder = not encoder_only
-        if self.has_decoder:
+        if not encoder_only:
             check_sizes(decoder_embed_dim, decoder_num_heads)
             self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
             self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
@@ -293,8 +385,9 @@ class VisionTransformer3D(nn.Module):
         self, x: Tensor, ids_keep: Tensor | None = None, return_layers: Sequence[int] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the normed tokens (B, 1+K, C) and the hidden states after `return_layers`, each (B, 1+K, C)."""
-        x, pos_embed = self._embed(x)  # (B, N, C), (1, 1+N, C)
-        x = x + pos_embed[:, self.num_prefix_tokens :]
+        grid = self.input_grid(x)
+        pos_embed = resample_pos_embed(self.pos_embed, self.grid_size, grid, self.num_prefix_tokens)  # (1, 1+N, C)
+        x = self.patch_embed(x) + pos_embed[:, self.num_prefix_tokens :]  # (B, N, C)
         if ids_keep is not None:
             x = take(x, ids_keep)  # (B, K, C)
         if self.num_prefix_tokens:
@@ -302,10 +395,7 @@ class VisionTransformer3D(nn.Module):
             x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+K, C)
         hidden = []
         for index, block in enumerate(self.blocks):
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = self.run_block(block, x)
             if index in return_layers:
                 hidden.append(x)
         return self.norm(x), hidden
@@ -329,20 +419,10 @@ class VisionTransformer3D(nn.Module):
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, prefix:]
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.ndim != 5 or x.shape[1] != self.in_chans:
-            raise ValueError(f"found an input of shape {tuple(x.shape)}, expected (B, {self.in_chans}, D, H, W)")
-        grid = grid_of(x.shape[2:], self.patch_size)
-        return self.patch_embed(x), resample_pos_embed(self.pos_embed, self.grid_size, grid, self.num_prefix_tokens)
-
     def _summary(self, tokens: Tensor) -> Tensor:
         return tokens[:, 0] if self.num_prefix_tokens else tokens.mean(dim=1)
 
     # ------------------------------------------------------------ for training
-
-    def standardize_input(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Initialise the patch embedding for inputs of this mean and standard deviation (`fold_standardization`)."""
-        fold_standardization(self.patch_embed.proj, mean, std)
 
     def add_classification_head(self, num_classes: int) -> None:
         """Add a linear layer on the CLS token. `model(x)` then returns its logits (B, num_classes)."""
@@ -354,24 +434,11 @@ class VisionTransformer3D(nn.Module):
         """Delete the MAE decoder."""
         for name in {key.split(".")[0] for key in self.state_dict() if key.startswith(("decoder_", "mask_token"))}:
             delattr(self, name)
-        self.has_decoder = False
-
-    def freeze_encoder(self) -> None:
-        """Stop training the encoder. Decoder and head are unchanged."""
-        self._set_encoder_trainable(False)
 
     def unfreeze_encoder(self) -> None:
         """Train the encoder again, except for its fixed position table."""
-        self._set_encoder_trainable(True)
-
-    def _set_encoder_trainable(self, trainable: bool) -> None:
         for name in self.encoder_names:
-            if name != "pos_embed":
-                self.get_parameter(name).requires_grad_(trainable)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass, which saves memory and takes about a third more time."""
-        self.grad_checkpointing = enable
+            self.get_parameter(name).requires_grad_(name != "pos_embed")
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters without weight decay, besides biases and norms, as in timm's ViT."""
@@ -383,52 +450,6 @@ class VisionTransformer3D(nn.Module):
             "stem": r"^cls_token|^pos_embed|^patch_embed",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
-
-    # ------------------------------------------------------------ loading
-
-    def load_pretrained_checkpoint(
-        self,
-        path: str | os.PathLike,
-        encoder_only: bool = True,
-        interpolate_pos_embed: bool = True,
-        checkpoint_key: str | None = None,
-        source_grid: Grid | None = None,
-        rescale_channels: bool = True,
-    ) -> tuple[list[str], list[str]]:
-        """Load pretrained weights and print a short report.
-
-        Args:
-            path: a checkpoint of this repository or of the authors. Nothing in the file is executed.
-            encoder_only: load the encoder alone. False also loads decoder and head tensors that fit by name and shape.
-            interpolate_pos_embed: resample the position table if the patch grids differ. False makes that an error.
-            checkpoint_key: where the weights are in the file; by default under `student`, `state_dict` or `model`, or
-                at the top level. `"teacher"` is the EMA teacher.
-            source_grid: patch grid (d, h, w) of the file's position table. Needed only if the file does not record
-                it, and it is neither that of this model nor a cube.
-            rescale_channels: divide a 1-channel patch embedding that is repeated over `in_chans` by their number, so
-                that an image repeated over the channels has the same features. False is what the authors' loader does.
-
-        Returns:
-            (missing_keys, unexpected_keys), without prefixes such as `module.`.
-
-        Raises:
-            ValueError: the file cannot be read, or an encoder tensor is missing, does not fit or is not finite. The
-                model is then unchanged.
-        """
-
-        def adapt(state: pretrained.State, recorded_grid: Sequence[int] | None) -> pretrained.State:
-            adapted, grid = dict(state), source_grid or recorded_grid
-            for name in ("pos_embed",) if encoder_only else ("pos_embed", "decoder_pos_embed"):
-                if name in state:
-                    adapted[name] = fit_pos_embed(
-                        state[name], self.grid_size, self.num_prefix_tokens, grid, interpolate_pos_embed, path
-                    )
-            if (weight := "patch_embed.proj.weight") in state:
-                adapted[weight] = pretrained.inflate_channels(state[weight], self.in_chans, rescale_channels)
-            return adapted
-
-        self.load_report = pretrained.load_pretrained(self, path, adapt, encoder_only, checkpoint_key)
-        return self.load_report.missing, self.load_report.unexpected
 
 
 # ---------------------------------------------------------------- factories

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 if __package__:
     from . import models_3dvit as vit
@@ -204,7 +203,7 @@ class RelativeBlock(Block):
 # ---------------------------------------------------------------- model
 
 
-class ConvViT3D(nn.Module):
+class ConvViT3D(vit.Encoder3D):
     """Hybrid encoder.
 
     Inputs of any size that 16 divides are accepted (32 for level 4 of the pyramid): the tables are resampled for them.
@@ -222,6 +221,8 @@ class ConvViT3D(nn.Module):
     Raises:
         ValueError: a size is not positive, 16 does not divide `img_size`, or the heads do not divide the last width.
     """
+
+    patch_weight = "patch_embed1.proj.weight"
 
     def __init__(
         self,
@@ -245,7 +246,6 @@ class ConvViT3D(nn.Module):
         self.grid_size = vit.grid_of(self.img_size, self.patch_size)
         self.in_chans, self.pyramid = in_chans, pyramid
         self.embed_dims, self.embed_dim = tuple(embed_dims), embed_dims[3]
-        self.grad_checkpointing = False
         rates = [drop_path_rate * index / max(sum(depths) - 1, 1) for index in range(sum(depths))]
         stages = [rates[sum(depths[:stage]) : sum(depths[: stage + 1])] for stage in range(4)]
 
@@ -325,23 +325,21 @@ class ConvViT3D(nn.Module):
 
     def forward_stages(self, x: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Return the tokens (B, K, C_4) after the last block, before fusion and norm, and maps at strides 2, 4, 8."""
-        if x.ndim != 5 or x.shape[1] != self.in_chans:
-            raise ValueError(f"found an input of shape {tuple(x.shape)}, expected (B, {self.in_chans}, D, H, W)")
-        grid = vit.grid_of(x.shape[2:], self.patch_size)
+        grid = self.input_grid(x)
         mask = None if ids_keep is None else visible_mask(ids_keep, grid).to(x.dtype)  # (B, 1, d, h, w)
         maps = []
         for stage in (1, 2, 3):
             x = self.get_submodule(f"patch_embed{stage}")(x)  # (B, C_stage, D/2^stage, ...)
             visible = None if mask is None else F.interpolate(mask, size=x.shape[2:], mode="nearest-exact")
             for block in self.get_submodule(f"blocks{stage}"):
-                x = self._run(block, x, visible)
+                x = self.run_block(block, x, visible)
             maps.append(x)
         x = self.patch_embed5(to_tokens(self.patch_embed4(x)))  # (B, N, C_4)
         x = x + vit.resample_pos_embed(self.pos_embed, self.grid_size, grid, num_prefix_tokens=0)
         if ids_keep is not None:
             x = vit.take(x, ids_keep)  # (B, K, C_4)
         for block in self.blocks4:
-            x = self._run(block, x, *((grid, ids_keep) if self.pyramid else ()))
+            x = self.run_block(block, x, *((grid, ids_keep) if self.pyramid else ()))
         return x, maps
 
     def _fuse(self, maps: list[Tensor], ids_keep: Tensor | None) -> Tensor:
@@ -350,26 +348,7 @@ class ConvViT3D(nn.Module):
         tokens = to_tokens(sum(decode(x) for decode, x in zip(decodes, maps)))
         return tokens if ids_keep is None else vit.take(tokens, ids_keep)
 
-    def _run(self, block: nn.Module, *args) -> Tensor:
-        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
-
     # ------------------------------------------------------------ for training
-
-    def standardize_input(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Initialise the first embedding for inputs of this mean and standard deviation (`fold_standardization`)."""
-        vit.fold_standardization(self.patch_embed1.proj, mean, std)
-
-    def freeze_encoder(self) -> None:
-        """Stop training what pretraining provides. What only the pyramid has stays trainable."""
-        for name, parameter in self.named_parameters():
-            if name in self.encoder_names:
-                parameter.requires_grad_(False)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass, which saves memory and takes about a third more time."""
-        self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Return patterns that order the parameters by depth, for timm's layer-wise learning-rate decay."""
@@ -387,45 +366,36 @@ class ConvViT3D(nn.Module):
     # ------------------------------------------------------------ loading
 
     def load_pretrained_checkpoint(
-        self,
-        path: str | os.PathLike,
-        encoder_only: bool = True,
-        interpolate_pos_embed: bool = True,
-        checkpoint_key: str | None = None,
-        source_grid: vit.Grid | None = None,
-        rescale_channels: bool = True,
-        bias_table: Literal["resample", "drop"] = "resample",
+        self, path: str | os.PathLike, encoder_only: bool = True, *args, **kwargs
     ) -> tuple[list[str], list[str]]:
-        """Load pretrained weights and print a short report.
+        """Load pretrained weights as `Encoder3D.load_pretrained_checkpoint` does, and print a short report.
 
         A pretraining checkpoint provides the body (235 tensors of base). Tensors that only the pyramid has are then
-        missing keys, decoder and alignment heads unexpected ones. A fine-tuned checkpoint provides all. Arguments,
-        return value and errors are those of `VisionTransformer3D.load_pretrained_checkpoint`, and:
+        missing keys, decoder and alignment heads unexpected ones. A fine-tuned checkpoint provides all.
 
         Args:
             encoder_only: accepted so that both encoders have the same call. This one has nothing but an encoder.
-            bias_table: resample a fine-tuned relative position bias of another grid, or drop it.
+            bias_table: "resample" a fine-tuned relative position bias of another grid, or "drop" it.
         """
+        return super().load_pretrained_checkpoint(path, False, *args, **kwargs)
 
-        def adapt(state: pretrained.State, recorded_grid: Sequence[int] | None) -> pretrained.State:
-            adapted, grid = dict(state), source_grid or recorded_grid
-            if "pos_embed" in state:
-                adapted["pos_embed"] = vit.fit_pos_embed(
-                    state["pos_embed"], self.grid_size, 0, grid, interpolate_pos_embed, path
-                )
-            if (weight := "patch_embed1.proj.weight") in state:
-                adapted[weight] = pretrained.inflate_channels(state[weight], self.in_chans, rescale_channels)
-            for name in [name for name in state if name.endswith("relative_position_bias_table")]:
-                source = self._bias_grid(len(state[name]), grid, path)
-                if source != self.grid_size:
-                    adapted.pop(name.replace("bias_table", "index"), None)
-                    table = adapted.pop(name)
-                    if bias_table == "resample":
-                        adapted[name] = resample_bias_table(table, source, self.grid_size)
-            return adapted
-
-        self.load_report = pretrained.load_pretrained(self, path, adapt, False, checkpoint_key)
-        return self.load_report.missing, self.load_report.unexpected
+    def adapt_tables(
+        self,
+        state: pretrained.State,
+        grid: Sequence[int] | None,
+        path: object,
+        bias_table: Literal["resample", "drop"] = "resample",
+    ) -> pretrained.State:
+        """Return a copy of the tensors of a file, with its relative position bias resampled or dropped."""
+        adapted = dict(state)
+        for name in [name for name in state if name.endswith("relative_position_bias_table")]:
+            source = self._bias_grid(len(state[name]), grid, path)
+            if source != self.grid_size:
+                adapted.pop(name.replace("bias_table", "index"), None)
+                table = adapted.pop(name)
+                if bias_table == "resample":
+                    adapted[name] = resample_bias_table(table, source, self.grid_size)
+        return adapted
 
     def _bias_grid(self, rows: int, source_grid: Sequence[int] | None, where: object) -> vit.Grid:
         """Return the token grid of a bias table with `rows` rows: the one given, else this model's, else a cube."""

@@ -7,7 +7,7 @@ import argparse
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,16 +27,13 @@ class LoadReport:
     missing: list[str]
     unexpected: list[str]
     encoder_total: int
-    encoder_matched: int
     resampled: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.path}: {self.encoder_matched} of {self.encoder_total} encoder tensors, {len(self.matched)} in all"
-        ]
+        total = self.encoder_total
+        lines = [f"{self.path}: {total} of {total} encoder tensors, {len(self.matched)} in all"]
         for label, names in (("resampled", self.resampled), ("missing", self.missing), ("dropped", self.unexpected)):
-            if names:
-                lines.append(f"  {label} {len(names)}: {shorten(names)}")
+            lines += [f"  {label} {len(names)}: {shorten(names)}"] if names else []
         return "\n".join(lines)
 
 
@@ -46,38 +43,6 @@ def shorten(names: Sequence[str], most: int = 4) -> str:
 
 
 # ---------------------------------------------------------------- loading
-
-
-def load_pretrained(
-    model: nn.Module,
-    path: str | os.PathLike,
-    adapt: Callable[[State, Sequence[int] | None], State],
-    encoder_only: bool,
-    checkpoint_key: str | None = None,
-) -> LoadReport:
-    """Load a checkpoint into an encoder and print a short report on rank 0.
-
-    Args:
-        model: its `encoder_names` are the tensors that must be in the file and fit.
-        adapt: returns the tensors of the file in the shapes of the model, given them and the patch grid that the file
-            records (None if it records none).
-        encoder_only: leave all other tensors of the model alone.
-
-    Raises:
-        ValueError: as `read_checkpoint` and `load_matching`; the model is then unchanged.
-    """
-    state, extras = read_checkpoint(path, checkpoint_key)
-    args = extras.get("args")
-    adapted = adapt(state, args.get("grid_size") if isinstance(args, dict) else None)
-    report = load_matching(model, adapted, model.encoder_names, encoder_only, path)
-    report.resampled = [name for name in report.matched if not _same(adapted[name], state[name])]
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(report)
-    return report
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
 
 
 def load_matching(
@@ -96,23 +61,19 @@ def load_matching(
     own, required = model.state_dict(), list(required)
     wanted = required if required_only else list(own)
     fits = {name: state[name] for name in wanted if name in state and state[name].shape == own[name].shape}
-    report = LoadReport(
-        path=str(where),
-        matched=list(fits),
-        missing=[name for name in wanted if name not in fits],
-        unexpected=[name for name in state if name not in fits],
-        encoder_total=len(required),
-        encoder_matched=sum(name in fits for name in required),
-    )
     if misfits := [_misfit(name, state, own) for name in required if name not in fits]:
-        raise ValueError(
-            f"{where}: only {report.encoder_matched} of {len(required)} encoder tensors fit this model: "
-            f"{shorten(misfits)}"
-        )
+        found = f"only {len(required) - len(misfits)} of {len(required)} encoder tensors fit this model"
+        raise ValueError(f"{where}: {found}: {shorten(misfits)}")
     if broken := [name for name, value in fits.items() if not torch.isfinite(value).all()]:
         raise ValueError(f"{where}: found NaN or infinity in {len(broken)} tensor(s): {shorten(broken)}")
     model.load_state_dict(fits, strict=False)
-    return report
+    missing, unexpected = ([name for name in names if name not in fits] for names in (wanted, state))
+    return LoadReport(str(where), list(fits), missing, unexpected, len(required))
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have the same shape and values."""
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 def _misfit(name: str, state: State, own: State) -> str:
@@ -148,9 +109,8 @@ def read_checkpoint(path: str | os.PathLike, checkpoint_key: str | None = None) 
     extras = {key: value for key, value in content.items() if not isinstance(value, (dict, Tensor)) or key == "args"}
     if isinstance(extras.get("args"), argparse.Namespace):
         extras["args"] = vars(extras["args"])
-    weights = {
-        name: value for name, value in _weights(content, checkpoint_key, path).items() if isinstance(value, Tensor)
-    }
+    found = _weights(content, checkpoint_key, path)
+    weights = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     if sparse := [name for name, value in weights.items() if value.layout != torch.strided]:
         raise ValueError(f"{path}: found {len(sparse)} sparse tensor(s), expected dense ones: {shorten(sparse)}")
     return clean_keys(weights, path), extras
@@ -186,10 +146,8 @@ def _weights(content: dict, checkpoint_key: str | None, path: object) -> dict:
     if checkpoint_key is None and any(isinstance(value, Tensor) for value in content.values()):
         return content
     hint = "; for its teacher pass checkpoint_key='teacher'" if "teacher" in content and not checkpoint_key else ""
-    raise ValueError(
-        f"{path}: found the keys {sorted(map(str, content))}, expected weights under "
-        f"{' or '.join(map(repr, keys))}{hint}"
-    )
+    expected = f"expected weights under {' or '.join(map(repr, keys))}{hint}"
+    raise ValueError(f"{path}: found the keys {sorted(map(str, content))}, {expected}")
 
 
 def clean_keys(state: State, where: object = "state dict") -> State:

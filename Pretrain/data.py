@@ -20,7 +20,7 @@ class InputStatistics:
     std: tuple[float, ...]
 
 
-def input_statistics(volumes: Sequence[Volume], limit: int = 32) -> InputStatistics:
+def input_statistics(volumes: Sequence[CachedVolume], limit: int = 32) -> InputStatistics:
     """Measure the voxels of at most `limit` volumes, evenly spaced in the list, at their coarsest level."""
     count, total, squares = 0, 0.0, 0.0
     for volume in volumes[:: max(1, len(volumes) // limit)]:
