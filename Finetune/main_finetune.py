@@ -272,24 +272,25 @@ def describe(
         "training_cases": [volume.name for volume in training],
         "validation_cases": [volume.name for volume in validation],
         "selected": "last",
-        "leak": leak_of(config.cases.fold, preset, init, training, validation),
+        "leak": leak_of(config.cases.fold, preset, init, validation),
     }
 
 
-def leak_of(fold: int, preset: Preset, init: Path | None, training: Volumes, validation: Volumes) -> str:
+def leak_of(fold: int, preset: Preset, init: Path | None, validation: Volumes) -> str:
     """Return a warning if pretraining has seen validation cases, or may have; else "".
 
     Cases are compared by the content of the volumes if the checkpoint lists its data, else by what the preset states.
     """
     if init is None:
         return ""
-    card = leakage.card(checkpoint.load(init), training, validation)
-    if card["known"]:
-        return card["text"] if card["validation_seen"] else ""
+    seen = leakage.seen_cases(checkpoint.load(init), validation)
+    if seen is not None:
+        found = f"{len(seen)} of {len(validation)} validation cases were seen in pretraining: {', '.join(seen)}"
+        return found if seen else ""
     # the folds of a list may hold other cases than those of the preset
     if fold in preset.clean_folds and {volume.name for volume in validation} <= set(preset.validation):
         return ""
-    return preset.leak or card["text"]
+    return preset.leak or "unknown: the checkpoint does not record what it was pretrained on"
 
 
 # ---------------------------------------------------------------- validation

@@ -21,7 +21,7 @@ from common.errors import InputError
 from common.files import save_bytes
 from common.runlog import print_main, progress
 from Finetune.cases import find_cases, split
-from Finetune.leakage import overlap, pretrained_hashes
+from Finetune.leakage import overlap_report, pretrained_hashes
 from Finetune.presets import load_preset
 from Pretrain.catalog import read_datasets
 
@@ -78,10 +78,10 @@ def main() -> None:
         seen = pretrained_hashes(checkpoint.load(settings.pretrain))
         if seen is None:
             raise InputError(f"{settings.pretrain}: found a checkpoint without a record of its pretraining data")
-        return print_main(str(overlap(seen, by_fold)))
+        return print_main(overlap_report(seen, by_fold))
     listed = pretraining_cases(settings)
     pretrained = content_hashes(listed, settings.cache_dir, channels)
-    print_main(str(overlap(pretrained.values(), by_fold)))
+    print_main(overlap_report(pretrained.values(), by_fold))
     if settings.exclude_leaks:
         leaking = {content for cases_ in by_fold.values() for _, content in cases_}
         clean = [case for case in listed if not case.problem and pretrained.get(case.name) not in leaking]
