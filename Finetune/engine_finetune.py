@@ -1,6 +1,7 @@
 """Fine-tuning in the common training loop: the method, its optimizer and its validation."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from Finetune.cases import class_of
 from Finetune.data import resized
 from Finetune.evaluation.classification import class_scores, write_scores
 from Finetune.evaluation.metrics import dice_of
-from Finetune.inference.sliding_window import Window, predictor, slabs
-from Finetune.losses import DiceCE, RegionDice
+from Finetune.inference.sliding_window import Predictor, Window, predictor, slabs
+from Finetune.losses import dice_ce, region_dice
 from Finetune.presets import Preset
 
 Losses = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
@@ -57,7 +58,7 @@ def segmentation_losses(preset: Preset) -> Losses:
 
     A batch holds `image` (B, crops, C, d, h, w) and `label` (B, crops, 1, d, h, w).
     """
-    criterion = RegionDice(preset.regions) if preset.regions else DiceCE()
+    criterion = partial(region_dice, regions=preset.regions) if preset.regions else dice_ce
 
     def losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return criterion(model(batch["image"].flatten(0, 1)), batch["label"].flatten(0, 1))
@@ -89,7 +90,6 @@ def make_optimizer(method: Finetuning, weight_decay: float, layer_decay: float |
 # ---------------------------------------------------------------- validation
 
 
-@torch.no_grad()
 def validate(
     model: nn.Module, volumes: Sequence[CachedVolume], preset: Preset, window: Window, run: Run, amp: str = "auto"
 ) -> dict[str, float]:
@@ -97,48 +97,39 @@ def validate(
 
     It is computed in the preprocessed space, to monitor a run. Finetune.evaluate scores in the space of the files.
     """
-    model.eval()
-    dtype = autocast_dtype(amp, run.device)
-    names = list(preset.scored())
-    dice = torch.zeros(len(volumes), len(names), dtype=torch.float64)
-    for index in own_indices(len(volumes), run):
-        values = case_dice(model, volumes[index], preset, window, run.device, dtype)
-        dice[index] = torch.tensor([float("nan") if value is None else value for value in values])
-    dice = sum_over_ranks(dice, run)
+    names, predict = list(preset.scored()), predictor(model.eval(), run.device, autocast_dtype(amp, run.device))
+    dice = over_cases(volumes, run, len(names), lambda volume: case_dice(predict, volume, preset, window, run.device))
     result = {"val/dice": float(dice.nanmean(dim=1).nanmean().nan_to_num())}
     per_class = zip(names, dice.nanmean(dim=0).tolist())
     return result | {f"val/dice {name}": value for name, value in per_class if value == value}
 
 
-def own_indices(count: int, run: Run) -> Iterator[int]:
-    """Return the indices of the cases that this rank validates, with a progress bar, until it is asked to stop."""
-    indices = range(run.rank, count, run.world_size)
-    return until_stopped(progress(indices, desc="validate", unit="case"), run)
-
-
-def sum_over_ranks(rows: Tensor, run: Run) -> Tensor:
-    """Return all rows on every rank, given on each its own rows and zeros for the others."""
-    return (distributed.all_reduce_mean(rows.to(run.device)) * run.world_size).cpu()
+@torch.no_grad()
+def over_cases(
+    volumes: Sequence[CachedVolume], run: Run, columns: int, scores: Callable[[CachedVolume], Sequence[float] | Tensor]
+) -> Tensor:
+    """Return the scores of every case, (cases, columns), on every rank. Each rank computes those of its own cases."""
+    table = torch.zeros(len(volumes), columns, dtype=torch.float64)
+    own = range(run.rank, len(volumes), run.world_size)
+    for index in until_stopped(progress(own, desc="validate", unit="case"), run):
+        table[index] = torch.as_tensor(scores(volumes[index]))
+    return (distributed.all_reduce_mean(table.to(run.device)) * run.world_size).cpu()
 
 
 def case_dice(
-    model: nn.Module,
-    volume: CachedVolume,
-    preset: Preset,
-    window: Window,
-    device: torch.device,
-    dtype: torch.dtype | None,
-) -> list[float | None]:
-    """Return the Dice of one cached case for each name in `preset.scored()`."""
+    predict: Predictor, volume: CachedVolume, preset: Preset, window: Window, device: torch.device
+) -> list[float]:
+    """Return the Dice of one cached case for each name in `preset.scored()`, NaN where the class is absent."""
     image = volume.read((0, 0, 0), volume.shape)
     label = volume.read_label((0, 0, 0), volume.shape)[0]
     predicted = torch.zeros(len(preset.regions) or 1, *volume.shape, dtype=torch.uint8)
-    for first, logits in slabs(image, predictor(model, device, dtype), window, device):
+    for first, logits in slabs(image, predict, window, device):
         predicted[:, first : first + logits.shape[1]] = decide(logits, preset)
     scores = []
     for position, ids in enumerate(preset.scored().values()):
         mask = predicted[position].bool() if preset.regions else torch.isin(predicted[0], torch.tensor(ids))
-        scores.append(dice_of(mask.numpy(), torch.isin(label, torch.tensor(ids)).numpy()))
+        dice = dice_of(mask.numpy(), torch.isin(label, torch.tensor(ids)).numpy())
+        scores.append(float("nan") if dice is None else dice)
     return scores
 
 
@@ -149,27 +140,26 @@ def decide(logits: Tensor, preset: Preset) -> Tensor:
     return logits.argmax(dim=0, keepdim=True).to(torch.uint8)
 
 
-@torch.no_grad()
 def validate_classes(
     model: nn.Module,
     volumes: Sequence[CachedVolume],
     preset: Preset,
-    roi: tuple[int, int, int],
+    roi: Sequence[int],
     run: Run,
-    amp: str = "auto",
-    out: Path | None = None,
+    amp: str,
+    out: Path | None,
 ) -> dict[str, float]:
     """Return accuracy and AUC of the validation cases (see `class_scores`).
 
     With `out`, rank 0 writes classification.csv and classification.json there.
     """
-    model.eval()
-    predict = predictor(model, run.device, autocast_dtype(amp, run.device))
-    probabilities = torch.zeros(len(volumes), len(preset.labels))
-    for index in own_indices(len(volumes), run):
-        logits = predict(resized(volumes[index], roi)[None].to(run.device))
-        probabilities[index] = logits[0].float().softmax(dim=0)
-    probabilities = sum_over_ranks(probabilities, run)
+    predict = predictor(model.eval(), run.device, autocast_dtype(amp, run.device))
+
+    def probabilities_of(volume: CachedVolume) -> Tensor:
+        logits = predict(resized(volume, roi)[None].to(run.device))
+        return logits[0].float().softmax(dim=0)
+
+    probabilities = over_cases(volumes, run, len(preset.labels), probabilities_of)
     targets = torch.tensor([class_of(preset, volume.source) for volume in volumes])
     scores = class_scores(probabilities, targets, preset)
     if out is not None and run.rank == 0:

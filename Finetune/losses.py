@@ -7,31 +7,32 @@ import torch.nn.functional as F
 from monai.losses import DiceLoss
 from torch import Tensor, nn
 
-
-class DiceCE(nn.Module):
-    """Soft Dice and cross-entropy over a softmax, with the authors' settings of MONAI's Dice."""
-
-    def __init__(self):
-        super().__init__()
-        self.dice = DiceLoss(to_onehot_y=True, softmax=True, squared_pred=True, smooth_nr=0.0, smooth_dr=1e-6)
-
-    def forward(self, logits: Tensor, label: Tensor) -> dict[str, Tensor]:
-        """Return {`dice`, `ce`} of logits (B, K, D, H, W) and ids (B, 1, D, H, W), in float32 under autocast too."""
-        logits, label = logits.float(), label.long()
-        return {"dice": self.dice(logits, label), "ce": F.cross_entropy(logits, label[:, 0])}
+# the authors' settings of MONAI's soft Dice
+DICE = {"squared_pred": True, "smooth_nr": 0.0, "smooth_dr": 1e-6}
+SOFTMAX_DICE = DiceLoss(to_onehot_y=True, softmax=True, **DICE)
+SIGMOID_DICE = DiceLoss(sigmoid=True, **DICE)
 
 
-class RegionDice(nn.Module):
-    """Soft Dice of overlapping regions, each with its own sigmoid (MSD01)."""
+def dice_ce(logits: Tensor, label: Tensor) -> dict[str, Tensor]:
+    """Return {`dice`, `ce`}: soft Dice and cross-entropy over a softmax, in float32 under autocast too.
 
-    def __init__(self, regions: dict[str, tuple[int, ...]]):
-        super().__init__()
-        self.regions = regions
-        self.dice = DiceLoss(sigmoid=True, squared_pred=True, smooth_nr=0.0, smooth_dr=1e-6)
+    Args:
+        logits: (B, K, D, H, W).
+        label: ids (B, 1, D, H, W).
+    """
+    logits, label = logits.float(), label.long()
+    return {"dice": SOFTMAX_DICE(logits, label), "ce": F.cross_entropy(logits, label[:, 0])}
 
-    def forward(self, logits: Tensor, label: Tensor) -> dict[str, Tensor]:
-        """Return {`dice`} of logits (B, R, D, H, W) and ids (B, 1, D, H, W)."""
-        return {"dice": self.dice(logits.float(), one_hot_regions(label, self.regions).float())}
+
+def region_dice(logits: Tensor, label: Tensor, regions: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Return {`dice`}: soft Dice of overlapping regions, each with its own sigmoid (MSD01).
+
+    Args:
+        logits: (B, R, D, H, W).
+        label: ids (B, 1, D, H, W).
+        regions: name -> ids whose union it is.
+    """
+    return {"dice": SIGMOID_DICE(logits.float(), one_hot_regions(label, regions).float())}
 
 
 def one_hot_regions(label: Tensor, regions: dict[str, tuple[int, ...]]) -> Tensor:
