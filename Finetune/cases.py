@@ -174,15 +174,13 @@ def few_labels(
     larger ones.
 
     Raises:
-        InputError: both are given, or one is out of bounds.
+        InputError: both are given, or there are fewer cases.
     """
     if count is None and fraction is None:
         return list(training)
     if count is not None and fraction is not None:
         raise InputError(f"--label_count {count}, --label_fraction {fraction}: expected one of them")
     if fraction is not None:
-        if not 0 < fraction <= 1:
-            raise InputError(f"--label_fraction {fraction}: must be more than 0 and at most 1")
         count = max(1, round(fraction * len(training)))
     if not 1 <= count <= len(training):
         raise InputError(f"--label_count {count}: must be 1 to {len(training)}, the number of training cases")

@@ -20,25 +20,34 @@ from torch.utils.data import Dataset
 
 from common.cache.volume import CachedVolume
 from common.data.sampler import generator
-from common.errors import InputError
 from Finetune.cases import class_of
 from Finetune.presets import Augmentation, Preset
 
 KEYS = ("image", "label")
 
 
-class CropDataset(Dataset):
+class CachedVolumes(Dataset):
+    """Base of the data sets. All randomness of a sample is drawn from the seed and its position in the stream."""
+
+    def __init__(self, volumes: Sequence[CachedVolume], roi: tuple[int, int, int], seed: int):
+        self.volumes, self.roi, self.seed = list(volumes), tuple(roi), seed
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def name(self, index: int) -> str:
+        return self.volumes[index].name
+
+
+class CropDataset(CachedVolumes):
     """Augmented crops, balanced between foreground and background.
 
     `dataset[position, index]` is {"image": (crops, C, *roi) float32, "label": (crops, 1, *roi) uint8} of the volume
-    `index`. All randomness is drawn from the seed and `position`, the place in the stream of samples.
+    `index`, at the place `position` in the stream of samples.
 
     Args:
         roi: voxels (D, H, W) of a crop.
         crops: crops per sample.
-
-    Raises:
-        InputError: `crops` is less than 1.
     """
 
     def __init__(
@@ -49,16 +58,8 @@ class CropDataset(Dataset):
         crops: int = 4,
         seed: int = 0,
     ):
-        if crops < 1:
-            raise InputError(f"--crops {crops}: must be at least 1")
-        self.volumes, self.roi, self.crops, self.seed = list(volumes), tuple(roi), crops, seed
-        self.augment = augmentations(augmentation, self.roi)
-
-    def __len__(self) -> int:
-        return len(self.volumes)
-
-    def name(self, index: int) -> str:
-        return self.volumes[index].name
+        super().__init__(volumes, roi, seed)
+        self.crops, self.augment = crops, augmentations(augmentation, self.roi)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         position, index = key
@@ -113,47 +114,34 @@ def augmentations(probability: Augmentation, roi: Sequence[int]) -> Compose:
     Rotations are in the plane of the first two axes (left-right, back-front). Quarter turns are left out unless these
     axes of the crop are equal.
     """
-    chosen = []
-    if probability.affine:
-        chosen.append(
-            RandAffined(
-                KEYS,
-                prob=probability.affine,
-                rotate_range=(0.0, 0.0, torch.pi / 15),
-                scale_range=(0.1, 0.1, 0.1),
-                mode=("bilinear", "nearest"),
-                padding_mode="border",
-            )
-        )
-    if probability.flip:
-        chosen += [RandFlipd(KEYS, prob=probability.flip, spatial_axis=axis) for axis in range(3)]
-    if probability.rotate90 and roi[0] == roi[1]:
-        chosen.append(RandRotate90d(KEYS, prob=probability.rotate90, max_k=3, spatial_axes=(0, 1)))
-    if probability.scale_intensity:
-        chosen.append(RandScaleIntensityd("image", factors=0.1, prob=probability.scale_intensity))
-    if probability.shift_intensity:
-        chosen.append(RandShiftIntensityd("image", offsets=0.1, prob=probability.shift_intensity))
-    if probability.noise:
-        chosen.append(RandGaussianNoised("image", prob=probability.noise, std=0.01))
-    return Compose(chosen)
+    plane, quarter_turns = (0.0, 0.0, torch.pi / 15), probability.rotate90 if roi[0] == roi[1] else 0.0
+    transforms = [
+        RandAffined(
+            KEYS,
+            prob=probability.affine,
+            rotate_range=plane,
+            scale_range=(0.1, 0.1, 0.1),
+            mode=("bilinear", "nearest"),
+            padding_mode="border",
+        ),
+        *(RandFlipd(KEYS, prob=probability.flip, spatial_axis=axis) for axis in range(3)),
+        RandRotate90d(KEYS, prob=quarter_turns, max_k=3, spatial_axes=(0, 1)),
+        RandScaleIntensityd("image", factors=0.1, prob=probability.scale_intensity),
+        RandShiftIntensityd("image", offsets=0.1, prob=probability.shift_intensity),
+        RandGaussianNoised("image", prob=probability.noise, std=0.01),
+    ]
+    return Compose([transform for transform in transforms if transform.prob > 0])
 
 
-class VolumeDataset(Dataset):
+class VolumeDataset(CachedVolumes):
     """Volumes resized to `roi`, with their class, for classification.
 
-    `dataset[position, index]` is {"image": (C, *roi), "target": class number} of the volume `index`. Random flips are
-    drawn from the seed and `position`.
+    `dataset[position, index]` is {"image": (C, *roi), "target": class number} of the volume `index`, randomly flipped.
     """
 
     def __init__(self, volumes: Sequence[CachedVolume], preset: Preset, roi: tuple[int, int, int], seed: int = 0):
-        self.volumes, self.preset, self.roi, self.seed = list(volumes), preset, tuple(roi), seed
-        self.targets = [class_of(preset, volume.source) for volume in volumes]
-
-    def __len__(self) -> int:
-        return len(self.volumes)
-
-    def name(self, index: int) -> str:
-        return self.volumes[index].name
+        super().__init__(volumes, roi, seed)
+        self.preset, self.targets = preset, [class_of(preset, volume.source) for volume in volumes]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         position, index = key

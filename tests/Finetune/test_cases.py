@@ -6,9 +6,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from common.cli import parse
 from common.data.datalist import Case
 from common.errors import InputError
 from Finetune.cases import few_labels, find_cases, label_for, map_values, split, with_mapped_labels
+from Finetune.main_finetune import FinetuneSettings
 from Finetune.presets import load_preset
 
 
@@ -112,9 +114,12 @@ def test_subsets_are_nested_for_each_seed():
             few_labels(cases, preset, count=8, seed=seed)
         )
     assert names_of(few_labels(cases, preset, count=8, seed=0)) != names_of(few_labels(cases, preset, count=8, seed=1))
-    for wrong in ({"count": 0}, {"count": 51}, {"fraction": 0.0}, {"fraction": 1.2}, {"count": 1, "fraction": 0.5}):
+    for wrong in ({"count": 0}, {"count": 51}, {"fraction": 1.2}, {"count": 1, "fraction": 0.5}):
         with pytest.raises(InputError, match="label_"):
             few_labels(cases, preset, **wrong)
+    for fraction in ("0", "1.2"):
+        with pytest.raises(InputError, match=f"--label_fraction {fraction}.*(more than 0|at most 1)"):
+            parse(FinetuneSettings, ["--label_fraction", fraction])
 
 
 def test_label_values_of_mmwhs_are_mapped_to_ids_once(tmp_path):

@@ -7,8 +7,10 @@ import pytest
 import torch
 from monai.data import get_track_meta
 
+from common.cli import parse
 from common.errors import InputError
 from Finetune.data import CropDataset, crop_start
+from Finetune.main_finetune import FinetuneSettings
 from Finetune.presets import Augmentation
 
 ALL = Augmentation(flip=0.5, rotate90=0.5)
@@ -63,9 +65,9 @@ def test_half_of_the_crops_are_centred_on_classes_equally(volume):
     assert 0.33 < large / 2000 < 0.48
 
 
-def test_fewer_than_one_crop_is_refused(volume):
+def test_fewer_than_one_crop_is_refused():
     with pytest.raises(InputError, match="--crops 0"):
-        CropDataset([volume], (9, 9, 9), ALL, crops=0)
+        parse(FinetuneSettings, ["--crops", "0"])
 
 
 def test_a_volume_smaller_than_the_crop_is_in_its_middle(volume):
