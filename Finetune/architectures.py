@@ -142,16 +142,8 @@ def _count(state: State, blocks: str) -> int:
 
 def build_vit(a: Architecture) -> VisionTransformer3D:
     """Return the ViT without CLS token, as the authors fine-tune it."""
-    return VisionTransformer3D(
-        img_size=a.roi,
-        patch_size=a.patch_size,
-        in_chans=a.in_chans,
-        embed_dim=a.embed_dim,
-        depth=a.depth,
-        num_heads=a.num_heads,
-        class_token=False,
-        drop_path_rate=a.drop_path,
-    )
+    sizes = a.roi, a.patch_size, a.in_chans, a.embed_dim, a.depth, a.num_heads
+    return VisionTransformer3D(*sizes, class_token=False, drop_path_rate=a.drop_path)
 
 
 def build_hybrid(a: Architecture) -> ConvViT3D:

@@ -8,6 +8,7 @@ parameters have MONAI's names (`encoder1..`, `decoder5..`, `out`); the encoder i
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from monai.networks.blocks import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
@@ -19,7 +20,10 @@ from common.errors import InputError
 from Finetune.models_3dvit import grid_of
 from Finetune.models_convvit3d import ConvViT3D, to_map
 
-BLOCK = {"spatial_dims": 3, "kernel_size": 3, "norm_name": "instance", "res_block": True}
+BLOCK = {"kernel_size": 3, "norm_name": "instance", "res_block": True}
+# (in_channels, out_channels) -> block
+residual_block = partial(UnetrBasicBlock, 3, stride=1, **BLOCK)
+up_block = partial(UnetrUpBlock, 3, upsample_kernel_size=2, **BLOCK)
 
 
 def num_levels(patch_size: Sequence[int]) -> int:
@@ -77,23 +81,17 @@ class UNETR(nn.Module):
                 f"for patches of {self.patch_size[0]}"
             )
         widths = [feature_size * 2**level for level in range(self.levels)]  # f, 2f, 4f, 8f
-        self.encoder1 = UnetrBasicBlock(in_channels=in_chans, out_channels=widths[0], stride=1, **BLOCK)
+        self.encoder1 = residual_block(in_chans, widths[0])
         # hidden states, upsampled to 1/2, 1/4, 1/8 of the voxels
         for level in range(1, self.levels):
+            doublings = self.levels - 1 - level
             block = UnetrPrUpBlock(
-                in_channels=width,
-                out_channels=widths[level],
-                num_layer=self.levels - 1 - level,
-                stride=1,
-                upsample_kernel_size=2,
-                conv_block=True,
-                **BLOCK,
+                3, width, widths[level], doublings, stride=1, upsample_kernel_size=2, conv_block=True, **BLOCK
             )
             self.add_module(f"encoder{level + 1}", block)
         for level in range(self.levels, 0, -1):
             below = width if level == self.levels else widths[level]
-            block = UnetrUpBlock(in_channels=below, out_channels=widths[level - 1], upsample_kernel_size=2, **BLOCK)
-            self.add_module(f"decoder{level + 1}", block)
+            self.add_module(f"decoder{level + 1}", up_block(below, widths[level - 1]))
         self.out = UnetOutBlock(spatial_dims=3, in_channels=feature_size, out_channels=out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,18 +123,19 @@ class ConvViT3DUNETR(nn.Module):
         if any(size % 32 for size in backbone.img_size):
             raise InputError(f"--roi {shown(backbone.img_size)}: must be multiples of 32 for MiM's network")
         self.backbone = backbone
-        widths = list(backbone.embed_dims)
+        c1, c2, c3, c4 = backbone.embed_dims
         # numbered as in the published weights
-        basic = {"encoder1": (backbone.in_chans, widths[0])}
-        basic |= {f"encoder{level + 2}": (width, width) for level, width in enumerate(widths[:3])}
-        basic |= {"encoder10": (2 * widths[3], 2 * widths[3])}
-        for name, (below, width) in basic.items():
-            self.add_module(name, UnetrBasicBlock(in_channels=below, out_channels=width, stride=1, **BLOCK))
-        coarse_to_fine = [2 * widths[3], *reversed(widths), widths[0]]
-        for level, (below, width) in zip((5, 4, 3, 2, 1), zip(coarse_to_fine, coarse_to_fine[1:])):
-            block = UnetrUpBlock(in_channels=below, out_channels=width, upsample_kernel_size=2, **BLOCK)
-            self.add_module(f"decoder{level}", block)
-        self.out = UnetOutBlock(spatial_dims=3, in_channels=widths[0], out_channels=out_channels)
+        self.encoder1 = residual_block(backbone.in_chans, c1)
+        self.encoder2 = residual_block(c1, c1)
+        self.encoder3 = residual_block(c2, c2)
+        self.encoder4 = residual_block(c3, c3)
+        self.encoder10 = residual_block(2 * c4, 2 * c4)
+        self.decoder5 = up_block(2 * c4, c4)
+        self.decoder4 = up_block(c4, c3)
+        self.decoder3 = up_block(c3, c2)
+        self.decoder2 = up_block(c2, c1)
+        self.decoder1 = up_block(c1, c1)
+        self.out = UnetOutBlock(spatial_dims=3, in_channels=c1, out_channels=out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         _, (h0, h1, h2, h3, h4) = self.backbone(x, return_layers=(0, 1, 2, 3, 4))
@@ -148,11 +147,7 @@ class ConvViT3DUNETR(nn.Module):
 
 
 def convvit3d_unetr(
-    img_size: int | Sequence[int] = 96,
-    in_channels: int = 1,
-    out_channels: int = 14,
-    feature_size: int = 48,
-    **kwargs,
+    img_size: int | Sequence[int] = 96, in_channels: int = 1, out_channels: int = 14, feature_size: int = 48, **kwargs
 ) -> ConvViT3DUNETR:
     """Return MiM's network with the authors' sizes and stochastic depth up to 0.2.
 
@@ -162,11 +157,9 @@ def convvit3d_unetr(
     """
     if feature_size % 4 and "num_heads" not in kwargs:
         raise InputError(f"--feature_size {feature_size}: must be a multiple of 4 (32 channels a head)")
-    defaults = dict(
-        embed_dims=[feature_size * n for n in (1, 2, 4, 8)], num_heads=feature_size // 4, drop_path_rate=0.2
-    )
-    backbone = ConvViT3D(img_size, in_channels, pyramid=True, **(defaults | kwargs))
-    return ConvViT3DUNETR(backbone, out_channels)
+    widths = [feature_size * n for n in (1, 2, 4, 8)]
+    defaults = dict(embed_dims=widths, num_heads=feature_size // 4, drop_path_rate=0.2)
+    return ConvViT3DUNETR(ConvViT3D(img_size, in_channels, pyramid=True, **(defaults | kwargs)), out_channels)
 
 
 class LinearProbe(nn.Module):
