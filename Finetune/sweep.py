@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common.cli import parse, run_program
-from common.config import from_dict, load_mapping, setting, settings_of, to_dict
+from common.config import convert, from_dict, load_mapping, setting, settings_of, to_dict
 from common.data.datalist import Case
 from common.errors import InputError
 from common.files import check_writable, digest, file_sha256, lock_folder, save_bytes
@@ -33,6 +33,7 @@ from Finetune.evaluation.formats import write_json
 from Finetune.evaluation.metrics import case_means
 from Finetune.evaluation.protocol import labels_by
 from Finetune.evaluation.report import CSV, JSON, read_card
+from Finetune.evaluation.statistics import grouped
 from Finetune.evaluation.sweep_report import draw_curves, short_name, summary, sweep_table
 from Finetune.main_finetune import CaseSettings, DataSettings, FinetuneSettings, StartSettings
 from Finetune.presets import Preset, load_preset
@@ -108,12 +109,12 @@ def plan(config: SweepSettings, preset: Preset) -> list[SweepRun]:
     for case in [*training, *validation]:
         if case.problem:
             raise InputError(case.problem)
-    words = _items(config.label_counts, "label_counts")
     # without duplicates: "all" may be a number that is also given
-    counts = dict.fromkeys(len(training) if word == "all" else _number(word, "label_counts") for word in words)
+    words = _values(config.label_counts, Literal["all"] | int, "label_counts")
+    counts = dict.fromkeys(len(training) if word == "all" else word for word in words)
     for count in counts:
         few_labels(training, preset, count)
-    seeds = dict.fromkeys(_number(word, "seeds") for word in _items(config.seeds, "seeds"))
+    seeds = dict.fromkeys(_values(config.seeds, int, "seeds"))
     cases = [[case.name for case in part] for part in (training, validation)]
     shared = [to_dict(preset), common, config.fold, cases]
     runs = []
@@ -127,14 +128,15 @@ def plan(config: SweepSettings, preset: Preset) -> list[SweepRun]:
 
 def initialisations(config: SweepSettings) -> dict[str, tuple[list[str], list[str]]]:
     """Return initialisation -> (flags of main_finetune, what identifies its content)."""
-    inits = _items(config.inits, "inits")
+    inits = _values(config.inits, str, "inits")
     for init in inits:
         if init != "scratch" and not Path(init).is_file():
             raise InputError(f"--inits: found '{init}', expected scratch or an existing checkpoint")
     names = [short_name(init) for init in inits]
-    if len(set(names)) < len(names):
-        double = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"--inits: found two that are called {double}, expected different names of folder or file")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise InputError(
+            f"--inits: found two that are called {repeated[0]}, expected different names of folder or file"
+        )
     first = next((init for init in inits if init != "scratch"), None)
     found = {}
     for init in inits:
@@ -157,17 +159,10 @@ def common_settings(config: SweepSettings) -> dict[str, Any]:
     return common
 
 
-def _items(text: str, name: str) -> list[str]:
-    items = [item.strip() for item in text.split(",") if item.strip()]
-    if not items:
-        raise InputError(f"--{name}: found '{text}', expected at least one value")
-    return items
-
-
-def _number(text: str, name: str) -> int:
-    if not text.isdecimal():
-        raise InputError(f"--{name}: found '{text}', expected whole numbers separated by commas")
-    return int(text)
+def _values(text: str, kind: Any, name: str) -> list[Any]:
+    """Return the values in `text`, which are separated by commas."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    return list(convert(words or [text], tuple[kind, ...], f"--{name}"))
 
 
 # ---------------------------------------------------------------- running
@@ -275,17 +270,15 @@ run_or_requeue {shlex.quote(str(out))} \\
 
 def collect(config: SweepSettings, runs: Sequence[SweepRun], failures: dict[str, str]) -> str:
     """Write sweep.json, sweep.txt and sweep.png from the runs that are done. Return the table."""
-    planned: dict[tuple[str, int], list[SweepRun]] = {}
-    for run in runs:
-        planned.setdefault((run.init, run.count), []).append(run)
+    planned = grouped(runs, lambda run: (run.init, run.count))
     scores = {
         key: {run.seed: case_means(read_card(run.folder / "scores")[0], "dice") for run in group if run.done}
         for key, group in planned.items()
     }
     rows = []
-    for init, count in planned:
-        scratch = scores.get(("scratch", count)) if init != "scratch" else None
-        rows.append(summary(init, count, len(planned[init, count]), scores[init, count], scratch))
+    for (init, count), group in planned.items():
+        scratch = {} if init == "scratch" else scores.get(("scratch", count), {})
+        rows.append(summary(init, count, len(group), scores[init, count], scratch))
     result = {"preset": config.preset, "fold": config.fold, "rows": rows, "failed": failures}
     table = sweep_table(result)
     write_json(config.out / "sweep.json", result)

@@ -7,8 +7,9 @@ from typing import Any
 from common.errors import InputError
 from Finetune.evaluation.formats import aligned, fixed, interval_text
 from Finetune.evaluation.metrics import METRICS, case_means
+from Finetune.evaluation.protocol import differing_keys
 from Finetune.evaluation.report import read_card
-from Finetune.evaluation.statistics import difference
+from Finetune.evaluation.statistics import difference, grouped
 
 
 def compare(a: Path, b: Path) -> dict[str, Any]:
@@ -26,9 +27,10 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
         raise InputError(f"{a}, {b}: not the same cases and classes; only {where} has {name} of {case}")
     pairs = [(score, by_key_b[key]) for key, score in by_key_a.items()]
     means = {metric: (case_means(scores_a, metric), case_means(scores_b, metric)) for metric in METRICS}
-    dice: dict[str, list[tuple[float | None, float | None]]] = {}
-    for one, other in pairs:
-        dice.setdefault(one.name, []).append((one.values["dice"], other.values["dice"]))
+    dice = {
+        name: [(one.values["dice"], other.values["dice"]) for one, other in of_class]
+        for name, of_class in grouped(pairs, lambda pair: pair[0].name).items()
+    }
     return {
         "a": str(a),
         "b": str(b),
@@ -37,14 +39,9 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
             metric: difference([(in_a[case], in_b[case]) for case in in_a]) for metric, (in_a, in_b) in means.items()
         },
         "classes": {name: difference(values) for name, values in dice.items()},
-        "protocol_differs_in": differing(protocol_a, protocol_b),
+        "protocol_differs_in": differing_keys([protocol_a, protocol_b]),
         "labels_differ_in": sorted({one.case for one, other in pairs if one.label_ml != other.label_ml}),
     }
-
-
-def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Return the keys in which two protocols differ, except checkpoints and cases."""
-    return sorted(k for k in a.keys() | b.keys() if k not in ("checkpoints", "cases") and a.get(k) != b.get(k))
 
 
 def comparison_table(result: Mapping[str, Any]) -> str:

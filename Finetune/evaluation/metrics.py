@@ -18,7 +18,7 @@ import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from monai.transforms import generate_spatial_bounding_box
 
-from Finetune.evaluation.statistics import mean, mean_and_interval
+from Finetune.evaluation.statistics import grouped, mean, mean_and_interval
 
 # a warning of MONAI about its own code
 warnings.filterwarnings("ignore", message=".*always_return_as_numpy.*")
@@ -162,10 +162,8 @@ def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
 
 def case_means(scores: Iterable[Score], metric: str) -> dict[str, float | None]:
     """Return case -> mean over its classes that have a value, None where none has."""
-    cases: dict[str, list[float | None]] = {}
-    for score in scores:
-        cases.setdefault(score.case, []).append(score.values[metric])
-    return {case: mean(values) for case, values in cases.items()}
+    by_case = grouped(scores, lambda score: score.case)
+    return {case: mean(score.values[metric] for score in rows) for case, rows in by_case.items()}
 
 
 def summarise(scores: Sequence[Score], seed: int = 0) -> dict[str, Any]:
@@ -174,18 +172,15 @@ def summarise(scores: Sequence[Score], seed: int = 0) -> dict[str, Any]:
     `seed` is the seed of the bootstrap.
     """
     by_case = {metric: case_means(scores, metric) for metric in METRICS}
-    by_class: dict[str, list[Score]] = {}
-    for score in scores:
-        by_class.setdefault(score.name, []).append(score)
     overall = {metric: mean_and_interval(means.values(), seed) for metric, means in by_case.items()}
     return {
-        "cases": len({score.case for score in scores}),
+        "cases": len(by_case["dice"]),
         "cases_with_a_score": sum(value is not None for value in by_case["dice"].values()),
         "mean": {metric: {"mean": value, "ci95": interval} for metric, (value, interval) in overall.items()},
         "counts": _counts(scores),
         "classes": {
             name: {metric: mean(score.values[metric] for score in rows) for metric in METRICS} | _counts(rows)
-            for name, rows in by_class.items()
+            for name, rows in grouped(scores, lambda score: score.name).items()
         },
     }
 

@@ -14,6 +14,7 @@ from common.errors import InputError, one_line
 from common.files import replacing, save_bytes
 from Finetune.evaluation.formats import aligned, fixed, interval_text, write_csv, write_json
 from Finetune.evaluation.metrics import METRICS, RULES, Score, summarise
+from Finetune.evaluation.statistics import grouped
 
 CSV, JSON, TABLE = "scores.csv", "scores.json", "scores.txt"
 COUNTS = {"present": "present", "missed": "missed", "false_positives": "false pos.", "absent": "absent"}
@@ -95,10 +96,10 @@ def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
 
 def box_plots(path: Path, scores: Sequence[Score]) -> None:
     """Draw the Dice per class over cases. Missed classes and false positives are its zeros."""
-    columns: dict[str, list[float]] = {}
-    for score in scores:
-        dice = score.values["dice"]
-        columns.setdefault(score.name, []).extend([] if dice is None else [dice])
+    columns = {
+        name: [score.values["dice"] for score in rows if score.values["dice"] is not None]
+        for name, rows in grouped(scores, lambda score: score.name).items()
+    }
     figure = Figure(figsize=(max(4, 0.6 * len(columns) + 2), 4), layout="constrained")
     axes = figure.subplots()
     axes.boxplot(list(columns.values()), showfliers=False)
@@ -107,8 +108,7 @@ def box_plots(path: Path, scores: Sequence[Score]) -> None:
         axes.plot(position + spread, values, "o", markersize=3, alpha=0.6)
     labels = [f"{name} ({len(values)})" for name, values in columns.items()]
     axes.set_xticks(range(1, len(columns) + 1), labels, rotation=60, ha="right")
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_ylabel("Dice per case")
+    axes.set(ylim=(-0.02, 1.02), ylabel="Dice per case")
     save_figure(path, figure)
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from Finetune.evaluation.formats import aligned, fixed, interval_text
 from Finetune.evaluation.report import save_figure
-from Finetune.evaluation.statistics import mean, mean_and_interval
+from Finetune.evaluation.statistics import grouped, mean, mean_and_interval
 
 # seed -> case -> mean Dice over its classes
 Scores = Mapping[int, Mapping[str, float | None]]
@@ -21,7 +21,7 @@ def short_name(init: str) -> str:
     return init if init == "scratch" else f"{path.resolve().parent.name}-{path.stem}"
 
 
-def summary(init: str, count: int, planned: int, scores: Scores, scratch: Scores | None = None) -> dict[str, Any]:
+def summary(init: str, count: int, planned: int, scores: Scores, scratch: Scores) -> dict[str, Any]:
     """Return the row of one initialisation with one number of labels.
 
     Means are over cases, of the mean over seeds; intervals are by bootstrap over cases.
@@ -29,7 +29,7 @@ def summary(init: str, count: int, planned: int, scores: Scores, scratch: Scores
     Args:
         planned: number of seeds of the sweep.
         scores: of the seeds that are done.
-        scratch: scores from scratch with as many labels; none for scratch itself.
+        scratch: scores from scratch with as many labels; {} for scratch itself.
     """
     cases = sorted({case for of_cases in scores.values() for case in of_cases})
     dice, interval = mean_and_interval(mean(of_cases.get(case) for of_cases in scores.values()) for case in cases)
@@ -40,7 +40,7 @@ def summary(init: str, count: int, planned: int, scores: Scores, scratch: Scores
         "missing": planned - len(scores),
         "dice": dice,
         "ci95": interval,
-        "minus_scratch": versus(scores, scratch or {}),
+        "minus_scratch": versus(scores, scratch),
     }
 
 
@@ -81,10 +81,8 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw the mean Dice against the number of labels: a curve with intervals per initialisation, a dot per seed."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    curves: dict[str, list[Mapping[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: row["count"]):
-        if row["dice"] is not None:
-            curves.setdefault(row["init"], []).append(row)
+    done = sorted((row for row in rows if row["dice"] is not None), key=lambda row: row["count"])
+    curves = grouped(done, lambda row: row["init"])
     for init, points in curves.items():
         counts = [row["count"] for row in points]
         (line,) = axes.plot(counts, [row["dice"] for row in points], "o-", label=short_name(init))
@@ -92,8 +90,7 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.fill_between(counts, low, high, alpha=0.2, color=line.get_color())
         dots = [(row["count"], dice) for row in points for dice in row["seeds"].values()]
         axes.plot(*zip(*dots), ".", markersize=4, color=line.get_color())
-    axes.set_xlabel("training cases with labels")
-    axes.set_ylabel("mean Dice")
+    axes.set(xlabel="training cases with labels", ylabel="mean Dice")
     if curves:
         axes.legend()
     save_figure(path, figure)
