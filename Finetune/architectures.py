@@ -24,6 +24,7 @@ from Finetune.presets import Preset
 from Finetune.pretrained import read_checkpoint, shorten
 
 Quadruple = tuple[int, int, int, int]
+Size = Literal["auto", "tiny", "small", "base", "large", "huge"]
 State = dict[str, Tensor]
 Sizes = dict[str, Any]
 
@@ -33,9 +34,7 @@ class ModelSettings:
     """Settings that choose the network."""
 
     model: str = setting("unetr", "; ".join(f"{name}: {head.help}" for name, head in HEADS.items()))
-    size: Literal["auto", "tiny", "small", "base", "large", "huge"] = setting(
-        "auto", "size of the encoder (mim has tiny and base); auto: that of the checkpoint, or base without one"
-    )
+    size: Size = setting("auto", "size of the encoder (mim: tiny, base); auto: that of the checkpoint, else base")
     embed_dim: int | None = setting(None, "width of the ViT; none: that of its size", least=1)
     depth: int | None = setting(None, "blocks of the ViT; none: those of its size", least=1)
     embed_dims: Quadruple | None = setting(None, "widths of the stages (mim); none: those of its size", least=1)

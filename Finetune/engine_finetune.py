@@ -98,7 +98,7 @@ def validate(
     It is computed in the preprocessed space, to monitor a run. Finetune.evaluate scores in the space of the files.
     """
     names, predict = list(preset.scored()), predictor(model.eval(), run.device, autocast_dtype(amp, run.device))
-    dice = over_cases(volumes, run, len(names), lambda volume: case_dice(predict, volume, preset, window, run.device))
+    dice = over_cases(volumes, run, len(names), lambda volume: case_dice(predict, volume, preset, window))
     result = {"val/dice": float(dice.nanmean(dim=1).nanmean().nan_to_num())}
     per_class = zip(names, dice.nanmean(dim=0).tolist())
     return result | {f"val/dice {name}": value for name, value in per_class if value == value}
@@ -116,14 +116,12 @@ def over_cases(
     return (distributed.all_reduce_mean(table.to(run.device)) * run.world_size).cpu()
 
 
-def case_dice(
-    predict: Predictor, volume: CachedVolume, preset: Preset, window: Window, device: torch.device
-) -> list[float]:
+def case_dice(predict: Predictor, volume: CachedVolume, preset: Preset, window: Window) -> list[float]:
     """Return the Dice of one cached case for each name in `preset.scored()`, NaN where the class is absent."""
     image = volume.read((0, 0, 0), volume.shape)
     label = volume.read_label((0, 0, 0), volume.shape)[0]
     predicted = torch.zeros(len(preset.regions) or 1, *volume.shape, dtype=torch.uint8)
-    for first, logits in slabs(image, predict, window, device):
+    for first, logits in slabs(image, predict, window):
         predicted[:, first : first + logits.shape[1]] = decide(logits, preset)
     scores = []
     for position, ids in enumerate(preset.scored().values()):
@@ -155,11 +153,9 @@ def validate_classes(
     """
     predict = predictor(model.eval(), run.device, autocast_dtype(amp, run.device))
 
-    def probabilities_of(volume: CachedVolume) -> Tensor:
-        logits = predict(resized(volume, roi)[None].to(run.device))
-        return logits[0].float().softmax(dim=0)
-
-    probabilities = over_cases(volumes, run, len(preset.labels), probabilities_of)
+    probabilities = over_cases(
+        volumes, run, len(preset.labels), lambda volume: predict(resized(volume, roi)[None])[0].float().softmax(dim=0)
+    )
     targets = torch.tensor([class_of(preset, volume.source) for volume in volumes])
     scores = class_scores(probabilities, targets, preset)
     if out is not None and run.rank == 0:

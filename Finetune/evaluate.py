@@ -5,7 +5,8 @@
 
 Writes the score card: scores.csv (a row per case and class), scores.json (numbers, rules, protocol), scores.txt (the
 table), dice.png (box plots) and worst/ (pictures of the worst cases, reference above prediction). Several folders of
-predictions are the folds of one cross-validation.
+predictions are the folds of one cross-validation. In a folder, reference labels are named like the predictions or as
+the preset pairs them; a Decathlon JSON has the label of every case.
 """
 
 import sys
@@ -41,20 +42,12 @@ class EvaluateSettings:
 
     out: Path = setting(help="folder for the score card")
     predictions: tuple[Path, ...] = setting((), "folder of label maps; several are the folds of one cross-validation")
-    labels: Path | None = setting(
-        None,
-        "folder of reference label maps, named like the predictions or as the preset pairs them; "
-        "or a Decathlon JSON with the label of every case",
-    )
+    labels: Path | None = setting(None, "folder of reference label maps, or a Decathlon JSON with labels")
     data_root: Path | None = setting(None, DATA_ROOT_HELP)
     preset: str | None = setting(None, "data set: a name in Finetune/datasets/, or the path of a custom YAML")
-    images: tuple[Path, ...] = setting(
-        (), "folders of the images to draw the worst cases on; a case without its image is drawn on black"
-    )
+    images: tuple[Path, ...] = setting((), "folders of images for the pictures; without its image a case is on black")
     worst: int = setting(3, "number of worst cases to draw", least=0)
-    compare: tuple[Path, ...] = setting(
-        (), "two folders with score cards of the same cases: print and write paired differences, second minus first"
-    )
+    compare: tuple[Path, ...] = setting((), "two folders of score cards: write paired differences, second minus first")
 
 
 def main(argv: list[str] | None = None) -> None:

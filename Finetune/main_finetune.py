@@ -88,9 +88,7 @@ class FinetuneOptimSettings(OptimSettings):
     warmup_epochs: float = setting(50.0, "epochs of linear warm-up", least=0)
     weight_decay: float = setting(1e-5, "weight decay, not applied to biases, norms and tokens", least=0)
     clip_grad: float | None = setting(1.0, "largest norm of the gradient; none: no clipping", above=0)
-    layer_decay: float | None = setting(
-        None, "factor of the learning rate per encoder block towards the input", above=0, most=1
-    )
+    layer_decay: float | None = setting(None, "learning rate factor per block, towards the input", above=0, most=1)
 
 
 @dataclass(kw_only=True)
@@ -106,13 +104,9 @@ class ValidationSettings:
 
     validate_every: int = setting(50, "epochs between validations; 0: never", least=0)
     overlap: float = setting(0.5, "overlap of the sliding window", least=0, below=1)
-    blending: Literal["gaussian", "constant"] = setting(
-        "gaussian", "blending of overlapping windows; the authors': constant"
-    )
+    blending: Literal["gaussian", "constant"] = setting("gaussian", "blending of windows; the authors': constant")
     sw_batch_size: int = setting(2, "windows per forward pass", least=1)
-    select: Literal["last", "best"] = setting(
-        "last", "best: also keep checkpoint-best.pth, picked by validation, and report it; the score card says so"
-    )
+    select: Literal["last", "best"] = setting("last", "best: also keep and report the best checkpoint in validation")
 
 
 @dataclass(kw_only=True)
@@ -128,9 +122,7 @@ class FinetuneSettings(LoopSettings):
     freeze: bool = setting(False, "train only the head; always so for --model linear")
     epochs: int = setting(3000, "passes over the data", least=1)
     batch_size: int = setting(4, "volumes per update, over all processes together", least=1)
-    micro_batch_size: int | None = setting(
-        1, "volumes per process and forward pass; gradients are accumulated over the rest of the batch", least=1
-    )
+    micro_batch_size: int | None = setting(1, "volumes per process and forward pass; the rest accumulates", least=1)
     crops: int = setting(4, "crops per volume", least=1)
 
 

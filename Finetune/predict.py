@@ -2,13 +2,14 @@
 
     python -m Finetune.predict --checkpoint runs/btcv/checkpoint-last.pth --images DIR_or_LIST --out DIR
 
-A checkpoint of main_finetune, or the folder of its run, is enough: it holds network, preset and preprocessing. Several
-checkpoints are an ensemble (mean of their logits). Memory does not grow with the depth of a volume times the number of
+A checkpoint of main_finetune is enough: it holds network, preset and preprocessing. The folder of a run stands for its
+last checkpoint, or for the best one after --select best. Several checkpoints are an ensemble (mean of their logits). Memory does not grow with the depth of a volume times the number of
 classes (see inference/).
 """
 
 import subprocess
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,22 +42,13 @@ from Finetune.presets import Preset
 class PredictSettings:
     """Settings of a prediction."""
 
-    checkpoint: tuple[Path, ...] = setting(
-        help="checkpoint of main_finetune, or the folder of a run: its last one, or the best after --select best; "
-        "several are an ensemble (folds, seeds)"
-    )
+    checkpoint: tuple[Path, ...] = setting(help="checkpoint or folder of a run; several: an ensemble (folds, seeds)")
     images: Path = setting(help="folder of NIfTI files or DICOM series, a text file of paths, or a Decathlon JSON")
     data_root: Path | None = setting(None, DATA_ROOT_HELP)
     out: Path = setting(help="folder for the label maps, one NAME.nii.gz per volume")
-    cases: Literal["all", "validation"] = setting(
-        "all", "validation: only the validation cases of the checkpoint (of an ensemble: those of every member)"
-    )
-    overlap: float | None = setting(
-        None, "overlap of the sliding window; none: as in the checkpoint's run", least=0, below=1
-    )
-    blending: Literal["gaussian", "constant"] | None = setting(
-        None, "blending of overlapping windows (constant: the authors'); none: as in the checkpoint's run"
-    )
+    cases: Literal["all", "validation"] = setting("all", "validation: those that validate for every checkpoint")
+    overlap: float | None = setting(None, "overlap of the sliding window; none: as in the run", least=0, below=1)
+    blending: Literal["gaussian", "constant"] | None = setting(None, "blending of windows; none: as in the run")
     sw_batch_size: int | None = setting(None, "windows per forward pass; none: 4 on CUDA, 1 on a CPU", least=1)
     flips: bool = setting(False, "average over the 8 mirror images of each window: 8 times the work")
     probabilities: bool = setting(False, "also write NAME_probabilities.nii: one channel per class, steps of 1/255")
@@ -80,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     for number, case in enumerate(cases, start=1):
         title = f"{number}/{len(cases)} {case.name}"
         try:
-            predict_case(case, title, ensemble.preset, predict, window, device, config)
+            predict_case(case, title, ensemble.preset, predict, window, config)
         except InputError as error:
             failed.append(case.name)
             print_main(f"error: {error}")
@@ -124,23 +116,16 @@ def choose_cases(config: PredictSettings, validation: list[str]) -> list[Case]:
 
 def check_targets(cases: list[Case], config: PredictSettings) -> None:
     """Raise InputError if two label maps would be the same file, or one would replace an image."""
-    names = set()
+    name, count = Counter(case.name for case in cases).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{config.images}: found two volumes called {name}, expected one per label map")
     for case in cases:
-        if case.name in names:
-            raise InputError(f"{config.images}: found two volumes called {case.name}, expected one per label map")
-        names.add(case.name)
         if config.out.resolve() / f"{case.name}.nii.gz" == case.image.resolve():
             raise InputError(f"--out {config.out}: the label map of {case.image} would replace the image")
 
 
 def predict_case(
-    case: Case,
-    title: str,
-    preset: Preset,
-    predict: Predictor,
-    window: Window,
-    device: torch.device,
-    config: PredictSettings,
+    case: Case, title: str, preset: Preset, predict: Predictor, window: Window, config: PredictSettings
 ) -> None:
     """Predict one volume and write its label map, and its probabilities and overlay where asked for."""
     if case.problem:
@@ -167,7 +152,7 @@ def predict_case(
         source = Space(tuple(prepared.shape[1:]), np.asarray(prepared.affine, dtype=np.float64))
         with progress(total=total, desc=f"predict {title}", unit="window") as bar:
             tensor = torch.as_tensor(prepared.as_tensor())
-            resample_logits(slabs(tensor, predict, window, device, bar.update), source, space, emit)
+            resample_logits(slabs(tensor, predict, window, bar.update), source, space, emit)
         write_label_map(config.out / f"{case.name}.nii.gz", labels, space, case.image)
     if grey is not None:
         draw_overlay(config.out / "overlays" / f"{case.name}.png", grey, labels, space, preset)

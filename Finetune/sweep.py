@@ -51,9 +51,7 @@ class SweepSettings(DataSettings):
     inits: str = setting("scratch", "initialisations, separated by commas: scratch, or checkpoints")
     label_counts: str = setting("all", "numbers of training cases, separated by commas; all: every training case")
     seeds: str = setting("0", "seeds, separated by commas; a seed also draws the training cases")
-    settings: Path | None = setting(
-        None, "YAML with settings of Finetune.main_finetune (epochs, model, ...) for all runs"
-    )
+    settings: Path | None = setting(None, "YAML with settings of main_finetune (epochs, ...) for all runs")
     slurm: bool = setting(False, "write OUT/array.sbatch instead of running")
     slurm_options: str = setting("--gpus=1 --cpus-per-task=8 --time=24:00:00", "options of the array's tasks")
     only: int | None = setting(None, "number of the only run to do, as in a task of the array", least=0)

@@ -114,9 +114,8 @@ def mean_logits(models: Sequence[nn.Module], device: torch.device, dtype: torch.
 
     @torch.inference_mode()
     def predict(crops: Tensor) -> Tensor:
-        total = 0.0
-        for one, axes in product(predictors, mirrors):
-            total = total + one(crops.flip(axes)).float().flip(axes)
+        crops = crops.to(device)
+        total = sum(one(crops.flip(axes)).float().flip(axes) for one, axes in product(predictors, mirrors))
         # argmax would turn NaN into background
         if not torch.isfinite(total).all():
             raise InputError("the logits are not finite: the weights diverged, or --amp is too narrow (try off)")

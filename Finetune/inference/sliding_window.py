@@ -31,22 +31,18 @@ class Window:
 
 
 def predictor(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> Predictor:
-    """Return the model as `slabs` calls it, under autocast unless `dtype` is None."""
+    """Return the model on its device as `slabs` calls it, under autocast unless `dtype` is None."""
 
     def predict(crops: Tensor) -> Tensor:
         watchdog.reset()
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            return model(crops)
+            return model(crops.to(device))
 
     return predict
 
 
 def slabs(
-    image: Tensor,
-    predict: Predictor,
-    window: Window,
-    device: torch.device,
-    tick: Callable[[int], object] = lambda windows: None,
+    image: Tensor, predict: Predictor, window: Window, tick: Callable[[int], object] = lambda windows: None
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the logits of an image slab by slab: (first row, logits (K, rows, H, W)), float32 on the CPU.
 
@@ -54,21 +50,20 @@ def slabs(
 
     Args:
         image: (C, D, H, W).
-        predict: maps (B, C, *roi) on `device` to logits (B, K, *roi).
+        predict: maps crops (B, C, *roi) on the CPU to logits (B, K, *roi).
         tick: called with the number of windows after each forward pass.
     """
     size, before = _padded(image.shape[1:], window.roi)
     starts = window_starts(image.shape[1:], window)
-    weight = compute_importance_map(window.roi, mode=window.blending, device=device)
     blend = None
     for first in range(0, len(starts), window.batch):
         group = starts[first : first + window.batch]
-        crops = torch.stack([_crop(image, start, window.roi, before) for start in group]).to(device)
-        logits = (predict(crops).float() * weight).cpu()
+        logits = predict(torch.stack([_crop(image, start, window.roi, before) for start in group])).float()
         tick(len(group))
         if blend is None:
+            weight = compute_importance_map(window.roi, mode=window.blending, device=logits.device)
             blend = _Blend(logits.shape[1], size, before, image.shape[1:], weight.cpu())
-        for start, part in zip(group, logits):
+        for start, part in zip(group, (logits * weight).cpu()):
             yield from blend.finish(start[0])
             blend.add(start, part)
     yield from blend.finish(size[0])

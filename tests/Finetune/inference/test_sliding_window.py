@@ -6,8 +6,6 @@ from monai.inferers import SlidingWindowInferer
 
 from Finetune.inference.sliding_window import Window, slabs, window_starts
 
-CPU = torch.device("cpu")
-
 
 def network():
     torch.manual_seed(0)
@@ -24,14 +22,14 @@ def test_labels_and_logits_equal_monai(shape, overlap, blending):
     model, image = network(), torch.randn(2, *shape)
     window = Window((16, 16, 16), overlap, blending, batch=3)
     expected = SlidingWindowInferer(window.roi, sw_batch_size=3, overlap=overlap, mode=blending)(image[None], model)[0]
-    found = torch.cat([logits for _, logits in slabs(image, model, window, CPU)], dim=1)
+    found = torch.cat([logits for _, logits in slabs(image, model, window)], dim=1)
     assert torch.equal(found.argmax(0), expected.argmax(0))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_slabs_are_contiguous_and_small():
     image, window, ticks = torch.randn(2, 90, 20, 20), Window((16, 16, 16)), []
-    parts = list(slabs(image, network(), window, CPU, ticks.append))
+    parts = list(slabs(image, network(), window, ticks.append))
     rows = 0
     for first, logits in parts:
         assert first == rows
