@@ -40,30 +40,27 @@ def resample_logits(slabs: Slabs, source: Space, target: Space, emit: Emit) -> N
     # target index -> source index
     matrix = np.linalg.inv(source.affine) @ target.affine
     axes = one_to_one(matrix[:3, :3])
-    if axes is None:
-        _resample_sheared(slabs, source, target, matrix, emit)
-        return
-    # order[a]: the target axis along the source axis a
-    order = [axes.index(axis) for axis in range(3)]
-    coordinates = [_coordinates(matrix, a, order[a], target.shape[order[a]], source.shape[a]) for a in range(3)]
-    if any(len(inside) == 0 for inside, _ in coordinates):
-        return
-    rows, wanted = coordinates[0]
-    blocks = _blocks(len(rows), falling=matrix[0, order[0]] < 0)
-    needed = [(int(wanted[block].min().floor()), int(wanted[block].max().ceil())) for block in blocks]
-    for block, (base, held) in zip(blocks, _held(slabs, needed)):
-        piece = _along(held, 1, wanted[block] - base)
-        piece = _along(_along(piece, 2, coordinates[1][1]), 3, coordinates[2][1])
-        where = [slice(0)] * 3
-        for a, index in enumerate((rows[block], coordinates[1][0], coordinates[2][0])):
-            where[order[a]] = slice(int(index[0]), int(index[-1]) + 1)
-        emit(tuple(where), piece.permute(0, *(1 + axes[t] for t in range(3))))
+    # the target axis along the first source axis, and blocks of it in the order in which the source yields their rows
+    lead = int(np.abs(matrix[0, :3]).argmax())
+    starts = range(0, target.shape[lead], ROWS)[:: 1 if matrix[0, lead] > 0 else -1]
+    blocks = []
+    for first in starts:
+        where = [slice(0, n) for n in target.shape]
+        where[lead] = slice(first, min(first + ROWS, target.shape[lead]))
+        blocks.append(tuple(where))
+    needed = [_source_rows(matrix, where, source.shape[0]) for where in blocks]
+    for where, (base, held) in zip(blocks, _held(slabs, needed)):
+        if axes:
+            _emit_by_axis(held, base, source, matrix, axes, where, emit)
+        else:
+            _emit_sheared(held, base, source, matrix, where, emit)
 
 
-def _blocks(length: int, falling: bool) -> list[slice]:
-    """Return blocks of up to `ROWS` target rows, in the order in which the source yields the rows they need."""
-    blocks = [slice(first, min(first + ROWS, length)) for first in range(0, length, ROWS)]
-    return blocks[::-1] if falling else blocks
+def _source_rows(matrix: np.ndarray, where: Where, extent: int) -> tuple[int, int]:
+    """Return the first and last source row that the target voxels in `where` need."""
+    ends = matrix[0, :3, None] * [[part.start, part.stop - 1] for part in where]  # (3, 2)
+    low, high = (side.sum() + matrix[0, 3] for side in (ends.min(axis=1), ends.max(axis=1)))
+    return int(np.clip(np.floor(low), 0, extent - 1)), int(np.clip(np.ceil(high), 0, extent - 1))
 
 
 def _held(slabs: Slabs, needed: Sequence[tuple[int, int]]) -> Slabs:
@@ -91,11 +88,21 @@ def one_to_one(matrix: np.ndarray) -> list[int] | None:
     return axes if clean and sorted(axes) == [0, 1, 2] else None
 
 
-def _coordinates(matrix: np.ndarray, row: int, column: int, length: int, extent: int) -> tuple[Tensor, Tensor]:
-    """Return the indices of a target axis inside the source axis, and their source coordinates, clamped to centres."""
-    where = torch.arange(length, dtype=torch.float64) * float(matrix[row, column]) + float(matrix[row, 3])
-    inside = ((where >= -0.5 - 1e-4) & (where <= extent - 0.5 + 1e-4)).nonzero().flatten()
-    return inside, where[inside].clamp(0, extent - 1)
+def _emit_by_axis(
+    held: Tensor, base: int, source: Space, matrix: np.ndarray, axes: Sequence[int], where: Where, emit: Emit
+) -> None:
+    """Interpolate along one axis after the other, and emit the target voxels in `where` that are inside the source."""
+    where, piece = list(where), held
+    for a, extent in enumerate(source.shape):
+        t = axes.index(a)
+        index = torch.arange(where[t].start, where[t].stop)
+        place = index.double() * float(matrix[a, t]) + float(matrix[a, 3])
+        inside = (place >= -0.5 - 1e-4) & (place <= extent - 0.5 + 1e-4)
+        if not inside.any():
+            return
+        where[t] = slice(int(index[inside][0]), int(index[inside][-1]) + 1)
+        piece = _along(piece, 1 + a, place[inside].clamp(0, extent - 1) - (base if a == 0 else 0))
+    emit(tuple(where), piece.permute(0, *(1 + a for a in axes)))
 
 
 def _along(x: Tensor, axis: int, where: Tensor) -> Tensor:
@@ -109,31 +116,17 @@ def _along(x: Tensor, axis: int, where: Tensor) -> Tensor:
     return torch.lerp(x.index_select(axis, lower), x.index_select(axis, upper), share)
 
 
-def _resample_sheared(slabs: Slabs, source: Space, target: Space, matrix: np.ndarray, emit: Emit) -> None:
-    extent = torch.tensor(source.shape, dtype=torch.float64)
-    m = torch.from_numpy(matrix)
-    # the target axis that is nearly parallel to the first source axis
-    lead = int(np.abs(matrix[0, :3]).argmax())
-    spread = [matrix[0, t] * (target.shape[t] - 1) for t in range(3) if t != lead]
-    blocks, needed = _blocks(target.shape[lead], falling=matrix[0, lead] < 0), []
-    for block in blocks:
-        ends = matrix[0, lead] * np.array([block.start, block.stop - 1]) + matrix[0, 3]
-        rows = ends.min() + np.minimum(spread, 0).sum(), ends.max() + np.maximum(spread, 0).sum()
-        rows = np.clip([np.floor(rows[0]), np.ceil(rows[1])], 0, source.shape[0] - 1)
-        needed.append((int(rows[0]), int(rows[1])))
-    for block, (base, held) in zip(blocks, _held(slabs, needed)):
-        where = [slice(0, n) for n in target.shape]
-        where[lead] = block
-        axes = [torch.arange(part.start, part.stop) for part in where]
-        index = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).double()
-        place = index @ m[:3, :3].T + m[:3, 3]  # (d, h, w, 3)
-        inside = ((place >= -0.5) & (place <= extent - 0.5)).all(dim=-1)
-        place[..., 0] -= base
-        size = torch.tensor(held.shape[1:], dtype=torch.float64)
-        # grid_sample's coordinates for align_corners=False, last axis first
-        scaled = (2 * place + 1) / size - 1
-        piece = F.grid_sample(held[None], scaled.flip(-1)[None].float(), padding_mode="border", align_corners=False)[0]
-        # outside the source: no region, or of the classes the first, background
-        piece[:, ~inside] = float("-inf")
-        piece[0, ~inside] = 0.0
-        emit(tuple(where), piece)
+def _emit_sheared(held: Tensor, base: int, source: Space, matrix: np.ndarray, where: Where, emit: Emit) -> None:
+    """Interpolate in 3D, and emit the target voxels in `where`, as background outside the source."""
+    axes = (torch.arange(part.start, part.stop, dtype=torch.float64) for part in where)
+    index, m = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1), torch.from_numpy(matrix)
+    place = index @ m[:3, :3].T + m[:3, 3]  # (d, h, w, 3)
+    inside = ((place >= -0.5) & (place <= torch.tensor(source.shape) - 0.5)).all(dim=-1)
+    place[..., 0] -= base
+    # grid_sample's coordinates for align_corners=False, last axis first
+    scaled = (2 * place + 1) / torch.tensor(held.shape[1:]) - 1
+    piece = F.grid_sample(held[None], scaled.flip(-1)[None].float(), padding_mode="border", align_corners=False)[0]
+    # outside the source: no region, or of the classes the first, background
+    piece[:, ~inside] = float("-inf")
+    piece[0, ~inside] = 0.0
+    emit(where, piece)
