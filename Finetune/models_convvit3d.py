@@ -16,6 +16,7 @@ beside it.
 
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Literal
@@ -129,19 +130,6 @@ class Pointwise(nn.Conv3d):
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
-class ConvMlp(nn.Module):
-    """Two pointwise layers with a GELU between them, on channels-last maps."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = Pointwise(dim, hidden_dim)
-        self.act = nn.GELU()
-        self.fc2 = Pointwise(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
 class ConvBlock(nn.Module):
     """Transformer block with a 5^3 depthwise convolution over the visible voxels in place of attention."""
 
@@ -152,8 +140,10 @@ class ConvBlock(nn.Module):
         self.attn = nn.Conv3d(dim, dim, 5, padding=2, groups=dim)
         self.conv2 = Pointwise(dim, dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        hidden = int(dim * mlp_ratio)
+        mlp = {"fc1": Pointwise(dim, hidden), "act": nn.GELU(), "fc2": Pointwise(hidden, dim)}
+        self.mlp = nn.Sequential(OrderedDict(mlp))
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
         """Map (B, C, d, h, w) to the same shape; `visible` (B, 1, d, h, w) is 1 for kept voxels.
@@ -238,9 +228,8 @@ class ConvViT3D(vit.Encoder3D):
     ):
         super().__init__()
         if len(embed_dims) != 4 or len(depths) != 4 or min(*embed_dims, *depths) < 1:
-            raise ValueError(
-                f"found embed_dims {tuple(embed_dims)} and depths {tuple(depths)}, expected four of each, at least 1"
-            )
+            found = f"embed_dims {tuple(embed_dims)} and depths {tuple(depths)}"
+            raise ValueError(f"found {found}, expected four of each, at least 1")
         vit.check_sizes(embed_dims[3], num_heads)
         self.img_size, self.patch_size = vit.triple(img_size, "img_size"), (STRIDE,) * 3
         self.grid_size = vit.grid_of(self.img_size, self.patch_size)
