@@ -251,10 +251,8 @@ def load_finetuned(path: str | Path) -> tuple[nn.Module, Architecture, Preset, d
     content = checkpoint.load(path)
     args = content.get("args")
     if "state_dict" not in content or not isinstance(args, dict) or "architecture" not in args:
-        raise InputError(
-            f"{path}: found {shorten(sorted(map(str, content)))}, "
-            "expected 'state_dict' and 'args' of a fine-tuned network"
-        )
+        found = shorten(sorted(map(str, content)))
+        raise InputError(f"{path}: found {found}, expected 'state_dict' and 'args' of a fine-tuned network")
     architecture = from_dict(args["architecture"], Architecture, f"{path}: architecture")
     preset = from_dict(args["preset"], Preset, f"{path}: preset")
     find_head(architecture.model, f"{path}: model")

@@ -211,10 +211,8 @@ def map_values(values: np.ndarray, preset: Preset, where: str | Path, or_ids: bo
             for value, number in table.items():
                 mapped[values == value] = number
             return mapped
-    raise InputError(
-        f"{where}: found the label value {values[~known][0]:g}, expected one of {shown(sorted(table))} "
-        f"(preset {preset.name})"
-    )
+    found, expected = f"{values[~known][0]:g}", shown(sorted(table))
+    raise InputError(f"{where}: found the label value {found}, expected one of {expected} (preset {preset.name})")
 
 
 def with_mapped_labels(cases: Sequence[Case], preset: Preset, folder: Path) -> list[Case]:
@@ -245,7 +243,5 @@ def check_classes(volumes: Sequence[CachedVolume], preset: Preset) -> None:
     for volume in volumes:
         unknown = sorted(set(map(int, volume.class_points)) - set(preset.labels))
         if unknown:
-            raise InputError(
-                f"{volume.source}: found the id {unknown[0]} in its label, expected 0..{len(preset.labels) - 1} "
-                f"(preset {preset.name})"
-            )
+            expected = f"0..{len(preset.labels) - 1} (preset {preset.name})"
+            raise InputError(f"{volume.source}: found the id {unknown[0]} in its label, expected {expected}")

@@ -57,9 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     for name in ("predictions", "labels", "preset"):
         if not getattr(config, name):
-            raise InputError(
-                f"--{name}: missing; expected --predictions, --labels, --preset and --out, or --compare and --out"
-            )
+            expected = "--predictions, --labels, --preset and --out, or --compare and --out"
+            raise InputError(f"--{name}: missing; expected {expected}")
     for folder in config.images:
         if not folder.is_dir():
             raise InputError(f"--images {folder}: expected a folder")
@@ -79,7 +78,9 @@ def compare_cards(config: EvaluateSettings) -> None:
 
 def evaluate(config: EvaluateSettings, preset: Preset) -> None:
     """Score the label maps in `config.predictions` and write the card to `config.out`."""
-    listed = read_cases(config.labels, config.data_root) if config.labels.is_file() else None
+    listed = None
+    if config.labels.is_file():
+        listed = {case.name: case for case in read_cases(config.labels, config.data_root)}
     pairs = find_pairs(config.predictions, config.labels, listed, preset)
     protocols = {folder: protocol.read_protocol(folder) for folder in config.predictions}
     check_writable(config.out)
@@ -91,7 +92,7 @@ def evaluate(config: EvaluateSettings, preset: Preset) -> None:
     scored = {"preset": preset.name, "nsd_tolerance_mm": preset.nsd_tolerance, "labels_by": author}
     made = protocol.merged(list(protocols.values()))
     cases = {folder: [name for name, (path, _) in pairs.items() if path.parent == folder] for folder in protocols}
-    unscored = [case.name for case in listed or () if case.name not in pairs]
+    unscored = [name for name in listed or () if name not in pairs]
     notes = protocol.about_cases(unscored, f"of {config.labels} have no label map, and are in no mean")
     notes += protocol.notes(protocols, cases, author, preset)
     print_main(write_card(config.out, scores, made | scored | {"cases": list(pairs)}, notes))
@@ -103,25 +104,24 @@ def evaluate(config: EvaluateSettings, preset: Preset) -> None:
 # ---------------------------------------------------------------- pairs of files
 
 
-def find_pairs(predictions: Sequence[Path], labels: Path, listed: Sequence[Case] | None, preset: Preset) -> Pairs:
+def find_pairs(predictions: Sequence[Path], labels: Path, listed: dict[str, Case] | None, preset: Preset) -> Pairs:
     """Return case -> (label map, reference label).
 
     Args:
         predictions: folders of label maps.
-        labels: folder of reference labels, or the list that has the cases `listed`.
+        labels: folder of reference labels, or the list that has the cases `listed` (name -> case).
 
     Raises:
         InputError: a label map has no reference label or is its own, a case is found twice, or there is no label map.
     """
     if not labels.exists():
         raise InputError(f"--labels {labels}: no such folder or list")
-    by_name = None if listed is None else {case.name: case for case in listed}
     pairs: Pairs = {}
     for path in label_maps(predictions):
         name = stem(path)
         if name in pairs:
             raise InputError(f"{path}: found {name} also in {pairs[name][0].parent}, expected each case once")
-        label = label_for(preset, name, labels) if by_name is None else label_in_list(by_name.get(name))
+        label = label_for(preset, name, labels) if listed is None else label_in_list(listed.get(name))
         if label is None:
             raise InputError(f"{path}: found no label for it in {labels}")
         if label.resolve() == path.resolve():
@@ -151,30 +151,22 @@ def label_in_list(case: Case | None) -> Path | None:
 
 
 def read_pair(prediction: Path, label: Path, preset: Preset) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
-    """Return both label maps as ids (D, H, W) uint8, RAS, and their spacing in mm.
+    """Return both label maps as ids (D, H, W) uint8, RAS by flips and swaps of axes, and their spacing in mm.
 
     Raises:
         InputError: a file cannot be read, or the two differ in space.
     """
-    predicted, predicted_affine = read_map(prediction)
-    reference, affine = read_map(label)
+    predicted, reference = (volume_io.load(path, channels=1) for path in (prediction, label))
+    affine = reference.affine.numpy()
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if predicted.shape != reference.shape:
-        raise InputError(f"{prediction}: found the shape {predicted.shape}, expected {reference.shape} as in {label}")
-    shift = geometry.corner_distance(predicted_affine, affine, predicted.shape)
+        found, expected = tuple(predicted.shape[1:]), tuple(reference.shape[1:])
+        raise InputError(f"{prediction}: found the shape {found}, expected {expected} as in {label}")
+    shift = geometry.corner_distance(predicted.affine.numpy(), affine, predicted.shape[1:])
     if shift > 0.1 * spacing.min():
         raise InputError(f"{prediction}: found a shift of {shift:.3g} mm to {label}, expected under 0.1 voxels")
-    predicted = map_values(predicted, preset, prediction, or_ids=True)
-    return predicted, map_values(reference, preset, label), tuple(spacing.tolist())
-
-
-def read_map(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return values (D, H, W) and affine of a label map in RAS, by flips and swaps of axes.
-
-    volume_io checks the file: nibabel alone would read a truncated or damaged .nii.gz.
-    """
-    image = volume_io.load(path, channels=1)
-    return image[0].numpy(), image.affine.numpy()
+    ids = map_values(predicted[0].numpy(), preset, prediction, or_ids=True)
+    return ids, map_values(reference[0].numpy(), preset, label), tuple(spacing.tolist())
 
 
 # ---------------------------------------------------------------- pictures

@@ -76,9 +76,8 @@ class Head:
 def check_multiples_of_32(a: Architecture) -> None:
     """Raise InputError unless the crop has a feature map of stride 32 with more than one voxel to normalise."""
     if any(size % 32 for size in a.roi) or max(a.roi) < 64:
-        raise InputError(
-            f"--roi {shown(a.roi)}: must be multiples of 32, at least one of them 64 or more, for --model {a.model}"
-        )
+        expected = "multiples of 32, at least one of them 64 or more"
+        raise InputError(f"--roi {shown(a.roi)}: must be {expected}, for --model {a.model}")
 
 
 def check_swinunetr(a: Architecture) -> None:
@@ -91,10 +90,8 @@ def check_swinunetr(a: Architecture) -> None:
 def check_dynunet(a: Architecture) -> None:
     """Raise InputError unless the crop can be halved twice."""
     if len(dynunet_strides(a.roi)) < 3:
-        raise InputError(
-            f"--roi {shown(a.roi)}: must have an axis that can be halved twice, down to 4 voxels or more, "
-            f"for --model {a.model}"
-        )
+        expected = "an axis that can be halved twice, down to 4 voxels or more"
+        raise InputError(f"--roi {shown(a.roi)}: must have {expected}, for --model {a.model}")
 
 
 def dynunet_strides(roi: Triple) -> list[Triple]:
@@ -115,15 +112,8 @@ def dynunet(a: Architecture) -> DynUNet:
     Widths double from 2 x feature_size (32) up to 320.
     """
     strides = dynunet_strides(a.roi)
-    return DynUNet(
-        spatial_dims=3,
-        in_channels=a.in_chans,
-        out_channels=a.out_channels,
-        kernel_size=[3] * len(strides),
-        strides=strides,
-        upsample_kernel_size=strides[1:],
-        filters=[min(320, 2 * a.feature_size * 2**level) for level in range(len(strides))],
-    )
+    sizes, filters = [3] * len(strides), [min(320, 2 * a.feature_size * 2**level) for level in range(len(strides))]
+    return DynUNet(3, a.in_chans, a.out_channels, sizes, strides, upsample_kernel_size=strides[1:], filters=filters)
 
 
 HEADS = {
@@ -169,7 +159,6 @@ def find_head(name: str, where: str = "--model") -> Head:
         InputError: there is none; the nearest name is suggested. `where` is the setting in the message.
     """
     if name not in HEADS:
-        near = nearest(name, HEADS)
-        hint = f"did you mean '{near}'? " if near else ""
+        hint = f"did you mean '{near}'? " if (near := nearest(name, HEADS)) else ""
         raise InputError(f"{where} {name}: unknown network; {hint}expected one of {', '.join(HEADS)}")
     return HEADS[name]

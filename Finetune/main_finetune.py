@@ -130,9 +130,10 @@ def check_settings(config: FinetuneSettings, preset: Preset) -> None:
     """Set the network that is the default for the task. Raise InputError for settings that contradict each other."""
     model = config.network.model = model_for(config.network.model, preset)
     if config.validation.select == "best" and not config.validation.validate_every:
-        raise InputError("--select best: needs a validation, found --validate_every 0")
+        raise InputError("--select best: expected a validation, found --validate_every 0")
     encoder_only = {"freeze": config.freeze, "layer_decay": config.optim.layer_decay}
-    for name, value in (encoder_only | {"grad_checkpointing": config.precision.grad_checkpointing}).items():
+    encoder_only["grad_checkpointing"] = config.precision.grad_checkpointing
+    for name, value in encoder_only.items():
         if value and HEADS[model].encoder is None:
             raise InputError(f"--{name}: --model {model} has no encoder")
 
@@ -329,13 +330,11 @@ class Validation:
         """Write checkpoint-best.pth if `score` is the best so far."""
         if self.best is None:
             self.best = best_so_far(self.config.out_dir)
-        if score > self.best:
-            self.best = score
-            if self.run.rank == 0:
-                step = (epoch + 1) * self.plan.steps_per_epoch
-                args = self.args | {"selected": "best", "best": score, "step": step}
-                content = method.checkpoint_state() | {"epoch": epoch, "args": args}
-                checkpoint.save(self.config.out_dir / BEST, content)
+        if score > self.best and self.run.rank == 0:
+            step = (epoch + 1) * self.plan.steps_per_epoch
+            args = self.args | {"selected": "best", "best": score, "step": step}
+            checkpoint.save(self.config.out_dir / BEST, method.checkpoint_state() | {"epoch": epoch, "args": args})
+        self.best = max(self.best, score)
 
 
 def best_so_far(out_dir: Path) -> float:

@@ -76,10 +76,8 @@ class UNETR(nn.Module):
         depth, width = len(backbone.blocks), backbone.embed_dim
         self.skips = tuple(default_skips(depth, self.patch_size) if skips is None else skips)
         if len(self.skips) != self.levels - 1 or list(self.skips) != sorted(set(self.skips) & set(range(depth))):
-            raise InputError(
-                f"skips: found {self.skips}, expected {self.levels - 1} rising block numbers in 0..{depth - 1} "
-                f"for patches of {self.patch_size[0]}"
-            )
+            expected = f"{self.levels - 1} rising block numbers in 0..{depth - 1} for patches of {self.patch_size[0]}"
+            raise InputError(f"skips: found {self.skips}, expected {expected}")
         widths = [feature_size * 2**level for level in range(self.levels)]  # f, 2f, 4f, 8f
         self.encoder1 = residual_block(in_chans, widths[0])
         # hidden states, upsampled to 1/2, 1/4, 1/8 of the voxels

@@ -3,8 +3,8 @@
     python -m Finetune.predict --checkpoint runs/btcv/checkpoint-last.pth --images DIR_or_LIST --out DIR
 
 A checkpoint of main_finetune is enough: it holds network, preset and preprocessing. The folder of a run stands for its
-last checkpoint, or for the best one after --select best. Several checkpoints are an ensemble (mean of their logits). Memory does not grow with the depth of a volume times the number of
-classes (see inference/).
+last checkpoint, or for the best one after --select best. Several checkpoints are an ensemble (mean of their logits).
+Memory does not grow with the depth of a volume times the number of classes (see inference/).
 """
 
 import subprocess
@@ -104,9 +104,8 @@ def choose_cases(config: PredictSettings, validation: list[str]) -> list[Case]:
     cases, wanted = read_cases(config.images, config.data_root), ""
     if config.cases == "validation":
         if not validation:
-            raise InputError(
-                "--cases validation: no case validates for every checkpoint; predict each fold with its own checkpoint"
-            )
+            reason = "no case validates for every checkpoint; predict each fold with its own checkpoint"
+            raise InputError(f"--cases validation: {reason}")
         cases, wanted = [case for case in cases if case.name in validation], f" called {', '.join(validation)}"
     if not cases:
         raise InputError(f"{config.images}: found no volume{wanted}")

@@ -111,8 +111,7 @@ def load_preset(name_or_path: str | Path) -> Preset:
     path = DATASETS / f"{text}.yaml" if text in available() else Path(text)
     if path.suffix in (".yaml", ".yml"):
         return check(read_yaml(path, Preset), path)
-    near = nearest(text, available())
-    hint = f"did you mean '{near}'? " if near else ""
+    hint = f"did you mean '{near}'? " if (near := nearest(text, available())) else ""
     raise InputError(f"--preset {text}: unknown preset; {hint}expected a YAML or one of {', '.join(available())}")
 
 

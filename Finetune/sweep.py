@@ -132,9 +132,7 @@ def initialisations(config: SweepSettings) -> dict[str, tuple[list[str], list[st
             raise InputError(f"--inits: found '{init}', expected scratch or an existing checkpoint")
     names = [short_name(init) for init in inits]
     if repeated := [name for name in names if names.count(name) > 1]:
-        raise InputError(
-            f"--inits: found two that are called {repeated[0]}, expected different names of folder or file"
-        )
+        raise InputError(f"--inits: found two that are called {repeated[0]}, expected different folders or files")
     first = next((init for init in inits if init != "scratch"), None)
     found = {}
     for init in inits:

@@ -85,10 +85,8 @@ def load_ensemble(paths: Sequence[Path]) -> Ensemble:
 
 def _kind(path: Path, preset: Preset, architecture: Architecture) -> tuple:
     if preset.task != "segmentation":
-        raise InputError(
-            f"{path}: found preset {preset.name} for {preset.task}, expected segmentation; "
-            "the predictions of a classifier are in classification.csv of its run"
-        )
+        hint = "the predictions of a classifier are in classification.csv of its run"
+        raise InputError(f"{path}: found preset {preset.name} for {preset.task}, expected segmentation; {hint}")
     return preset.labels, preset.regions, preset.preprocessing, preset.channels, architecture.roi
 
 
