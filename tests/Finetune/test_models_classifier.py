@@ -12,7 +12,6 @@ from PIL import Image
 from common.checkpoint import load
 from common.errors import InputError
 from Finetune.cases import find_cases, patient_of, split
-from Finetune.evaluation.classification import class_scores
 from Finetune.main_finetune import main
 from Finetune.presets import load_preset
 from scripts import convert_cc_ccii
@@ -59,20 +58,6 @@ def test_freeze_trains_only_the_head(tmp_path, scans):
     after = load(run(tmp_path, scans, *flags, "--lr", 0.1, "--freeze"))["state_dict"]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"head.weight", "head.bias"}
-
-
-def test_auc_is_the_share_of_ordered_pairs():
-    preset = load_preset("CC_CCII")
-    torch.manual_seed(0)
-    probabilities, targets = torch.rand(40, 3).softmax(dim=1), torch.randint(0, 3, (40,))
-    scores = class_scores(probabilities, targets, preset)
-    for number, name in preset.labels.items():
-        positive, negative = probabilities[targets == number, number], probabilities[targets != number, number]
-        pairs = (positive[:, None] > negative[None]).float().mean()
-        assert scores[f"auc {name}"] == pytest.approx(float(pairs), abs=1e-6)
-    assert scores["auc"] == pytest.approx(np.mean([scores[f"auc {name}"] for name in preset.labels.values()]))
-    # no case is normal
-    assert "auc normal" not in class_scores(probabilities, targets.clamp(min=1), preset)
 
 
 def test_networks_for_another_task_are_refused(tmp_path, scans):

@@ -12,26 +12,12 @@ from monai.inferers import SlidingWindowInferer
 from monai.transforms import SpatialResample
 
 from common import checkpoint, files
-from common.config import to_dict
 from common.data import volume_io
 from common.errors import InputError
-from Finetune.architectures import Architecture, build_model, load_finetuned
-from Finetune.inference.ensemble import mean_logits
-from Finetune.inference.label_map import label_map
-from Finetune.predict import main
+from Finetune.architectures import load_finetuned
 from Finetune.presets import load_preset
 from scripts.synthetic_ct import affine_of, phantom, write_dicom
-from tests.Finetune.made import volume
-
-ROTATION = np.linalg.qr(np.array([[1.0, 0.12, 0.05], [-0.1, 1.0, 0.2], [0.02, -0.15, 1.0]]))[0]
-AFFINES = {
-    "flipped": np.diag([-3.0, -3.0, 3.0, 1.0]),
-    "anisotropic": np.diag([1.5, -1.5, 6.0, 1.0]),
-    "permuted": np.array([[0, 0, 3.5, 5], [-3.2, 0, 0, -9], [0, 2.8, 0, 40], [0, 0, 0, 1.0]]),
-    "oblique": np.block(
-        [[ROTATION * [2.8, -3.1, 4.0], np.array([[7], [8], [-9]])], [np.zeros((1, 3)), np.ones((1, 1))]]
-    ),
-}
+from tests.Finetune.predicting import AFFINES, run, save_checkpoint, write_ct
 
 
 class Bright(torch.nn.Module):
@@ -45,24 +31,6 @@ class Bright(torch.nn.Module):
         return -((x - self.levels.reshape(1, -1, 1, 1, 1)) ** 2) * 50
 
 
-def save_checkpoint(path, preset, seed=0, config=None, validation=("plain",), **kwargs):
-    torch.manual_seed(seed)
-    sizes = dict(model="unetr", embed_dim=24, depth=4, num_heads=2, feature_size=4, roi=(32,) * 3, patch_size=(16,) * 3)
-    architecture = Architecture(in_chans=preset.channels, out_channels=preset.out_channels, **(sizes | kwargs))
-    args = {
-        "preset": to_dict(preset),
-        "architecture": to_dict(architecture),
-        "config": {"fold": 0, "seed": seed} | (config or {}),
-        "init": "scratch",
-        "selected": "last",
-        "training_cases": ["a"],
-        "validation_cases": list(validation),
-        "step": 1,
-    }
-    checkpoint.save(path, {"state_dict": build_model(architecture).state_dict(), "args": args})
-    return path
-
-
 @pytest.fixture(scope="module")
 def preset():
     return load_preset("sample_abdomen")
@@ -71,17 +39,6 @@ def preset():
 @pytest.fixture(scope="module")
 def file(tmp_path_factory, preset):
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "c.pth", preset)
-
-
-def write_ct(path, preset, affine, shape=(30, 28, 26)):
-    image, label = volume(preset, 0, shape)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(image, affine), path)
-    return image, label
-
-
-def run(file, images, out, *extra):
-    main(["--checkpoint", *map(str, np.atleast_1d(file)), "--images", str(images), "--out", str(out), *map(str, extra)])
 
 
 @pytest.mark.parametrize("kind", AFFINES)
@@ -154,21 +111,6 @@ def test_labels_equal_monais_exactly_without_resampling(tmp_path, preset, file):
     np.testing.assert_array_equal(found, logits.argmax(0).numpy())
 
 
-def test_flips_and_ensembles_are_means_of_logits(tmp_path, preset, file):
-    other = save_checkpoint(tmp_path / "other.pth", preset, seed=1)
-    a, b = load_finetuned(file)[0], load_finetuned(other)[0]
-    x, cpu = torch.rand(2, 1, 32, 32, 32), torch.device("cpu")
-    with torch.no_grad():
-        expected = (a(x) + b(x)) / 2
-        mirrors = [], [2], [3], [4], [2, 3], [2, 4], [3, 4], [2, 3, 4]
-        mirrored = sum(a(x.flip(axes)).flip(axes) for axes in mirrors) / 8
-    torch.testing.assert_close(mean_logits([a, b], cpu, None, False)(x), expected)
-    torch.testing.assert_close(mean_logits([a], cpu, None, True)(x), mirrored)
-    with pytest.raises(InputError, match="differ from those of"):
-        small = save_checkpoint(tmp_path / "small.pth", preset, roi=(48, 48, 48))
-        run([file, small], tmp_path, tmp_path / "out")
-
-
 def test_logits_that_are_not_finite_give_no_label_map(tmp_path, preset, file, capsys):
     write_ct(tmp_path / "in/scan.nii.gz", preset, AFFINES["flipped"])
     content = checkpoint.load(file)
@@ -196,16 +138,6 @@ def test_probabilities_and_protocol(tmp_path, preset, file):
     assert (tmp_path / "out/overlays/scan.png").stat().st_size > 1000
     # no temporary file is left
     assert not list((tmp_path / "out").rglob(".*"))
-
-
-def test_nested_regions_become_ids():
-    brain = load_preset("MSD01_BrainTumour")
-    # channels: core {2,3}, whole {1,2,3}, enhancing {3}
-    logits = torch.full((3, 1, 1, 5), -1.0)
-    logits[1, ..., 1:4] = 1
-    logits[0, ..., 2:4] = 1
-    logits[2, ..., 3:5] = 1
-    assert label_map(logits, brain).flatten().tolist() == [0, 1, 2, 3, 3]
 
 
 def test_bad_volumes_are_named_and_others_predicted(tmp_path, preset, file, capsys):
@@ -259,45 +191,6 @@ def test_lists_may_name_files_anywhere(tmp_path, preset, file):
         (tmp_path / "lists/list.txt").write_text(path)
         run(file, tmp_path / "lists/list.txt", tmp_path / "out", "--no-overlays", "--data_root", "/")
         (tmp_path / "out/far.nii.gz").unlink()
-
-
-def test_ensemble_validates_on_cases_common_to_all_members(tmp_path, preset):
-    for name in ("a", "b", "c"):
-        write_ct(tmp_path / f"in/{name}.nii.gz", preset, AFFINES["flipped"])
-    one = save_checkpoint(tmp_path / "one.pth", preset, validation=("a", "b"))
-    two = save_checkpoint(tmp_path / "two.pth", preset, seed=1, validation=("b", "c"))
-    other = save_checkpoint(tmp_path / "other.pth", preset, seed=2, validation=("c",))
-    run([one, two], tmp_path / "in", tmp_path / "out", "--cases", "validation", "--no-overlays")
-    assert [p.name for p in (tmp_path / "out").glob("*.nii.gz")] == ["b.nii.gz"]
-    with pytest.raises(InputError, match="--cases validation"):
-        run([one, other], tmp_path / "in", tmp_path / "out", "--cases", "validation")
-
-
-def test_folder_of_a_run_gives_the_reported_checkpoint(tmp_path, preset):
-    write_ct(tmp_path / "in/scan.nii.gz", preset, AFFINES["flipped"])
-
-    def used(*flags):
-        run(tmp_path / "run", tmp_path / "in", tmp_path / "out", "--no-overlays", *flags)
-        protocol = json.loads((tmp_path / "out/predictions.json").read_text())
-        return protocol["checkpoints"][0]["checkpoint"].split("/")[-1], protocol["overlap"], protocol["blending"]
-
-    (tmp_path / "run").mkdir()
-    with pytest.raises(InputError, match=r"run: found no checkpoint-last.pth"):
-        used()
-    last = tmp_path / "run/checkpoint-last.pth"
-    save_checkpoint(last, preset)
-    # left by an earlier run with --select best
-    save_checkpoint(tmp_path / "run/checkpoint-best.pth", preset, seed=1)
-    assert used() == ("checkpoint-last.pth", 0.5, "gaussian")
-    save_checkpoint(last, preset, config={"select": "best", "overlap": 0.25, "blending": "constant"})
-    assert used() == ("checkpoint-best.pth", 0.5, "gaussian")
-    (tmp_path / "run/checkpoint-best.pth").unlink()
-    with pytest.raises(InputError, match="run: found no checkpoint-best.pth"):
-        used()
-    save_checkpoint(last, preset, config={"overlap": 0.25, "blending": "constant"})
-    # the sliding window of the run's validation
-    assert used() == ("checkpoint-last.pth", 0.25, "constant")
-    assert used("--overlap", 0, "--blending", "gaussian") == ("checkpoint-last.pth", 0.0, "gaussian")
 
 
 def test_stopped_prediction_leaves_no_partial_files(tmp_path, monkeypatch, preset, file):

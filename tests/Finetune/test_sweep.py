@@ -14,7 +14,6 @@ import yaml
 from common.errors import InputError
 from common.files import lock_folder
 from Finetune import sweep
-from Finetune.evaluation.sweep_report import summary
 from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset
@@ -233,18 +232,6 @@ def test_bad_settings_are_refused_before_the_first_run(small):
 def test_former_name_of_the_program_still_works():
     done = run_module("Finetune.compare", "--help")
     assert "--label_counts" in done.stdout and done.stderr.strip().count("\n") == 0 and "Finetune.sweep" in done.stderr
-
-
-def test_differences_are_paired_by_case_and_seed():
-    first = {f"c{i}": 0.3 + 0.03 * i for i in range(20)}
-    second = {case: dice + 0.1 for case, dice in first.items()}
-    better = [{case: dice + 0.02 for case, dice in scores.items()} for scores in (first, second)]
-    scratch = summary("scratch", 4, 2, {0: first, 1: second}, {})
-    row = summary("x", 4, 3, dict(enumerate(better)), {0: first, 1: second})
-    delta = row["minus_scratch"]
-    assert delta["difference"] == pytest.approx(0.02) and delta["ci95"] == pytest.approx([0.02, 0.02])
-    assert row["missing"] == 1 and scratch["missing"] == 0 and scratch["minus_scratch"] is None
-    assert scratch["ci95"][1] - scratch["ci95"][0] > 0.1
 
 
 @pytest.mark.slow

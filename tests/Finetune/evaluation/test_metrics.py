@@ -5,7 +5,6 @@ import pytest
 from scipy.ndimage import binary_erosion
 
 from Finetune.evaluation.metrics import METRICS, Metric, score_case, score_class, summarise
-from Finetune.evaluation.statistics import bootstrap_interval, mean
 
 
 def blob(shape, centre, radii):
@@ -99,13 +98,3 @@ def test_missing_a_class_worsens_every_mean():
     after = summarise(score_case("a", prediction, label, (1, 1, 1), classes))["mean"]
     assert after["dice"]["mean"] < before["dice"]["mean"] and after["nsd"]["mean"] < before["nsd"]["mean"]
     assert after["hd95"]["mean"] > before["hd95"]["mean"]
-
-
-def test_interval_covers_the_true_mean_in_95_percent():
-    rng = np.random.default_rng(0)
-    hits = 0
-    for trial in range(100):
-        low, high = bootstrap_interval(rng.normal(0.7, 0.1, size=30), seed=trial, draws=500)
-        hits += low <= 0.7 <= high
-    assert 85 <= hits <= 99
-    assert bootstrap_interval([0.5]) is None and mean([None]) is None

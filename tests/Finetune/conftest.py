@@ -1,0 +1,22 @@
+"""Label maps for the tests of scores."""
+
+import numpy as np
+import pytest
+
+from Finetune.presets import load_preset
+from tests.Finetune.made import volume
+from tests.Finetune.scoring import save
+
+
+@pytest.fixture
+def two_cases(tmp_path):
+    """Two BTCV cases. The second has no kidneys; its prediction misses the spleen and has a false positive kidney."""
+    for number, name in enumerate(("0035", "0036")):
+        _, label = volume(load_preset("BTCV"), number)
+        prediction = np.roll(label, 1, axis=1)
+        if number:
+            label[(label == 2) | (label == 3)] = 0
+            prediction[(prediction == 1) | (prediction == 3)] = 0
+        save(tmp_path / f"label/label{name}.nii.gz", label)
+        save(tmp_path / f"p/img{name}.nii.gz", prediction)
+    return tmp_path
