@@ -32,6 +32,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ from common.config import setting
 from common.data.preprocessing import Preprocessing
 from common.data.volume_io import read_image
 from common.runlog import print_main
+from Finetune.evaluation.formats import aligned
 from scripts.synthetic_ct import phantom
 
 
@@ -65,11 +67,10 @@ def main() -> None:
     numbers, name = load(settings)
     versions = f"blosc2 {blosc2.__version__}, numpy {np.__version__}"
     print_main(f"{name}: {numbers.shape} int16, {numbers.nbytes / 1e6:.1f} MB; {versions}")
-    header = "".join(f"{f'{n}^3 warm ms':>14s}{'cold ms':>9s}{'MB read':>9s}" for n in settings.sizes)
-    print_main(f"{'format':34s}{'MB':>7s}{'ratio':>7s}{'write s':>9s}{header}")
+    header = ["format", "MB", "ratio", "write s"]
+    header += [title for n in settings.sizes for title in (f"{n}^3 warm ms", "cold ms", "MB read")]
     with tempfile.TemporaryDirectory(prefix="cache-formats-", dir=os.environ.get("BENCH_DIR")) as folder:
-        for line in measure(Path(folder), numbers, settings):
-            print_main(line)
+        print_main("\n".join(aligned([header, *measure(Path(folder), numbers, settings)])))
 
 
 def load(settings: FormatSettings) -> tuple[np.ndarray, str]:
@@ -81,34 +82,31 @@ def load(settings: FormatSettings) -> tuple[np.ndarray, str]:
     return storage.quantise(image.as_tensor(), Preprocessing()), settings.volume.name
 
 
-def measure(folder: Path, numbers: np.ndarray, settings: FormatSettings) -> list[str]:
-    """Return a line per format. The formats take turns, so that other load on the machine affects all of them."""
-    lines, reads = {}, {}
+def measure(folder: Path, numbers: np.ndarray, settings: FormatSettings) -> list[list[str]]:
+    """Return a row per format. The formats take turns, so that other load on the machine affects all of them."""
+    rows, reads = {}, {}
     for name, write, read in formats():
         path = folder / f"{len(reads)}"
-        start = time.perf_counter()
-        write(path, numbers)
-        seconds = time.perf_counter() - start
-        size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
-        lines[name] = f"{name:34s}{size / 1e6:7.1f}{numbers.nbytes / size:7.2f}{seconds:9.2f}"
+        seconds, _ = timed(write, path, numbers)
+        size = sum(file.stat().st_size for file in files(path))
+        rows[name] = [name, f"{size / 1e6:.1f}", f"{numbers.nbytes / size:.2f}", f"{seconds:.2f}"]
         reads[name] = (read, path)
     os.sync()
     for edge in settings.sizes:
         boxes = draw_boxes(numbers.shape[1:], edge, settings.repeats)
         for read, path in reads.values():
             check(read(path, boxes[0]), numbers, boxes[0])
-        warm = {name: [] for name in reads}
-        cold = {name: [] for name in reads}
+        warm, cold = defaultdict(list), defaultdict(list)
         for number, box in enumerate(boxes):
             for name, (read, path) in reads.items():
                 warm[name].append(timed(read, path, box)[0])
                 if number < 3:
-                    cold[name].append(timed(read, path, box, cold=True))
-        for name in reads:
-            lines[name] += f"{statistics.median(warm[name]) * 1e3:14.2f}"
-            lines[name] += f"{statistics.median(c[0] for c in cold[name]) * 1e3:9.1f}"
-            lines[name] += f"{statistics.median(c[1] for c in cold[name]) / 1e6:9.1f}"
-    return list(lines.values())
+                    drop(path)
+                    cold[name].append(timed(read, path, box))
+        for name, row in rows.items():
+            seconds, count = map(statistics.median, zip(*cold[name]))
+            row += [f"{statistics.median(warm[name]) * 1e3:.2f}", f"{seconds * 1e3:.1f}", f"{count / 1e6:.1f}"]
+    return list(rows.values())
 
 
 def draw_boxes(shape: Sequence[int], edge: int, count: int) -> list[tuple[slice, ...]]:
@@ -117,17 +115,21 @@ def draw_boxes(shape: Sequence[int], edge: int, count: int) -> list[tuple[slice,
     return [tuple(slice(a, min(a + edge, n)) for a, n in zip(start, shape)) for start in starts]
 
 
-def timed(read: Callable, path: Path, box: tuple[slice, ...], cold: bool = False) -> tuple[float, int]:
-    if cold:
-        for file in path.rglob("*") if path.is_dir() else [path]:
-            drop(file)
+def timed(function: Callable, *args) -> tuple[float, int]:
+    """Return the seconds that a call takes, and the bytes that it reads from disk."""
     before, start = bytes_read(), time.perf_counter()
-    read(path, box)
+    function(*args)
     return time.perf_counter() - start, bytes_read() - before
 
 
-def drop(file: Path) -> None:
-    if file.is_file():
+def files(path: Path) -> list[Path]:
+    """Return the files of an array: `path` itself, or those in the folder."""
+    return [file for file in (path, *path.rglob("*")) if file.is_file()]
+
+
+def drop(path: Path) -> None:
+    """Drop an array from the page cache."""
+    for file in files(path):
         with open(file, "rb") as handle:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

@@ -57,10 +57,7 @@ from common.runlog import print_main
 from Pretrain.views import Box, ViewSpec, crop, draw_box
 from scripts.synthetic_ct import affine_of, phantom, write_nifti
 
-GLMAE = (
-    ViewSpec(2, (160, 160, 160), (0.5, 1.0), "resize"),
-    ViewSpec(8, (96, 96, 96), (0.2, 0.5), "resize"),
-)
+GLMAE = (ViewSpec(2, (160,) * 3, (0.5, 1.0), "resize"), ViewSpec(8, (96,) * 3, (0.2, 0.5), "resize"))
 
 
 @dataclass(kw_only=True)
@@ -88,9 +85,8 @@ def measure(settings: MonaiSettings, folder: Path) -> None:
     monai_items = persistent_dataset(paths, folder / "monai")
     shapes = [tuple(monai_items[i]["image"].shape[1:]) for i in range(len(paths))]
     assert shapes == [volume.shape for volume in volumes], "the two preprocess differently"
-    print_main(
-        f"torch {torch.__version__}, monai {monai.__version__}, {os.cpu_count()} cores, one thread; volumes {shapes}"
-    )
+    versions = f"torch {torch.__version__}, monai {monai.__version__}"
+    print_main(f"{versions}, {os.cpu_count()} cores, one thread; volumes {shapes}")
     cache_bytes = sum(maintenance.folder_bytes(volume.folder) for volume in volumes)
     monai_bytes = maintenance.folder_bytes(folder / "monai")
     row("MB on disk", monai_bytes / 1e6, cache_bytes / 1e6, monai_bytes / cache_bytes)
