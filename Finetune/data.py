@@ -24,12 +24,13 @@ from Finetune.cases import class_of
 from Finetune.presets import Augmentation, Preset
 
 KEYS = ("image", "label")
+Volumes = Sequence[CachedVolume]
 
 
 class CachedVolumes(Dataset):
     """Base of the data sets. All randomness of a sample is drawn from the seed and its position in the stream."""
 
-    def __init__(self, volumes: Sequence[CachedVolume], roi: tuple[int, int, int], seed: int):
+    def __init__(self, volumes: Volumes, roi: tuple[int, int, int], seed: int):
         self.volumes, self.roi, self.seed = list(volumes), tuple(roi), seed
 
     def __len__(self) -> int:
@@ -52,7 +53,7 @@ class CropDataset(CachedVolumes):
 
     def __init__(
         self,
-        volumes: Sequence[CachedVolume],
+        volumes: Volumes,
         roi: tuple[int, int, int],
         augmentation: Augmentation,
         crops: int = 4,
@@ -139,7 +140,7 @@ class VolumeDataset(CachedVolumes):
     `dataset[position, index]` is {"image": (C, *roi), "target": class number} of the volume `index`, randomly flipped.
     """
 
-    def __init__(self, volumes: Sequence[CachedVolume], preset: Preset, roi: tuple[int, int, int], seed: int = 0):
+    def __init__(self, volumes: Volumes, preset: Preset, roi: tuple[int, int, int], seed: int = 0):
         super().__init__(volumes, roi, seed)
         self.preset, self.targets = preset, [class_of(preset, volume.source) for volume in volumes]
 

@@ -18,7 +18,7 @@ from common.training.parallel import autocast_dtype
 from common.training.preemption import until_stopped
 from Finetune.architectures import load_state
 from Finetune.cases import class_of
-from Finetune.data import resized
+from Finetune.data import Volumes, resized
 from Finetune.evaluation.classification import class_scores, write_scores
 from Finetune.evaluation.metrics import dice_of
 from Finetune.inference.sliding_window import Predictor, Window, predictor, slabs
@@ -91,7 +91,7 @@ def make_optimizer(method: Finetuning, weight_decay: float, layer_decay: float |
 
 
 def validate(
-    model: nn.Module, volumes: Sequence[CachedVolume], preset: Preset, window: Window, run: Run, amp: str = "auto"
+    model: nn.Module, volumes: Volumes, preset: Preset, window: Window, run: Run, amp: str = "auto"
 ) -> dict[str, float]:
     """Return the mean Dice of the validation cases, over the classes of a case, then over cases; and per class.
 
@@ -106,7 +106,7 @@ def validate(
 
 @torch.no_grad()
 def over_cases(
-    volumes: Sequence[CachedVolume], run: Run, columns: int, scores: Callable[[CachedVolume], Sequence[float] | Tensor]
+    volumes: Volumes, run: Run, columns: int, scores: Callable[[CachedVolume], Sequence[float] | Tensor]
 ) -> Tensor:
     """Return the scores of every case, (cases, columns), on every rank. Each rank computes those of its own cases."""
     table = torch.zeros(len(volumes), columns, dtype=torch.float64)
@@ -140,7 +140,7 @@ def decide(logits: Tensor, preset: Preset) -> Tensor:
 
 def validate_classes(
     model: nn.Module,
-    volumes: Sequence[CachedVolume],
+    volumes: Volumes,
     preset: Preset,
     roi: Sequence[int],
     run: Run,
@@ -159,5 +159,5 @@ def validate_classes(
     targets = torch.tensor([class_of(preset, volume.source) for volume in volumes])
     scores = class_scores(probabilities, targets, preset)
     if out is not None and run.rank == 0:
-        write_scores(out, volumes, probabilities, targets, scores, preset)
+        write_scores(out, [volume.name for volume in volumes], probabilities, targets, scores, preset)
     return {f"val/{name}": value for name, value in scores.items()}

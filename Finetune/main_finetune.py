@@ -8,7 +8,6 @@ epochs and learning rate for BTCV; the defaults are our choice, to be used for e
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch import nn
 
 from common import checkpoint, distributed, signals
 from common.cache.build import build_cache
-from common.cache.volume import CachedVolume
 from common.cli import parse, run_program
 from common.config import group, setting, to_dict
 from common.data.datalist import DATA_ROOT_HELP
@@ -36,7 +34,7 @@ from common.watchdog import Watchdog
 from Finetune import leakage
 from Finetune.architectures import ModelSettings, build_model, load_encoder, model_for, resolve
 from Finetune.cases import check_classes, few_labels, find_cases, split, with_mapped_labels
-from Finetune.data import CropDataset, VolumeDataset
+from Finetune.data import CropDataset, VolumeDataset, Volumes
 from Finetune.engine_finetune import Finetuning, make_optimizer, segmentation_losses, validate, validate_classes
 from Finetune.heads import HEADS, Architecture
 from Finetune.inference.ensemble import BEST
@@ -45,7 +43,6 @@ from Finetune.losses import classification_losses
 from Finetune.presets import Preset, load_preset
 
 CROPS_AT_BLR = 16
-Volumes = Sequence[CachedVolume]
 
 
 # ---------------------------------------------------------------- settings
@@ -173,9 +170,10 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
     weights_from = None if config.start.scratch_twin else init
     method = build_method(config, preset, architecture, weights_from, run)
     plan = plan_updates(config, len(training), run.world_size)
-    peak = config.optim.peak_lr(plan.batch * config.crops, CROPS_AT_BLR)
-    warmup = round(min(config.optim.warmup_epochs, config.epochs / 2) * plan.steps_per_epoch)
-    args = describe(config, preset, architecture, weights_from, training, validation)
+    optim = config.optim
+    peak = optim.peak_lr(plan.batch * config.crops, CROPS_AT_BLR)
+    warmup = round(min(optim.warmup_epochs, config.epochs / 2) * plan.steps_per_epoch)
+    args = describe(config, preset, architecture, weights_from, [training, validation])
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     print_main(
         f"{preset.name} fold {config.cases.fold}: {len(training)} cases train, {len(validation)} validate; "
@@ -191,7 +189,6 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         dataset = VolumeDataset(training, preset, architecture.roi, config.seed)
     else:
         dataset = CropDataset(training, architecture.roi, preset.augmentation, config.crops, config.seed)
-    after_epoch = Validation(config, preset, architecture, validation, run, plan, args)
     trainer = Trainer(
         method,
         dataset,
@@ -206,10 +203,8 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
             "validation data": digest([e.content_hash for e in validation]),
             "crops": [config.crops, *architecture.roi],
         },
-        make_optimizer=partial(
-            make_optimizer, weight_decay=config.optim.weight_decay, layer_decay=config.optim.layer_decay
-        ),
-        after_epoch=after_epoch,
+        make_optimizer=partial(make_optimizer, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay),
+        after_epoch=Validation(config, preset, architecture, validation, run, plan, args),
     )
     path = trainer.fit()
     print_main(f"done: {path}")
@@ -247,14 +242,13 @@ def build_method(
 
 
 def describe(
-    config: FinetuneSettings,
-    preset: Preset,
-    architecture: Architecture,
-    init: Path | None,
-    training: Volumes,
-    validation: Volumes,
+    config: FinetuneSettings, preset: Preset, architecture: Architecture, init: Path | None, volumes: list[Volumes]
 ) -> dict[str, Any]:
-    """Return what the checkpoint stores for Finetune.predict and the score card, in plain types."""
+    """Return what the checkpoint stores for Finetune.predict and the score card, in plain types.
+
+    `volumes` are those of training and of validation.
+    """
+    training, validation = volumes
     return {
         "config": to_dict(config),
         "preset": to_dict(preset),

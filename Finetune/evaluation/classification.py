@@ -6,7 +6,6 @@ from pathlib import Path
 from monai.metrics import compute_roc_auc
 from torch import Tensor
 
-from common.cache.volume import CachedVolume
 from Finetune.evaluation.formats import write_csv, write_json
 from Finetune.evaluation.statistics import bootstrap_interval
 from Finetune.presets import Preset
@@ -32,20 +31,15 @@ def class_scores(probabilities: Tensor, targets: Tensor, preset: Preset) -> dict
 
 
 def write_scores(
-    out: Path,
-    volumes: Sequence[CachedVolume],
-    probabilities: Tensor,
-    targets: Tensor,
-    scores: dict[str, float],
-    preset: Preset,
+    out: Path, cases: Sequence[str], probabilities: Tensor, targets: Tensor, scores: dict[str, float], preset: Preset
 ) -> None:
     """Write classification.csv (a row per case) and classification.json to `out`."""
     names, predicted = preset.labels, probabilities.argmax(dim=1)
     rows = [["case", "class", "predicted", *(f"probability {name}" for name in names.values())]]
-    for volume, target, guess, row in zip(volumes, targets.tolist(), predicted.tolist(), probabilities.tolist()):
-        rows.append([volume.name, names[target], names[guess], *(f"{value:.4f}" for value in row)])
+    for case, target, guess, row in zip(cases, targets.tolist(), predicted.tolist(), probabilities.tolist()):
+        rows.append([case, names[target], names[guess], *(f"{value:.4f}" for value in row)])
     interval = bootstrap_interval((predicted == targets).float().tolist())
     absent = [name for number, name in names.items() if not (targets == number).any()]
-    card = {"preset": preset.name, "cases": len(volumes), "scores": scores, "accuracy_ci95": interval, "absent": absent}
+    card = {"preset": preset.name, "cases": len(cases), "scores": scores, "accuracy_ci95": interval, "absent": absent}
     write_csv(out / "classification.csv", rows)
     write_json(out / "classification.json", card)

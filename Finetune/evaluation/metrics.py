@@ -63,10 +63,6 @@ def dice_of(prediction: np.ndarray, label: np.ndarray) -> float | None:
     return 2 * int((prediction & label).sum()) / total if total else None
 
 
-def dice(masks: Masks) -> float:
-    return dice_of(masks.prediction, masks.label)
-
-
 def nsd(masks: Masks) -> float:
     """Return the normalized surface distance: the fraction of boundary voxels within the tolerance."""
     options = {"class_thresholds": [masks.tolerance], "include_background": True, "spacing": masks.spacing}
@@ -80,7 +76,7 @@ def hd95(masks: Masks) -> float:
 
 
 METRICS = {
-    "dice": Metric(dice, "Dice", "higher", at_miss="0"),
+    "dice": Metric(lambda masks: dice_of(masks.prediction, masks.label), "Dice", "higher", at_miss="0"),
     "nsd": Metric(nsd, "NSD", "higher", at_miss="0"),
     "hd95": Metric(hd95, "HD95", "lower", at_miss="the image's diagonal", unit="mm", decimals=2),
 }

@@ -34,8 +34,8 @@ def overlay(
     image: np.ndarray,
     labels: Sequence[np.ndarray],
     spacing: Sequence[float],
-    names: Mapping[int, str],
-    titles: Sequence[str] = ("",),
+    names: dict[int, str],
+    titles: Sequence[str],
 ) -> Pixels:
     """Draw each label map over the image in a row of its own: axial, beside it coronal above sagittal; and a legend.
 
@@ -102,8 +102,6 @@ def _join(parts: Sequence[Pixels], axis: int, gap: int = 4) -> Pixels:
 
 
 def _titled(row: Pixels, title: str) -> Pixels:
-    if not title:
-        return row
     canvas = Image.fromarray(np.pad(row, ((16, 0), (0, 0), (0, 0))))
     ImageDraw.Draw(canvas).text((4, 2), title, fill=(255, 255, 255))
     return np.asarray(canvas)

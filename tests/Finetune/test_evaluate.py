@@ -1,4 +1,4 @@
-"""The score card of files: pairing, geometry, rules, notes, comparison, pictures."""
+"""Scoring of files: pairing, spaces, lists, and what is refused."""
 
 import gzip
 import json

@@ -28,5 +28,5 @@ def test_planes_have_most_labelled_voxels():
 def test_thin_and_thick_scans_fit_beside_the_axial_plane(depth, beside):
     image, label = np.random.default_rng(0).random((40, 40, depth)), np.zeros((40, 40, depth), np.uint8)
     label[10:20, 10:20] = 2
-    pixels = overlay(image, [label], (1, 1, 1), {1: "spleen", 2: "liver"})
+    pixels = overlay(image, [label], (1, 1, 1), {1: "spleen", 2: "liver"}, ["scan"])
     assert pixels.shape[1] == PANEL + 4 + beside + 4 and PANEL <= pixels.shape[0] <= PANEL + 60
