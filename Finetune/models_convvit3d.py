@@ -235,8 +235,7 @@ class ConvViT3D(vit.Encoder3D):
         self.grid_size = vit.grid_of(self.img_size, self.patch_size)
         self.in_chans, self.pyramid = in_chans, pyramid
         self.embed_dims, self.embed_dim = tuple(embed_dims), embed_dims[3]
-        rates = [drop_path_rate * index / max(sum(depths) - 1, 1) for index in range(sum(depths))]
-        stages = [rates[sum(depths[:stage]) : sum(depths[: stage + 1])] for stage in range(4)]
+        rates = iter([drop_path_rate * index / max(sum(depths) - 1, 1) for index in range(sum(depths))])
 
         table = vit.get_3d_sincos_pos_embed(self.embed_dim, self.grid_size)
         self.pos_embed = nn.Parameter(table, requires_grad=pyramid)
@@ -245,15 +244,12 @@ class ConvViT3D(vit.Encoder3D):
             self.add_module(f"patch_embed{stage}", PatchEmbed(widths[stage - 1], widths[stage]))
         self.patch_embed5 = nn.Linear(self.embed_dim, self.embed_dim)
         for stage in (1, 2, 3):
-            blocks = (ConvBlock(widths[stage], mlp_ratio, rate) for rate in stages[stage - 1])
+            blocks = [ConvBlock(widths[stage], mlp_ratio, next(rates)) for _ in range(depths[stage - 1])]
             self.add_module(f"blocks{stage}", nn.ModuleList(blocks))
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
         block = partial(RelativeBlock, grid=self.grid_size) if pyramid else Block
         block = partial(block, self.embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
-        self.blocks4 = nn.ModuleList(block(drop_path=rate) for rate in stages[3])
-        # the pyramid alone has layer scale and relative position bias
-        added = ("gamma_", "relative_position_")
-        shared = tuple(name for name in self.state_dict() if not any(word in name for word in added))
+        self.blocks4 = nn.ModuleList(block(drop_path=rate) for rate in rates)
         if pyramid:
             norm = nn.BatchNorm3d if stride32_norm == "batch" else partial(nn.InstanceNorm3d, affine=True)
             width = 2 * self.embed_dim
@@ -265,8 +261,9 @@ class ConvViT3D(vit.Encoder3D):
                 fuse = nn.Conv3d(widths[stage], self.embed_dim, kernel_size=stride, stride=stride)
                 self.add_module(f"stage{stage}_output_decode", fuse)
             self.norm = norm_layer(self.embed_dim)
-        # what a pretraining checkpoint must provide
-        self.encoder_names = shared if pyramid else tuple(self.state_dict())
+        # what a pretraining checkpoint must provide: all but what only the pyramid has
+        added = ("gamma_", "relative_position_", "fpn.")
+        self.encoder_names = tuple(name for name in self.state_dict() if not any(word in name for word in added))
         self._init_weights()
 
     def _init_weights(self) -> None:

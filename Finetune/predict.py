@@ -10,7 +10,7 @@ Memory does not grow with the depth of a volume times the number of classes (see
 import subprocess
 import sys
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -136,21 +136,18 @@ def predict_case(
     # frees the memory of the image before the logits need it
     del image
     labels = np.zeros(space.shape, np.uint8)
-    with ExitStack() as stack:
-        write_probabilities = None
-        if config.probabilities:
-            path = config.out / f"{case.name}_probabilities.nii"
-            write_probabilities = stack.enter_context(probability_map(path, space, preset))
+    path = config.out / f"{case.name}_probabilities.nii"
+    with probability_map(path, space, preset) if config.probabilities else nullcontext() as write_probabilities:
 
         def emit(where: Where, logits: torch.Tensor) -> None:
             labels[where] = label_map(logits, preset).numpy()
             if write_probabilities:
                 write_probabilities(where, logits)
 
-        total = len(window_starts(prepared.shape[1:], window))
+        tensor = torch.as_tensor(prepared.as_tensor())
         source = Space(tuple(prepared.shape[1:]), np.asarray(prepared.affine, dtype=np.float64))
+        total = len(window_starts(source.shape, window))
         with progress(total=total, desc=f"predict {title}", unit="window") as bar:
-            tensor = torch.as_tensor(prepared.as_tensor())
             resample_logits(slabs(tensor, predict, window, bar.update), source, space, emit)
         write_label_map(config.out / f"{case.name}.nii.gz", labels, space, case.image)
     if grey is not None:

@@ -129,9 +129,8 @@ def _read_file(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path}: no such checkpoint") from None
     # torch raises a different type for each way in which a file can be broken
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        refused = [line for line in reason if "Unsupported" in line or "GLOBAL" in line]
-        detail = (refused or reason or [type(error).__name__])[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        detail = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), lines[0])
         raise ValueError(f"{path}: not a checkpoint that can be read safely ({detail})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: found {type(content).__name__}, expected a dict of weights")
