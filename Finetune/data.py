@@ -1,5 +1,6 @@
 """Training samples from cached volumes. Each depends on the seed and its position in the stream of samples only."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from monai.data import get_track_meta, set_track_meta
 from monai.transforms import (
     Compose,
+    RandAdjustContrastd,
     RandAffined,
     RandFlipd,
     RandGaussianNoised,
@@ -109,27 +111,29 @@ def crop_start(volume: CachedVolume, roi: Sequence[int], rng: torch.Generator) -
     )
 
 
-def augmentations(probability: Augmentation, roi: Sequence[int]) -> Compose:
-    """Return MONAI's random transforms with the probabilities of the preset.
+def augmentations(a: Augmentation, roi: Sequence[int]) -> Compose:
+    """Return MONAI's random transforms with the probabilities and ranges of the preset.
 
-    Rotations are in the plane of the first two axes (left-right, back-front). Quarter turns are left out unless these
-    axes of the crop are equal.
+    Quarter turns are in the plane of the first two axes (left-right, back-front), and left out unless these axes of the
+    crop are equal.
     """
-    plane, quarter_turns = (0.0, 0.0, torch.pi / 15), probability.rotate90 if roi[0] == roi[1] else 0.0
     transforms = [
         RandAffined(
             KEYS,
-            prob=probability.affine,
-            rotate_range=plane,
-            scale_range=(0.1, 0.1, 0.1),
+            prob=a.affine,
+            rotate_range=[math.radians(angle) for angle in a.rotation],
+            scale_range=[a.zoom] * 3,
+            # None draws no random numbers
+            translate_range=[a.translation * size for size in roi] if a.translation else None,
             mode=("bilinear", "nearest"),
             padding_mode="border",
         ),
-        *(RandFlipd(KEYS, prob=probability.flip, spatial_axis=axis) for axis in range(3)),
-        RandRotate90d(KEYS, prob=quarter_turns, max_k=3, spatial_axes=(0, 1)),
-        RandScaleIntensityd("image", factors=0.1, prob=probability.scale_intensity),
-        RandShiftIntensityd("image", offsets=0.1, prob=probability.shift_intensity),
-        RandGaussianNoised("image", prob=probability.noise, std=0.01),
+        *(RandFlipd(KEYS, prob=a.flip, spatial_axis=axis) for axis in a.flip_axes),
+        RandRotate90d(KEYS, prob=a.rotate90 if roi[0] == roi[1] else 0.0, max_k=3, spatial_axes=(0, 1)),
+        RandScaleIntensityd("image", factors=0.1, prob=a.scale_intensity),
+        RandShiftIntensityd("image", offsets=0.1, prob=a.shift_intensity),
+        RandAdjustContrastd("image", prob=a.gamma, gamma=a.gamma_range),
+        RandGaussianNoised("image", prob=a.noise, std=0.01),
     ]
     return Compose([transform for transform in transforms if transform.prob > 0])
 
@@ -148,7 +152,8 @@ class VolumeDataset(CachedVolumes):
         position, index = key
         image = resized(self.volumes[index], self.roi)
         draws = torch.rand(3, generator=generator(self.seed, position))
-        axes = [axis + 1 for axis in range(3) if draws[axis] < self.preset.augmentation.flip]
+        augmentation = self.preset.augmentation
+        axes = [axis + 1 for axis in augmentation.flip_axes if draws[axis] < augmentation.flip]
         return {"image": image.flip(axes), "target": torch.tensor(self.targets[index])}
 
 

@@ -50,7 +50,9 @@ class PredictSettings:
     overlap: float | None = setting(None, "overlap of the sliding window; none: as in the run", least=0, below=1)
     blending: Literal["gaussian", "constant"] | None = setting(None, "blending of windows; none: as in the run")
     sw_batch_size: int | None = setting(None, "windows per forward pass; none: 4 on CUDA, 1 on a CPU", least=1)
-    flips: bool = setting(False, "average over the 8 mirror images of each window: 8 times the work")
+    flips: bool = setting(
+        False, "average over the mirror images of each window along the preset's flip_axes: up to 8 times the work"
+    )
     probabilities: bool = setting(False, "also write NAME_probabilities.nii: one channel per class, steps of 1/255")
     overlays: bool = setting(True, "also write overlays/NAME.png: three planes with the classes over the image")
     amp: Literal["auto", "bf16", "fp16", "off"] = setting("auto", "autocast; auto: bf16 on CUDA, off on a CPU")
@@ -67,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     # the protocol of an earlier run does not apply to the label maps of this one
     (config.out / PROTOCOL).unlink(missing_ok=True)
     models = [model.to(device) for model in ensemble.models]
-    predict = mean_logits(models, device, autocast_dtype(config.amp, device), config.flips)
+    flip_axes = ensemble.preset.augmentation.flip_axes if config.flips else ()
+    predict = mean_logits(models, device, autocast_dtype(config.amp, device), flip_axes)
     failed = []
     for number, case in enumerate(cases, start=1):
         title = f"{number}/{len(cases)} {case.name}"

@@ -35,14 +35,20 @@ def probability(help: str = "") -> float:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Probabilities per crop."""
+    """Probabilities per crop, and ranges. Axes are numbered 0, 1, 2 in RAS order: left-right, back-front, down-up."""
 
-    flip: float = probability("per axis")
+    flip: float = probability("per axis of flip_axes")
+    flip_axes: tuple[int, ...] = setting((0, 1, 2), "axes to flip, also for Finetune.predict --flips", least=0, most=2)
     rotate90: float = probability("one to three quarter turns in the plane of the first two axes, if they are equal")
     shift_intensity: float = probability("add up to +-0.1 on the scale of [0, 1]")
     scale_intensity: float = probability("multiply by up to 1 +- 0.1")
-    affine: float = probability("rotation in the plane of up to pi/15, zoom of up to 0.1")
+    gamma: float = probability("raise to a power within gamma_range, on the scale of the crop's minimum and maximum")
+    gamma_range: tuple[float, float] = setting((0.7, 1.5), "smallest and largest power", above=0)
     noise: float = probability("Gaussian, standard deviation 0.01")
+    affine: float = probability("rotation, zoom and translation together, with one interpolation")
+    rotation: tuple[float, float, float] = setting((0.0, 0.0, 12.0), "largest angle about each axis, degrees", least=0)
+    zoom: float = setting(0.1, "zoom by up to 1 +- this, per axis", least=0, below=1)
+    translation: float = setting(0.0, "largest shift along each axis, as a fraction of the crop", least=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ def load_preset(name_or_path: str | Path) -> Preset:
 
 def check(preset: Preset, where: str | Path) -> Preset:
     """Return the preset. InputError if its values contradict each other; `where` names its file."""
-    for problems in (_label_problems, _image_problems, _layout_problems):
+    for problems in (_label_problems, _image_problems, _augmentation_problems, _layout_problems):
         for problem in problems(preset):
             raise InputError(f"{where}: {problem}")
     return preset
@@ -147,6 +153,14 @@ def _image_problems(preset: Preset) -> Iterator[str]:
         _ = preset.preprocessing
     except InputError as error:
         yield str(error)
+
+
+def _augmentation_problems(preset: Preset) -> Iterator[str]:
+    axes, (low, high) = preset.augmentation.flip_axes, preset.augmentation.gamma_range
+    if len(set(axes)) != len(axes):
+        yield f"augmentation: flip_axes: found {axes}, expected each axis once"
+    if low >= high:
+        yield f"augmentation: gamma_range: found {(low, high)}, expected the smaller number first"
 
 
 def _layout_problems(preset: Preset) -> Iterator[str]:

@@ -102,13 +102,16 @@ def _member(path: Path, architecture: Architecture, args: dict[str, Any]) -> dic
     }
 
 
-def mean_logits(models: Sequence[nn.Module], device: torch.device, dtype: torch.dtype | None, flips: bool) -> Predictor:
-    """Return the mean of the logits over models and, with `flips`, over the 8 mirror images, for the sliding window.
+def mean_logits(
+    models: Sequence[nn.Module], device: torch.device, dtype: torch.dtype | None, flip_axes: Sequence[int] = ()
+) -> Predictor:
+    """Return the mean of the logits over models and mirror images, for the sliding window.
 
-    It raises InputError when the logits are not finite.
+    There are 2 ** len(flip_axes) mirror images; axis 0 is D. It raises InputError when the logits are not finite.
     """
     predictors = [predictor(model, device, dtype) for model in models]
-    mirrors = [[axis for axis, flip in zip((2, 3, 4), choice) if flip] for choice in product((0, 1), repeat=3 * flips)]
+    choices = product((False, True), repeat=len(flip_axes))
+    mirrors = [[2 + axis for axis, flip in zip(flip_axes, choice) if flip] for choice in choices]
 
     @torch.inference_mode()
     def predict(crops: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Crops: balanced, aligned with their labels, determined by seed and position."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ from monai.data import get_track_meta
 
 from common.cli import parse
 from common.errors import InputError
-from Finetune.data import CropDataset, crop_start
+from Finetune.data import CropDataset, VolumeDataset, crop_start
 from Finetune.main_finetune import FinetuneSettings
-from Finetune.presets import Augmentation
+from Finetune.presets import Augmentation, load_preset
 
 ALL = Augmentation(flip=0.5, rotate90=0.5)
 
@@ -107,3 +108,82 @@ def test_affine_keeps_label_ids_and_aligned_intensities(volume):
     assert set(sample["label"].unique().tolist()) <= {0, 1, 2}
     agreement = ((sample["image"] * 10 - sample["label"]).abs() < 0.6).float().mean()
     assert agreement > 0.9 and not torch.equal(sample["image"], sample["image"].round(decimals=1))
+
+
+def augmented(image, position=0, **settings):
+    """Return the crop of a volume that is as large as the crop, so that nothing but the augmentation changes it."""
+    number = Numbered(image)
+    return CropDataset([number], number.shape, Augmentation(**settings), crops=1, seed=3)[position, 0]
+
+
+@dataclass
+class Numbered:
+    """A stand-in for `CachedVolume` without classes: its label is its image in bytes."""
+
+    image: torch.Tensor
+    class_points: dict = field(default_factory=dict)
+
+    @property
+    def shape(self):
+        return tuple(self.image.shape)
+
+    def read(self, start, size):
+        return self.image[None].float()
+
+    def read_label(self, start, size):
+        return (self.image[None] * 255).to(torch.uint8)
+
+
+def ramp(axis, size=12):
+    """Return a volume whose values rise from 0 to 1 along one axis."""
+    shape = [size if axis == other else 1 for other in range(3)]
+    return torch.linspace(0, 1, size).view(shape).expand(size, size, size).clone()
+
+
+@pytest.mark.parametrize("axes", [(0,), (1, 2)])
+def test_flips_stay_on_their_axes(axes):
+    for axis in range(3):
+        image = ramp(axis)
+        crops = [augmented(image, n, flip=0.5, flip_axes=axes)["image"][0, 0] for n in range(20)]
+        flipped = [torch.equal(crop, image.flip(axis)) for crop in crops]
+        assert any(flipped) == (axis in axes) and not all(flipped)
+        assert all(torch.equal(crop, image) for crop, flip in zip(crops, flipped) if not flip)
+
+
+def test_scans_are_flipped_on_their_axes_only():
+    preset = replace(load_preset("CC_CCII"), augmentation=Augmentation(flip=0.5, flip_axes=(1,)))
+    for axis in range(3):
+        scan = Numbered(ramp(axis))
+        scan.source = Path("Normal/1-1.nii.gz")
+        scans = VolumeDataset([scan], preset, scan.shape)
+        moved = [not torch.equal(scans[n, 0]["image"][0], scan.image) for n in range(20)]
+        assert any(moved) == (axis == 1) and not all(moved)
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_rotations_are_about_their_axis(axis):
+    settings = {"affine": 1.0, "zoom": 0.0, "rotation": tuple(12.0 * (axis == other) for other in range(3))}
+    for other in range(3):
+        change = (augmented(ramp(other), **settings)["image"][0, 0] - ramp(other)).abs().max()
+        assert (change < 1e-5) == (other == axis)
+
+
+def test_translations_and_zooms_stay_within_their_range():
+    coordinate = ramp(0, size=21) * 20
+    middle = []
+    for position in range(50):
+        crop = augmented(coordinate, position, affine=1.0, rotation=(0.0, 0.0, 0.0), zoom=0.0, translation=0.2)
+        middle.append(float(crop["image"][0, 0, 10, 10, 10]) - 10)
+        zoomed = augmented(coordinate, position, affine=1.0, rotation=(0.0, 0.0, 0.0), zoom=0.2)["image"][0, 0, 10:12]
+        assert 0.8 <= float(zoomed[1, 10, 10] - zoomed[0, 10, 10]) <= 1.2
+    assert max(map(abs, middle)) <= 0.2 * 21 and min(middle) < -2 and max(middle) > 2
+
+
+def test_gamma_keeps_order_range_and_labels():
+    image = ramp(1)
+    sample, again = (augmented(image, 4, gamma=1.0, gamma_range=(2.0, 3.0)) for _ in range(2))
+    values = sample["image"][0, 0, 0, :, 0]
+    assert torch.equal(sample["image"], again["image"])
+    assert (values.diff() > 0).all() and values[0] == 0 and values[-1] == pytest.approx(1, abs=1e-5)
+    assert (values[1:-1] < image[0, 1:-1, 0] ** 1.99).all()
+    assert torch.equal(sample["label"][0, 0], (image * 255).to(torch.uint8))

@@ -51,6 +51,11 @@ def test_overlapping_regions_of_brain_tumours():
     assert load_preset("MSD03_Liver").scored() == {"liver": (1,), "tumour": (2,)}
 
 
+def test_hippocampi_are_flipped_left_to_right_only():
+    assert load_preset("MSD04_Hippocampus").augmentation.flip_axes == (0,)
+    assert load_preset("BTCV").augmentation.flip_axes == (0, 1, 2)
+
+
 def custom(tmp_path, **changes):
     content = yaml.safe_load((DATASETS / "MSD09_Spleen.yaml").read_text()) | changes
     path = tmp_path / "custom.yaml"
@@ -73,6 +78,9 @@ def test_a_custom_yaml(tmp_path):
         ({"labels": {0: "background", 2: "spleen"}}, r"labels.*\[0, 2\]"),
         ({"low": 300}, "low.*300.*250"),
         ({"label_values": {0: 0, 205: 7}}, r"label_values.*\[0, 7\].*\[0, 1\]"),
+        ({"augmentation": {"flip_axes": [0, 3]}}, r"augmentation: flip_axes.*3.*at most 2"),
+        ({"augmentation": {"flip_axes": [1, 1]}}, r"augmentation: flip_axes.*1, 1.*once"),
+        ({"augmentation": {"gamma_range": [2, 1]}}, r"augmentation: gamma_range.*2.*1.*first"),
         ({"augmentation": {"flip": 5}}, "augmentation: flip 5.*at most 1"),
         ({"spacing": "two"}, "spacing.*'two'"),
         ({"layout": {"images": ["img/*.nii.gz"], "labels": ["label/*.nii.gz"]}}, "case"),

@@ -26,8 +26,11 @@ def test_flips_and_ensembles_are_means_of_logits(tmp_path, preset):
         expected = (a(x) + b(x)) / 2
         mirrors = [], [2], [3], [4], [2, 3], [2, 4], [3, 4], [2, 3, 4]
         mirrored = sum(a(x.flip(axes)).flip(axes) for axes in mirrors) / 8
-    torch.testing.assert_close(mean_logits([a, b], cpu, None, False)(x), expected)
-    torch.testing.assert_close(mean_logits([a], cpu, None, True)(x), mirrored)
+    torch.testing.assert_close(mean_logits([a, b], cpu, None)(x), expected)
+    torch.testing.assert_close(mean_logits([a], cpu, None, (0, 1, 2))(x), mirrored)
+    with torch.no_grad():
+        left_right = (a(x) + a(x.flip(2)).flip(2)) / 2
+    torch.testing.assert_close(mean_logits([a], cpu, None, (0,))(x), left_right)
     with pytest.raises(InputError, match="differ from those of"):
         small = save_checkpoint(tmp_path / "small.pth", preset, roi=(48, 48, 48))
         run([file, small], tmp_path, tmp_path / "out")
