@@ -17,7 +17,7 @@ from common import checkpoint
 from common.config import from_dict, setting, shown
 from common.errors import InputError, one_line
 from Finetune import models_3dvit, models_convvit3d
-from Finetune.heads import HEADS, Architecture, Triple, find_head
+from Finetune.heads import HEADS, Architecture, Head, Triple, find_head
 from Finetune.models_3dvit import VisionTransformer3D, grid_of, triple
 from Finetune.models_convvit3d import STRIDE, ConvViT3D
 from Finetune.presets import Preset
@@ -44,6 +44,9 @@ class ModelSettings:
     roi: Triple | None = setting(None, "voxels of a crop and of the sliding window; none: the preset's", least=1)
     feature_size: int = setting(16, "width of the decoder: MONAI's default is 16, the authors' is 48", least=1)
     drop_path: float | None = setting(None, "stochastic depth; none: 0, or 0.2 for mim (authors)", least=0, below=1)
+    class_token: Literal["auto", "keep", "drop"] = setting(
+        "auto", "CLS token of the ViT; auto: drop, as the authors do; the classifier pools a token that is kept"
+    )
 
     def __post_init__(self):
         find_head(self.model)
@@ -140,9 +143,9 @@ def _count(state: State, blocks: str) -> int:
 
 
 def build_vit(a: Architecture) -> VisionTransformer3D:
-    """Return the ViT without CLS token, as the authors fine-tune it."""
+    """Return the ViT with random weights."""
     sizes = a.roi, a.patch_size, a.in_chans, a.embed_dim, a.depth, a.num_heads
-    return VisionTransformer3D(*sizes, class_token=False, drop_path_rate=a.drop_path)
+    return VisionTransformer3D(*sizes, class_token=a.class_token, drop_path_rate=a.drop_path)
 
 
 def build_hybrid(a: Architecture) -> ConvViT3D:
@@ -172,15 +175,17 @@ def model_for(model: str, preset: Preset) -> str:
     return name
 
 
-def resolve(settings: ModelSettings, preset: Preset, init: Path | None) -> Architecture:
+def resolve(settings: ModelSettings, preset: Preset, init: Path | None, key: str | None = None) -> Architecture:
     """Return the architecture that the settings, the preset and the pretrained checkpoint `init` ask for.
+
+    `key` is where the weights are in the checkpoint, as in `read_checkpoint`.
 
     Raises:
         InputError: they contradict each other, or cannot be built.
     """
     head = find_head(settings.model)
     if head.encoder:
-        sizes = _encoder_sizes(ENCODERS[head.encoder], settings, preset, init)
+        sizes = _encoder_sizes(ENCODERS[head.encoder], settings, preset, init, key)
     elif init:
         raise InputError(f"{init}: --model {settings.model} has no encoder to load, it starts from random weights only")
     else:
@@ -192,6 +197,7 @@ def resolve(settings: ModelSettings, preset: Preset, init: Path | None) -> Archi
         roi=tuple(settings.roi or preset.roi),
         feature_size=settings.feature_size,
         drop_path=head.drop_path if settings.drop_path is None else settings.drop_path,
+        class_token=keeps_class_token(settings, head),
         **sizes,
     )
     head.check(architecture)
@@ -203,8 +209,17 @@ def resolve(settings: ModelSettings, preset: Preset, init: Path | None) -> Archi
     return architecture
 
 
-def _encoder_sizes(encoder: Encoder, settings: ModelSettings, preset: Preset, init: Path | None) -> Sizes:
-    found = read_encoder(init, encoder) if init else {}
+def keeps_class_token(settings: ModelSettings, head: Head) -> bool:
+    """Return whether the encoder has a CLS token. InputError if one is asked for where there is no ViT."""
+    if settings.class_token != "auto" and head.encoder != "vit":
+        raise InputError(f"--class_token {settings.class_token}: --model {settings.model} has no ViT")
+    return head.class_token if settings.class_token == "auto" else settings.class_token == "keep"
+
+
+def _encoder_sizes(
+    encoder: Encoder, settings: ModelSettings, preset: Preset, init: Path | None, key: str | None
+) -> Sizes:
+    found = read_encoder(init, encoder, key) if init else {}
     sizes = encoder.choose(settings, preset, found)
     for name, value in found.items():
         if name != "num_heads" and value != sizes[name]:
@@ -221,10 +236,10 @@ def build_model(a: Architecture) -> nn.Module:
 # ---------------------------------------------------------------- from checkpoints
 
 
-def read_encoder(path: Path, encoder: Encoder) -> Sizes:
+def read_encoder(path: Path, encoder: Encoder, key: str | None = None) -> Sizes:
     """Return the sizes of the encoder in a checkpoint. InputError if it cannot be read or holds another encoder."""
     try:
-        state, extras = read_checkpoint(path)
+        state, extras = read_checkpoint(path, key)
     except ValueError as error:
         raise InputError(str(error)) from None
     args = extras["args"] if isinstance(extras.get("args"), dict) else {}
@@ -234,10 +249,10 @@ def read_encoder(path: Path, encoder: Encoder) -> Sizes:
         raise InputError(f"{path}: found {shorten(sorted(state))}, expected the weights of {encoder.name}") from None
 
 
-def load_encoder(model: nn.Module, path: Path) -> None:
+def load_encoder(model: nn.Module, path: Path, key: str | None = None) -> None:
     """Load a pretrained encoder into `model.backbone`. InputError unless all of its tensors are there and fit."""
     try:
-        model.backbone.load_pretrained_checkpoint(path)
+        model.backbone.load_pretrained_checkpoint(path, checkpoint_key=key)
     except ValueError as error:
         raise InputError(str(error)) from None
 

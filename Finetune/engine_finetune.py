@@ -29,16 +29,28 @@ Losses = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
 
 class Finetuning(Method):
-    """A network with its losses. With `freeze` only the head is trained."""
+    """A network with its losses.
 
-    def __init__(self, model: nn.Module, losses: Losses, freeze: bool = False):
+    Args:
+        freeze: train only the head.
+        head_warmup_steps: updates at the start in which only the head is trained.
+    """
+
+    def __init__(self, model: nn.Module, losses: Losses, freeze: bool = False, head_warmup_steps: int = 0):
         super().__init__()
-        self.model, self.losses, self.frozen = model, losses, freeze
+        self.model, self.losses, self.frozen, self.head_warmup_steps = model, losses, freeze, head_warmup_steps
         if freeze:
             model.backbone.freeze_encoder()
 
     def forward(self, batch: dict[str, Tensor], step: int = 0, part: int = 0) -> dict[str, Tensor]:
         return self.losses(self.model, batch)
+
+    def before_step(self, step: int) -> None:
+        """Drop the gradients of the encoder during the warm-up of the head: AdamW skips parameters without one."""
+        if step < self.head_warmup_steps:
+            for name, parameter in self.model.backbone.named_parameters():
+                if name in self.model.backbone.encoder_names:
+                    parameter.grad = None
 
     def train(self, mode: bool = True) -> "Finetuning":
         super().train(mode)

@@ -26,7 +26,7 @@ Triple = tuple[int, int, int]
 class Architecture:
     """Everything needed to build a network, in plain types. Stored in every checkpoint.
 
-    A ViT has `embed_dim` and `depth`, the hybrid encoder `embed_dims` and `depths`.
+    A ViT has `embed_dim`, `depth` and `class_token`, the hybrid encoder `embed_dims` and `depths`.
     """
 
     model: str
@@ -41,6 +41,7 @@ class Architecture:
     embed_dims: tuple[int, ...] = ()
     depths: tuple[int, ...] = ()
     drop_path: float = 0.0
+    class_token: bool = False
 
     @property
     def grid_size(self) -> Triple:
@@ -62,6 +63,7 @@ class Head:
         classifies: the network is for presets of classification, not of segmentation.
         frozen: train the head alone, as `--freeze` does.
         drop_path: stochastic depth of the encoder unless `--drop_path` is given.
+        class_token: the ViT keeps its CLS token unless `--class_token` is given.
     """
 
     build: Callable[[nn.Module | None, Architecture], nn.Module]
@@ -71,6 +73,7 @@ class Head:
     classifies: bool = False
     frozen: bool = False
     drop_path: float = 0.0
+    class_token: bool = False
 
 
 def check_multiples_of_32(a: Architecture) -> None:

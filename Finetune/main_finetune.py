@@ -74,6 +74,9 @@ class StartSettings:
 
     init: str = setting("scratch", "scratch, or a checkpoint whose encoder is loaded")
     checkpoint: Path | None = setting(None, "the same as --init FILE")
+    checkpoint_key: str = setting(
+        "auto", "where the weights are in the file, e.g. teacher; auto: the first of student, state_dict and model"
+    )
     scratch_twin: bool = setting(False, "same run and architecture as with --init FILE, but with random weights")
 
 
@@ -86,6 +89,7 @@ class FinetuneOptimSettings(OptimSettings):
     weight_decay: float = setting(1e-5, "weight decay, not applied to biases, norms and tokens", least=0)
     clip_grad: float | None = setting(1.0, "largest norm of the gradient; none: no clipping", above=0)
     layer_decay: float | None = setting(None, "learning rate factor per block, towards the input", above=0, most=1)
+    head_warmup_epochs: float = setting(0.0, "epochs at the start in which only the head is trained", least=0)
 
 
 @dataclass(kw_only=True)
@@ -128,8 +132,8 @@ def check_settings(config: FinetuneSettings, preset: Preset) -> None:
     model = config.network.model = model_for(config.network.model, preset)
     if config.validation.select == "best" and not config.validation.validate_every:
         raise InputError("--select best: expected a validation, found --validate_every 0")
-    encoder_only = {"freeze": config.freeze, "layer_decay": config.optim.layer_decay}
-    encoder_only["grad_checkpointing"] = config.precision.grad_checkpointing
+    encoder_only = {"freeze": config.freeze, "grad_checkpointing": config.precision.grad_checkpointing}
+    encoder_only |= {name: getattr(config.optim, name) for name in ("layer_decay", "head_warmup_epochs")}
     for name, value in encoder_only.items():
         if value and HEADS[model].encoder is None:
             raise InputError(f"--{name}: --model {model} has no encoder")
@@ -145,6 +149,11 @@ def initial_checkpoint(start: StartSettings) -> Path | None:
     return init
 
 
+def weights_key(start: StartSettings) -> str | None:
+    """Return the key of the weights in the initial checkpoint, None for the usual ones."""
+    return None if start.checkpoint_key == "auto" else start.checkpoint_key
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -155,7 +164,7 @@ def main(argv: list[str] | None = None) -> Path:
     preset = load_preset(config.cases.preset)
     check_settings(config, preset)
     init = initial_checkpoint(config.start)
-    architecture = resolve(config.network, preset, init)
+    architecture = resolve(config.network, preset, init, weights_key(config.start))
     run = distributed.setup(config.device)
     try:
         return finetune(config, preset, architecture, init, run)
@@ -168,8 +177,8 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
     check_writable(config.out_dir)
     training, validation = prepare_volumes(config, preset, run)
     weights_from = None if config.start.scratch_twin else init
-    method = build_method(config, preset, architecture, weights_from, run)
     plan = plan_updates(config, len(training), run.world_size)
+    method = build_method(config, preset, architecture, weights_from, run, plan)
     optim = config.optim
     peak = optim.peak_lr(plan.batch * config.crops, CROPS_AT_BLR)
     warmup = round(min(optim.warmup_epochs, config.epochs / 2) * plan.steps_per_epoch)
@@ -224,21 +233,22 @@ def prepare_volumes(config: FinetuneSettings, preset: Preset, run: Run) -> tuple
 
 
 def build_method(
-    config: FinetuneSettings, preset: Preset, architecture: Architecture, init: Path | None, run: Run
+    config: FinetuneSettings, preset: Preset, architecture: Architecture, init: Path | None, run: Run, plan: BatchPlan
 ) -> Finetuning:
     """Return the network, with the encoder of `init` if given, and its losses."""
     # all weights from the seed, so that a scratch twin has the same head
     torch.manual_seed(config.seed)
     model = build_model(architecture)
     if init:
-        load_encoder(model, init)
+        load_encoder(model, init, weights_key(config.start))
     if config.precision.grad_checkpointing:
         model.backbone.set_grad_checkpointing()
     # for the hybrid's map of stride 32, as in the authors' code
     if run.world_size > 1 and run.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     losses = classification_losses if preset.task == "classification" else segmentation_losses(preset)
-    return Finetuning(model, losses, freeze=config.freeze or HEADS[architecture.model].frozen)
+    head_warmup = round(config.optim.head_warmup_epochs * plan.steps_per_epoch)
+    return Finetuning(model, losses, config.freeze or HEADS[architecture.model].frozen, head_warmup)
 
 
 def describe(

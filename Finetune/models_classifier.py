@@ -1,13 +1,13 @@
-"""Classification of volumes (CC-CCII): the mean of a ViT's patch tokens and one linear layer."""
+"""Classification of volumes (CC-CCII): a ViT's summary of the volume and one linear layer."""
 
 from torch import Tensor, nn
 
 
 class Classifier(nn.Module):
-    """ViT with a linear layer on the mean of its patch tokens: (B, C, D, H, W) -> logits (B, K).
+    """ViT with a linear layer: (B, C, D, H, W) -> logits (B, K).
 
-    The mean is taken after the encoder's norm, which keeps the input it was pretrained on (our choice; the authors
-    take it before).
+    The input of the layer is the CLS token, or the mean of the patch tokens of a ViT without one. Both are taken after
+    the encoder's norm, which keeps the input it was pretrained on (our choice; the authors take the mean before it).
     """
 
     def __init__(self, backbone: nn.Module, classes: int):
@@ -18,4 +18,4 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.backbone(x, return_features=True)["patch_features"].mean(dim=1))
+        return self.head(self.backbone(x))

@@ -36,8 +36,8 @@ def spleen(tmp_path_factory):
     return make_dataset(load_preset("MSD09_Spleen"), tmp_path_factory.mktemp("spleen"))
 
 
-def vit_file(path, **kwargs):
-    torch.manual_seed(1)
+def vit_file(path, seed=1, **kwargs):
+    torch.manual_seed(seed)
     defaults = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 4, "num_heads": 2}
     model = VisionTransformer3D(**(defaults | kwargs))
     args = {"grid_size": list(model.grid_size), "num_heads": kwargs.get("num_heads", 2)}
@@ -56,8 +56,10 @@ def test_it_learns_and_its_checkpoint_suffices_to_rebuild_it(tmp_path, spleen):
     assert model(torch.zeros(1, 1, 32, 32, 32)).shape == (1, 2, 32, 32, 32)
 
 
-def test_interrupted_and_resumed_run_equals_one_in_one_go(tmp_path, spleen, monkeypatch):
-    expected = checkpoint.load(run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 2, out="once"))["state_dict"]
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_interrupted_and_resumed_run_equals_one_in_one_go(tmp_path, spleen, monkeypatch, warmup):
+    flags = ("--epochs", 2, "--head_warmup_epochs", warmup)
+    expected = checkpoint.load(run(tmp_path, "MSD09_Spleen", spleen, *flags, out="once"))["state_dict"]
 
     class Stopped(Exception):
         pass
@@ -69,8 +71,8 @@ def test_interrupted_and_resumed_run_equals_one_in_one_go(tmp_path, spleen, monk
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(Trainer, "_validate", stop)
-        run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 2, out="parts")
-    parts = checkpoint.load(run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 2, out="parts"))["state_dict"]
+        run(tmp_path, "MSD09_Spleen", spleen, *flags, out="parts")
+    parts = checkpoint.load(run(tmp_path, "MSD09_Spleen", spleen, *flags, out="parts"))["state_dict"]
     for name, value in expected.items():
         assert torch.equal(value, parts[name]), name
 
@@ -100,6 +102,42 @@ def test_freeze_and_layer_decay(tmp_path, spleen):
         (after[f"blocks.{i}.mlp.fc1.weight"] - pretrained[f"blocks.{i}.mlp.fc1.weight"]).abs().max() for i in range(4)
     ]
     assert all(later > 3 * earlier for earlier, later in zip(moved, moved[1:]))
+
+
+def test_head_warmup_moves_the_encoder_only_after_it(tmp_path, spleen):
+    pretrained = vit_file(tmp_path / "vit.pth").state_dict()
+    flags = ("--init", tmp_path / "vit.pth", "--head_warmup_epochs", 2, "--epochs", 3, "--save_every", 1, "--lr", 0.01)
+    run(tmp_path, "MSD09_Spleen", spleen, *flags, "--weight_decay", 0.1)
+    states = [checkpoint.load(tmp_path / f"run/checkpoint-{epoch}.pth")["state_dict"] for epoch in range(3)]
+    for name, value in pretrained.items():
+        if name not in ("pos_embed", "cls_token"):
+            first, second, third = (state[f"backbone.{name}"] for state in states)
+            assert torch.equal(first, value) and torch.equal(second, value) and not torch.equal(third, value), name
+    head = "decoder2.transp_conv.conv.weight"
+    assert not torch.equal(states[0][head], states[1][head])
+
+
+def test_checkpoint_key_chooses_the_weights(tmp_path, spleen):
+    student, teacher = (vit_file(tmp_path / f"{n}.pth", seed=n).state_dict() for n in (1, 2))
+    args = {"num_heads": 2, "grid_size": [2, 2, 2]}
+    torch.save({"student": student, "teacher": teacher, "args": args}, tmp_path / "both.pth")
+    flags = ("--init", tmp_path / "both.pth", "--freeze", "--lr", 0, "--resume", "none", "--checkpoint_key")
+    for key, expected in (("teacher", teacher), ("student", student), ("auto", student)):
+        model, *_ = load_finetuned(run(tmp_path, "MSD09_Spleen", spleen, *flags, key))
+        assert torch.equal(model.backbone.blocks[1].mlp.fc1.weight, expected["blocks.1.mlp.fc1.weight"]), key
+    with pytest.raises(InputError, match="both.pth.*student.*teacher.*'centre'"):
+        run(tmp_path, "MSD09_Spleen", spleen, *flags, "centre")
+
+
+@pytest.mark.parametrize("model", ["unetr", "linear"])
+def test_a_kept_class_token_gives_the_features_of_pretraining(tmp_path, spleen, model):
+    pretrained, x = vit_file(tmp_path / "vit.pth").eval(), torch.rand(1, 1, 32, 32, 32)
+    expected = pretrained(x, return_features=True)["patch_features"]
+    flags = ("--init", tmp_path / "vit.pth", "--model", model, "--freeze", "--lr", 0, "--resume", "none")
+    for choice, equal in (("keep", True), ("drop", False), ("auto", False)):
+        path = run(tmp_path, "MSD09_Spleen", spleen, *flags, "--class_token", choice)
+        found = load_finetuned(path)[0].backbone(x, return_features=True)["patch_features"]
+        assert torch.allclose(found, expected, atol=1e-5) == equal, choice
 
 
 @pytest.mark.slow
@@ -181,7 +219,12 @@ def test_other_networks_start_from_scratch(tmp_path, spleen, name, roi):
     model, architecture, *_ = load_finetuned(run(tmp_path, "MSD09_Spleen", spleen, *flags))
     assert model(torch.zeros(1, 1, *roi)).shape == (1, 2, *roi)
     vit_file(tmp_path / "vit.pth")
-    for extra in (("--init", tmp_path / "vit.pth"), ("--freeze",)):
+    for extra in (
+        ("--init", tmp_path / "vit.pth"),
+        ("--freeze",),
+        ("--head_warmup_epochs", 1),
+        ("--class_token", "keep"),
+    ):
         with pytest.raises(InputError, match=f"--model {name}"):
             run(tmp_path, "MSD09_Spleen", spleen, *flags, *extra)
 

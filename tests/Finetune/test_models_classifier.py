@@ -13,6 +13,8 @@ from common.checkpoint import load
 from common.errors import InputError
 from Finetune.cases import find_cases, patient_of, split
 from Finetune.main_finetune import main
+from Finetune.models_3dvit import VisionTransformer3D
+from Finetune.models_classifier import Classifier
 from Finetune.presets import load_preset
 from scripts import convert_cc_ccii
 from tests.Finetune.made import make_scans
@@ -58,6 +60,14 @@ def test_freeze_trains_only_the_head(tmp_path, scans):
     after = load(run(tmp_path, scans, *flags, "--lr", 0.1, "--freeze"))["state_dict"]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_the_class_token_is_pooled_if_there_is_one(class_token):
+    vit = VisionTransformer3D(32, 16, embed_dim=24, depth=1, num_heads=2, class_token=class_token)
+    x, model = torch.rand(2, 1, 32, 32, 32), Classifier(vit, 3)
+    tokens = vit(x, return_features=True)["all_features"]
+    torch.testing.assert_close(model(x), model.head(tokens[:, 0] if class_token else tokens.mean(dim=1)))
 
 
 def test_networks_for_another_task_are_refused(tmp_path, scans):
