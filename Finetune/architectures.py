@@ -6,6 +6,7 @@ load_encoder    pretrained checkpoint -> the encoder of a network
 load_finetuned  fine-tuned checkpoint -> the network with its weights
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ Quadruple = tuple[int, int, int, int]
 Size = Literal["auto", "tiny", "small", "base", "large", "huge"]
 State = dict[str, Tensor]
 Sizes = dict[str, Any]
+# the defaults of pretraining
+DECODER = {"decoder_embed_dim": 576, "decoder_depth": 8, "decoder_num_heads": 16}
+DECODER_HELP = "none: the checkpoint's, else pretraining's default"
 
 
 @dataclass(kw_only=True)
@@ -43,9 +47,14 @@ class ModelSettings:
     patch_size: Triple | None = setting(None, "voxels of a patch; none: the checkpoint's, else the preset's", least=1)
     roi: Triple | None = setting(None, "voxels of a crop and of the sliding window; none: the preset's", least=1)
     feature_size: int = setting(16, "width of the decoder: MONAI's default is 16, the authors' is 48", least=1)
+    decoder_embed_dim: int | None = setting(None, f"width of MAE's decoder; {DECODER_HELP}", least=1)
+    decoder_depth: int | None = setting(None, f"blocks of MAE's decoder; {DECODER_HELP}", least=0)
+    decoder_num_heads: int | None = setting(None, f"attention heads of MAE's decoder; {DECODER_HELP}", least=1)
     drop_path: float | None = setting(None, "stochastic depth; none: 0, or 0.2 for mim (authors)", least=0, below=1)
     class_token: Literal["auto", "keep", "drop"] = setting(
-        "auto", "CLS token of the ViT; auto: drop, as the authors do; the classifier pools a token that is kept"
+        "auto",
+        "CLS token of the ViT; auto: drop, as the authors do, but keep for mae_decoder and primus; "
+        "the classifier pools a token that is kept",
     )
 
     def __post_init__(self):
@@ -82,7 +91,20 @@ def choose_vit(settings: ModelSettings, preset: Preset, found: Sizes) -> Sizes:
         "depth": settings.depth or base["depth"],
         "num_heads": _check_heads(settings.num_heads or base["num_heads"], width),
         "patch_size": tuple(settings.patch_size or found.get("patch_size") or preset.patch_size),
+        **choose_decoder(settings, found),
     }
+
+
+def choose_decoder(settings: ModelSettings, found: Sizes) -> Sizes:
+    """Return the sizes of MAE's decoder: those given, else the checkpoint's, else the defaults. {} for other heads."""
+    given = {name: getattr(settings, name) for name in DECODER if getattr(settings, name) is not None}
+    if not find_head(settings.model).decoder:
+        for name, value in given.items():
+            raise InputError(f"--{name} {value}: --model {settings.model} has no decoder of MAE")
+        return {}
+    sizes = DECODER | {name: found[name] for name in DECODER if found.get(name) is not None} | given
+    _check_heads(sizes["decoder_num_heads"], sizes["decoder_embed_dim"], "decoder_num_heads")
+    return sizes
 
 
 def choose_hybrid(settings: ModelSettings, preset: Preset, found: Sizes) -> Sizes:
@@ -110,14 +132,17 @@ def choose_hybrid(settings: ModelSettings, preset: Preset, found: Sizes) -> Size
     }
 
 
-def _check_heads(heads: int | None, width: int) -> int:
+def _check_heads(heads: int | None, width: int, name: str = "num_heads") -> int:
     if not heads or width % heads:
-        raise InputError(f"--num_heads {shown(heads)}: must divide the width {width}")
+        raise InputError(f"--{name} {shown(heads)}: must divide the width {width}")
     return heads
 
 
 def read_vit(state: State, args: dict) -> Sizes:
-    """Return the sizes of a ViT from its tensors, and its heads from the settings or as usual for its width."""
+    """Return the sizes of a ViT, and of MAE's decoder if there is one, from the tensors.
+
+    The heads are those of the settings, or as usual for the width.
+    """
     width = state["pos_embed"].shape[-1]
     usual = {size["embed_dim"]: size["num_heads"] for size in models_3dvit.SIZES.values()}
     return {
@@ -125,6 +150,18 @@ def read_vit(state: State, args: dict) -> Sizes:
         "depth": _count(state, "blocks"),
         "num_heads": args.get("num_heads") or usual.get(width),
         "patch_size": triple(state["patch_embed.proj.weight"].shape[2:]),
+        **read_decoder(state, args),
+    }
+
+
+def read_decoder(state: State, args: dict) -> Sizes:
+    """Return the sizes of MAE's decoder from its tensors, and its heads from the settings. {} if there is none."""
+    if "decoder_embed.weight" not in state:
+        return {}
+    return {
+        "decoder_embed_dim": len(state["decoder_embed.weight"]),
+        "decoder_depth": sum(bool(re.fullmatch(r"decoder_blocks\.\d+\.norm1\.weight", name)) for name in state),
+        "decoder_num_heads": args.get("decoder_num_heads"),
     }
 
 
@@ -144,8 +181,20 @@ def _count(state: State, blocks: str) -> int:
 
 def build_vit(a: Architecture) -> VisionTransformer3D:
     """Return the ViT with random weights."""
-    sizes = a.roi, a.patch_size, a.in_chans, a.embed_dim, a.depth, a.num_heads
-    return VisionTransformer3D(*sizes, class_token=a.class_token, drop_path_rate=a.drop_path)
+    return VisionTransformer3D(
+        img_size=a.roi,
+        patch_size=a.patch_size,
+        in_chans=a.in_chans,
+        embed_dim=a.embed_dim,
+        depth=a.depth,
+        num_heads=a.num_heads,
+        encoder_only=not a.decoder_embed_dim,
+        decoder_embed_dim=a.decoder_embed_dim,
+        decoder_depth=a.decoder_depth,
+        decoder_num_heads=a.decoder_num_heads,
+        class_token=a.class_token,
+        drop_path_rate=a.drop_path,
+    )
 
 
 def build_hybrid(a: Architecture) -> ConvViT3D:
@@ -221,8 +270,10 @@ def _encoder_sizes(
 ) -> Sizes:
     found = read_encoder(init, encoder, key) if init else {}
     sizes = encoder.choose(settings, preset, found)
+    if init and find_head(settings.model).decoder and "decoder_embed_dim" not in found:
+        raise InputError(f"{init}: found no decoder, expected that of MAE for --model {settings.model}")
     for name, value in found.items():
-        if name != "num_heads" and value != sizes[name]:
+        if name in sizes and not name.endswith("num_heads") and value != sizes[name]:
             raise InputError(f"{init}: found an encoder with {name} {shown(value)}, expected {shown(sizes[name])}")
     return sizes
 
@@ -249,10 +300,16 @@ def read_encoder(path: Path, encoder: Encoder, key: str | None = None) -> Sizes:
         raise InputError(f"{path}: found {shorten(sorted(state))}, expected the weights of {encoder.name}") from None
 
 
-def load_encoder(model: nn.Module, path: Path, key: str | None = None) -> None:
-    """Load a pretrained encoder into `model.backbone`. InputError unless all of its tensors are there and fit."""
+def load_encoder(model: nn.Module, path: Path, key: str | None = None, decoder: bool = False) -> None:
+    """Load a pretrained encoder into `model.backbone`, with MAE's decoder if `decoder` is true.
+
+    Raises:
+        InputError: not all tensors are there and fit.
+    """
     try:
-        model.backbone.load_pretrained_checkpoint(path, checkpoint_key=key)
+        missing, _ = model.backbone.load_pretrained_checkpoint(path, encoder_only=not decoder, checkpoint_key=key)
+        if decoder and missing:
+            raise ValueError(f"{path}: found no {shorten(missing)} that fits, expected all tensors of the decoder")
     except ValueError as error:
         raise InputError(str(error)) from None
 

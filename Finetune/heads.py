@@ -17,6 +17,7 @@ from common.config import nearest, shown
 from common.errors import InputError
 from Finetune.models_3dvit import grid_of
 from Finetune.models_classifier import Classifier
+from Finetune.models_light import LightDecoder, MAEDecoder
 from Finetune.models_unetr import UNETR, ConvViT3DUNETR, LinearProbe, num_levels
 
 Triple = tuple[int, int, int]
@@ -26,7 +27,8 @@ Triple = tuple[int, int, int]
 class Architecture:
     """Everything needed to build a network, in plain types. Stored in every checkpoint.
 
-    A ViT has `embed_dim`, `depth` and `class_token`, the hybrid encoder `embed_dims` and `depths`.
+    A ViT has `embed_dim`, `depth` and `class_token`, and `decoder_*` if MAE's decoder is kept. The hybrid encoder has
+    `embed_dims` and `depths`.
     """
 
     model: str
@@ -42,6 +44,9 @@ class Architecture:
     depths: tuple[int, ...] = ()
     drop_path: float = 0.0
     class_token: bool = False
+    decoder_embed_dim: int = 0
+    decoder_depth: int = 0
+    decoder_num_heads: int = 0
 
     @property
     def grid_size(self) -> Triple:
@@ -64,6 +69,7 @@ class Head:
         frozen: train the head alone, as `--freeze` does.
         drop_path: stochastic depth of the encoder unless `--drop_path` is given.
         class_token: the ViT keeps its CLS token unless `--class_token` is given.
+        decoder: the ViT keeps MAE's decoder, which a checkpoint must have and which is loaded with the encoder.
     """
 
     build: Callable[[nn.Module | None, Architecture], nn.Module]
@@ -74,6 +80,7 @@ class Head:
     frozen: bool = False
     drop_path: float = 0.0
     class_token: bool = False
+    decoder: bool = False
 
 
 def check_multiples_of_32(a: Architecture) -> None:
@@ -134,6 +141,17 @@ HEADS = {
     ),
     "linear": Head(
         lambda backbone, a: LinearProbe(backbone, a.out_channels), "one linear layer on the frozen ViT", frozen=True
+    ),
+    "mae_decoder": Head(
+        lambda backbone, a: MAEDecoder(backbone, a.out_channels),
+        "the ViT with MAE's decoder and a new last layer",
+        class_token=True,
+        decoder=True,
+    ),
+    "primus": Head(
+        lambda backbone, a: LightDecoder(backbone, a.out_channels),
+        "the ViT with a light decoder similar to that of Primus",
+        class_token=True,
     ),
     "swinunetr": Head(
         lambda _, a: SwinUNETR(in_channels=a.in_chans, out_channels=a.out_channels, feature_size=a.feature_size),

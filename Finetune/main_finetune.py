@@ -240,7 +240,7 @@ def build_method(
     torch.manual_seed(config.seed)
     model = build_model(architecture)
     if init:
-        load_encoder(model, init, weights_key(config.start))
+        load_encoder(model, init, weights_key(config.start), HEADS[architecture.model].decoder)
     if config.precision.grad_checkpointing:
         model.backbone.set_grad_checkpointing()
     # for the hybrid's map of stride 32, as in the authors' code

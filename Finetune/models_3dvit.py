@@ -448,7 +448,7 @@ class VisionTransformer3D(Encoder3D):
         """Return patterns that order the parameters by depth, for timm's layer-wise learning-rate decay."""
         return {
             "stem": r"^cls_token|^pos_embed|^patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm|^decoder_|^mask_token", (99999,))],
         }
 
 
