@@ -184,16 +184,13 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
     warmup = round(min(optim.warmup_epochs, config.epochs / 2) * plan.steps_per_epoch)
     args = describe(config, preset, architecture, weights_from, [training, validation])
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    print_main(
-        f"{preset.name} fold {config.cases.fold}: {len(training)} cases train, {len(validation)} validate; "
-        f"encoder from {weights_from or 'random weights'}"
-    )
-    print_main(
-        f"{architecture.model}, roi {architecture.roi}, patch {architecture.patch_size}, {parameters:,} parameters; "
-        f"{plan.batch} volumes x {config.crops} crops per update, {plan.total_steps} updates, lr {peak:.3g}"
-    )
+    fold, origin = f"fold {config.cases.fold}", weights_from or "random weights"
+    network = f"{architecture.model}, roi {architecture.roi}, patch {architecture.patch_size}"
+    print_main(f"{preset.name} {fold}: {len(training)} cases train, {len(validation)} validate; encoder from {origin}")
+    updates = f"{plan.batch} volumes x {config.crops} crops per update, {plan.total_steps} updates, lr {peak:.3g}"
+    print_main(f"{network}, {parameters:,} parameters; {updates}")
     if args["leak"]:
-        print_main(f"warning: fold {config.cases.fold}: {args['leak']}")
+        print_main(f"warning: {fold}: {args['leak']}")
     if preset.task == "classification":
         dataset = VolumeDataset(training, preset, architecture.roi, config.seed)
     else:

@@ -36,10 +36,6 @@ class Masks:
     spacing: list[float]
     tolerance: float
 
-    def tensors(self) -> list[torch.Tensor]:
-        """Return prediction and label as MONAI expects them, (1, 1, D, H, W)."""
-        return [torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (self.prediction, self.label)]
-
 
 @dataclass(frozen=True)
 class Metric:
@@ -65,14 +61,18 @@ def dice_of(prediction: np.ndarray, label: np.ndarray) -> float | None:
 
 def nsd(masks: Masks) -> float:
     """Return the normalized surface distance: the fraction of boundary voxels within the tolerance."""
-    options = {"class_thresholds": [masks.tolerance], "include_background": True, "spacing": masks.spacing}
-    return float(compute_surface_dice(*masks.tensors(), **options))
+    return surface_metric(compute_surface_dice, masks, class_thresholds=[masks.tolerance])
 
 
 def hd95(masks: Masks) -> float:
     """Return the 95th percentile of the Hausdorff distance in mm."""
-    options = {"percentile": 95, "include_background": True, "spacing": masks.spacing}
-    return float(compute_hausdorff_distance(*masks.tensors(), **options))
+    return surface_metric(compute_hausdorff_distance, masks, percentile=95)
+
+
+def surface_metric(metric: Callable[..., torch.Tensor], masks: Masks, **options: Any) -> float:
+    """Return a surface metric of MONAI, which expects masks (1, 1, D, H, W)."""
+    pair = [torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (masks.prediction, masks.label)]
+    return float(metric(*pair, include_background=True, spacing=masks.spacing, **options))
 
 
 METRICS = {
