@@ -19,7 +19,7 @@ from common.config import from_dict, setting, shown
 from common.errors import InputError, one_line
 from Finetune import models_3dvit, models_convvit3d
 from Finetune.heads import HEADS, Architecture, Head, Triple, find_head
-from Finetune.models_3dvit import VisionTransformer3D, grid_of, triple
+from Finetune.models_3dvit import VisionTransformer3D, triple
 from Finetune.models_convvit3d import STRIDE, ConvViT3D
 from Finetune.presets import Preset
 from Finetune.pretrained import read_checkpoint, shorten
@@ -121,13 +121,14 @@ def choose_hybrid(settings: ModelSettings, preset: Preset, found: Sizes) -> Size
     patch = (STRIDE,) * 3
     if settings.patch_size not in (None, patch):
         raise InputError(f"--patch_size {shown(settings.patch_size)}: must be {STRIDE} for the hybrid encoder")
-    base = models_convvit3d.SIZES[size] | (found if settings.size == "auto" else {})
+    found = found if settings.size == "auto" else {}
+    base = models_convvit3d.SIZES[size] | found
     widths = tuple(settings.embed_dims or base["embed_dims"])
-    recorded = found.get("num_heads") if settings.size == "auto" else None
+    heads = settings.num_heads or found.get("num_heads") or max(1, widths[3] // 32)
     return {
         "embed_dims": widths,
         "depths": tuple(settings.depths or base["depths"]),
-        "num_heads": _check_heads(settings.num_heads or recorded or max(1, widths[3] // 32), widths[3]),
+        "num_heads": _check_heads(heads, widths[3]),
         "patch_size": patch,
     }
 
@@ -250,11 +251,9 @@ def resolve(settings: ModelSettings, preset: Preset, init: Path | None, key: str
         **sizes,
     )
     head.check(architecture)
-    try:
-        grid_of(architecture.roi, architecture.patch_size)
-    except ValueError:
+    if any(size % patch for size, patch in zip(architecture.roi, architecture.patch_size)):
         roi, patch = shown(architecture.roi), shown(architecture.patch_size)
-        raise InputError(f"--roi {roi}: must be divisible by the patch size {patch}") from None
+        raise InputError(f"--roi {roi}: must be divisible by the patch size {patch}")
     return architecture
 
 

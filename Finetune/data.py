@@ -54,12 +54,7 @@ class CropDataset(CachedVolumes):
     """
 
     def __init__(
-        self,
-        volumes: Volumes,
-        roi: tuple[int, int, int],
-        augmentation: Augmentation,
-        crops: int = 4,
-        seed: int = 0,
+        self, volumes: Volumes, roi: tuple[int, int, int], augmentation: Augmentation, crops: int = 4, seed: int = 0
     ):
         super().__init__(volumes, roi, seed)
         self.crops, self.augment = crops, augmentations(augmentation, self.roi)

@@ -151,13 +151,7 @@ def decide(logits: Tensor, preset: Preset) -> Tensor:
 
 
 def validate_classes(
-    model: nn.Module,
-    volumes: Volumes,
-    preset: Preset,
-    roi: Sequence[int],
-    run: Run,
-    amp: str,
-    out: Path | None,
+    model: nn.Module, volumes: Volumes, preset: Preset, roi: Sequence[int], run: Run, amp: str, out: Path | None
 ) -> dict[str, float]:
     """Return accuracy and AUC of the validation cases (see `class_scores`).
 

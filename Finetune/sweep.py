@@ -230,7 +230,7 @@ def _paths(flags: dict[str, Path | None]) -> list[str]:
 
 def last_error(log: Path) -> str:
     """Return the last line of a log that is an error, else its last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").split("\n") if line.strip()]
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error:") or "Error" in line]
     return (errors or lines or ["no output"])[-1][:300]
 
