@@ -69,9 +69,7 @@ class MiMSettings:
     weight_align_up_mid: float = setting(0.1, "weight of the alignment of mid volumes with the volume", least=0)
     weight_align_mid_down: float = setting(0.1, "weight of the alignment of down with mid volumes", least=0)
     level_mode: Literal["concurrent", "coarse_to_fine", "fine_to_coarse"] = setting(
-        "concurrent",
-        "concurrent: constant weights; coarse_to_fine: up falls from twice its weight and down rises from 0; "
-        "fine_to_coarse: the reverse",
+        "concurrent", "concurrent: constant; coarse_to_fine: up falls from twice to once, down rises from 0; or reverse"
     )
 
 

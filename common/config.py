@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from common.errors import InputError, one_line
+from common.files import naming_errors
 
 T = TypeVar("T")
 BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -308,9 +309,8 @@ _READERS: dict[Any, Callable[[Any, Any, str], Any]] = {
 def load_yaml(path: str | Path) -> Any:
     """Return the plain content of a YAML file. InputError when it cannot be read or is not YAML."""
     try:
-        return yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        with naming_errors(path, "cannot be read"):
+            return yaml.safe_load(Path(path).read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not YAML ({one_line(error)})") from None
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -29,22 +30,17 @@ class Run:
     local_rank: int = 0
 
 
-def setup(device: str = "auto") -> Run:
+def setup(device: Literal["auto", "cpu", "cuda"] = "auto") -> Run:
     """Join the process group of a torchrun launch: nccl on CUDA, gloo on CPU. Without torchrun there is one process.
 
-    Args:
-        device: auto (CUDA if there is one), cpu or cuda.
-
     Raises:
-        InputError: another value, or cuda without a CUDA device.
+        InputError: `device` is cuda, and there is no CUDA device. auto is CUDA if there is one.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device: found {device!r}, expected auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available here; use --device cpu or auto")
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in defaults.items())
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    use_cuda = device != "cpu" and torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(local_rank)
     target = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")

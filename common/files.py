@@ -19,12 +19,12 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextlib.contextmanager
-def naming_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError within the block into an InputError with `path` and the reason."""
+def naming_errors(path: str | Path, problem: str = "cannot be written") -> Iterator[None]:
+    """Turn an OSError within the block into an InputError with `path`, the problem and the reason."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise InputError(f"{path}: {problem} ({error.strerror or error})") from None
 
 
 @contextlib.contextmanager

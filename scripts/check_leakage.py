@@ -8,6 +8,7 @@ Hashes of the voxels are compared, so a scan that was resampled, cropped or resc
 not found. Volumes that are in the cache are not read again. The exit code is 0 with and without an overlap.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -111,11 +112,9 @@ def finetuning_folds(settings: LeakSettings) -> tuple[list[Case], dict[int, list
     cases = find_cases(preset, settings.data)
     folds = {}
     for fold in range(preset.folds):
-        try:
-            folds[fold] = [case.name for case in split(cases, preset, fold)[1]]
         # fewer cases than folds
-        except InputError:
-            continue
+        with contextlib.suppress(InputError):
+            folds[fold] = [case.name for case in split(cases, preset, fold)[1]]
     return cases, folds, preset.channels
 
 

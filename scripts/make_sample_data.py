@@ -114,22 +114,19 @@ def download(folder: Path) -> Path | None:
     command = [sys.executable, "-m", "pip", "download", *quiet, "-d", str(folder / "download"), *source]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        found = sorted((folder / "download").glob("*.tar.gz"))
-        reason = done.stderr.strip().splitlines()[-1:] if done.returncode or not found else []
+        problem = "".join(done.stderr.strip().splitlines()[-1:])
     except (OSError, subprocess.TimeoutExpired) as error:
-        found, reason = [], [str(error)]
+        problem = str(error)
+    found = sorted((folder / "download").glob("*.tar.gz"))
     if not found:
-        print_main(f"sample data: the download failed ({' '.join(reason) or 'no archive was found'})")
-        return None
-    return found[0]
+        print_main(f"sample data: the download failed ({problem or 'no archive was found'})")
+    return found[0] if found else None
 
 
 def unpack(archive: Path, folder: Path) -> Path:
     """Check the hash of the archive, extract the wanted files, and return the folder that holds them."""
-    try:
+    with naming_errors(archive, "cannot be read"):
         found = file_sha256(archive)
-    except OSError as error:
-        raise InputError(f"{archive}: cannot be read ({error.strerror})") from None
     if found != SHA256:
         raise InputError(f"{archive}: found the SHA-256 {found}, expected {SHA256} of {PACKAGE} {VERSION}")
     with tarfile.open(archive) as tar:

@@ -17,7 +17,8 @@ from common.cache import build, hashing
 from common.cache.volume import CachedVolume, read_meta
 from common.data.datalist import Case
 from common.data.preprocessing import Preprocessing
-from common.errors import InputError, one_line
+from common.errors import one_line
+from common.files import naming_errors
 from common.runlog import progress
 
 # volumes that a dry run builds and measures
@@ -28,11 +29,9 @@ STALE = 24 * 3600
 
 def volume_folders(cache_dir: Path) -> list[Path]:
     """Return the folders of all volumes, complete or not. InputError if the cache cannot be read."""
-    try:
-        found = [p for p in cache_dir.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "locks"]
-    except OSError as error:
-        raise InputError(f"cache_dir {cache_dir}: cannot be read ({error.strerror})") from None
-    return sorted(p for p in found if len(p.name) == 32)
+    with naming_errors(cache_dir, "cannot be read"):
+        found = [path for path in cache_dir.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return sorted(path for path in found if len(path.name) == 32)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from common.data import dicom
 from common.errors import InputError, one_line
+from common.files import naming_errors
 from common.runlog import print_main
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
@@ -76,9 +77,8 @@ def read_cases(source: str | Path, root: str | Path | None = None, section: str 
 
 def _read_text(source: Path) -> str:
     try:
-        return source.read_text()
-    except OSError as error:
-        raise InputError(f"{source}: the data list cannot be read ({error.strerror})") from None
+        with naming_errors(source, "the data list cannot be read"):
+            return source.read_text()
     except UnicodeDecodeError:
         raise InputError(f"{source}: found a binary file, expected a JSON or text list, or a folder") from None
 

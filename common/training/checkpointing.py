@@ -12,8 +12,8 @@ one file of full tensors that `torch.load(weights_only=True)` reads.
 import itertools
 import os
 import re
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,12 @@ class CheckpointWriter:
 
     def __init__(self, out_dir: Path, minutes: float | None):
         self.last, self.minutes = out_dir / checkpoint.LAST, minutes
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._writing: Future | None = None
         self._saved_at = time.monotonic()
 
     def due(self) -> bool:
         """Return whether it is time to save within an epoch. Raises the error of a write that has failed since."""
-        if self._thread and not self._thread.is_alive():
+        if self._writing and self._writing.done():
             self.wait()
         return self.minutes is not None and time.monotonic() - self._saved_at > self.minutes * 60
 
@@ -74,28 +73,23 @@ class CheckpointWriter:
         if not write:
             return
         self._saved_at = time.monotonic()
-        self._thread = threading.Thread(target=self._write, args=(content, keep), name="checkpoint")
-        self._thread.start()
+        # a thread of its own, which ends with the write
+        executor = ThreadPoolExecutor(max_workers=1)
+        self._writing = executor.submit(self._write, content, keep)
+        executor.shutdown(wait=False)
 
     def wait(self) -> None:
         """Wait until nothing is being written, and raise the error of a write that has failed."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        if self._error:
-            error, self._error = self._error, None
-            raise error
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
 
     def _write(self, content: dict[str, Any], keep: str | None) -> None:
-        try:
-            if self.last.exists():
-                add_name(self.last, self.last.with_name(checkpoint.PREVIOUS))
-            checkpoint.save(self.last, content)
-            if keep:
-                add_name(self.last, self.last.with_name(keep))
-        except BaseException as error:
-            # raised in the training thread by `wait`
-            self._error = error
+        if self.last.exists():
+            add_name(self.last, self.last.with_name(checkpoint.PREVIOUS))
+        checkpoint.save(self.last, content)
+        if keep:
+            add_name(self.last, self.last.with_name(keep))
 
 
 def add_name(path: Path, name: Path) -> None:

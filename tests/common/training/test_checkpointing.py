@@ -75,7 +75,7 @@ def test_a_write_error_is_raised_in_the_training_thread(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     saver = CheckpointWriter(tmp_path, None)
     saver.save(content(2))
-    while saver._thread.is_alive():
+    while not saver._writing.done():
         time.sleep(0.01)
     with pytest.raises(InputError, match="checkpoint-last.pth.*No space left"):
         saver.due()
