@@ -23,6 +23,7 @@ from common.cli import parse, run_program
 from common.config import to_dict
 from common.data.loader import build_loader, measure_loader, to_device
 from common.data.sampler import StreamSampler
+from common.distributed import Run
 from common.errors import InputError
 from common.files import check_writable, digest, save_bytes
 from common.runlog import RunLog, print_main
@@ -47,7 +48,7 @@ def main() -> None:
         distributed.shutdown()
 
 
-def pretrain(settings: PretrainSettings, run: distributed.Run) -> Path | None:
+def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
     """Run the whole program. Returns the last checkpoint, or None with `--loader_only`."""
     check_writable(settings.out_dir)
     volumes = prepare_volumes(settings)
@@ -88,9 +89,7 @@ def prepare_volumes(settings: PretrainSettings) -> list[CachedVolume]:
         return build_cache(data.cases(), data.preprocessing, data.cache_dir, settings.workers, data.allow_failures)
 
 
-def summary(
-    settings: PretrainSettings, run: distributed.Run, plan: BatchPlan, volumes: int, views: int, peak_lr: float
-) -> str:
+def summary(settings: PretrainSettings, run: Run, plan: BatchPlan, volumes: int, views: int, peak_lr: float) -> str:
     """Return what is printed at the start."""
     return (
         f"{settings.method}: {volumes} volumes, {plan.total_steps} updates ({plan.steps_per_epoch} per epoch), "
@@ -99,9 +98,7 @@ def summary(
     )
 
 
-def measure(
-    settings: PretrainSettings, run: distributed.Run, plan: BatchPlan, dataset: ViewDataset, views: int
-) -> None:
+def measure(settings: PretrainSettings, run: Run, plan: BatchPlan, dataset: ViewDataset, views: int) -> None:
     """Load this rank's batches of the first epoch without a model, and print the speed (`--loader_only`)."""
     sampler = StreamSampler(len(dataset), plan.micro_batch, plan.accum, run.rank, run.world_size, settings.seed)
     sampler.stop = plan.steps_per_epoch

@@ -245,23 +245,16 @@ def _literal(value: Any, kind: Any, where: str) -> Any:
     _refuse(value, f"one of {', '.join(map(str, allowed))}", where)
 
 
-def _tuple(value: Any, kind: Any, where: str) -> tuple[Any, ...]:
-    kinds, values = typing.get_args(kind), _several(value)
-    if kinds[-1] is Ellipsis:
-        return tuple(convert(v, kinds[0], where) for v in values)
-    if len(values) == 1:
+def _sequence(value: Any, kind: Any, where: str) -> tuple[Any, ...] | list[Any]:
+    container, kinds = typing.get_origin(kind), typing.get_args(kind)
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if container is list or kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(values)
+    elif len(values) == 1:
         values = values * len(kinds)
     if len(values) != len(kinds):
         _refuse(values, f"{len(kinds)} (or 1 for all)", where)
-    return tuple(convert(v, k, where) for v, k in zip(values, kinds))
-
-
-def _several(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _list(value: Any, kind: Any, where: str) -> list[Any]:
-    return [convert(v, typing.get_args(kind)[0], where) for v in _several(value)]
+    return container(convert(v, k, where) for v, k in zip(values, kinds))
 
 
 def _dict(value: Any, kind: Any, where: str) -> dict[Any, Any]:
@@ -295,8 +288,8 @@ _READERS: dict[Any, Callable[[Any, Any, str], Any]] = {
     typing.Union: _union,
     types.UnionType: _union,
     Literal: _literal,
-    tuple: _tuple,
-    list: _list,
+    tuple: _sequence,
+    list: _sequence,
     dict: _dict,
     bool: _bool,
     **dict.fromkeys((int, float, str, Path), _scalar),

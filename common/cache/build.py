@@ -35,6 +35,7 @@ from monai.data import MetaTensor
 from common import watchdog
 from common.cache import hashing, storage
 from common.cache.failures import Failure, failure_table
+from common.cache.hashing import FileRecord, HashIndex
 from common.cache.jsonlines import JsonLines
 from common.cache.volume import FORMAT, CachedVolume, open_volume, volume_key
 from common.data.datalist import Case
@@ -109,7 +110,7 @@ def build_missing(
     jobs: dict[int, Job] = {}
     with naming_errors(cache_dir):
         (cache_dir / "locks").mkdir(parents=True, exist_ok=True)
-        index = hashing.HashIndex(cache_dir / "index.jsonl")
+        index = HashIndex(cache_dir / "index.jsonl")
         log = JsonLines(cache_dir / "failures.jsonl", key="key")
         for number, case in enumerate(cases):
             job = Job(case, preprocessing, cache_dir, _state_key(case, preprocessing))
@@ -150,12 +151,12 @@ class Built(NamedTuple):
 
     case: Case
     volume: CachedVolume
-    records: Sequence[hashing.FileRecord] = ()
+    records: Sequence[FileRecord] = ()
     fresh: bool = False
     memory: int = 0
 
 
-def _known_outcome(job: Job, index: hashing.HashIndex, log: JsonLines) -> Built | Failure | None:
+def _known_outcome(job: Job, index: HashIndex, log: JsonLines) -> Built | Failure | None:
     if job.case.problem:
         return Failure(job.case, job.case.problem)
     if volume := find_volume(job.case, job.preprocessing, job.cache_dir, index):
@@ -163,9 +164,7 @@ def _known_outcome(job: Job, index: hashing.HashIndex, log: JsonLines) -> Built 
     return Failure(job.case, log.records[job.key]["reason"]) if job.key in log.records else None
 
 
-def find_volume(
-    case: Case, preprocessing: Preprocessing, cache_dir: Path, index: hashing.HashIndex
-) -> CachedVolume | None:
+def find_volume(case: Case, preprocessing: Preprocessing, cache_dir: Path, index: HashIndex) -> CachedVolume | None:
     """Return the cached volume of a case, None if it must be built or cannot be."""
     records = [index.get(path) for path in _files(case)]
     if None in records:

@@ -196,10 +196,8 @@ def _rows(metas: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     rows = {f"shape {axis} as scanned": [s["shape"][i] for s in scanned] for i, axis in enumerate("DHW")}
     rows |= {f"spacing {axis} as scanned, mm": [s["spacing"][i] for s in scanned] for i, axis in enumerate("DHW")}
     rows |= {f"shape {axis} cached": [meta["levels"][0][i] for meta in metas] for i, axis in enumerate("DHW")}
-    rows |= {
-        f"intensity, {p:g} % percentile": [s["percentiles"][i] for s in scanned]
-        for i, p in enumerate(build.PERCENTILES)
-    }
+    percentiles = enumerate(build.PERCENTILES)
+    rows |= {f"intensity, {p:g} % percentile": [s["percentiles"][i] for s in scanned] for i, p in percentiles}
     rows["foreground share of the cached box"] = [meta["foreground_share"] for meta in metas]
     rows["rounding error, of the intensity range"] = [meta["quantisation"]["max_error"] for meta in metas]
     return rows

@@ -161,7 +161,7 @@ def read_box(path: Path, start: Sequence[int], size: Sequence[int], outside: int
         inside = array[(slice(None), *(slice(f, e) for f, e in zip(first, last)))]
     # blosc2 raises RuntimeError for a damaged chunk
     except Exception as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
     if inside.shape[1:] == size:
         return inside
     box = np.full((inside.shape[0], *size), outside, inside.dtype)
@@ -180,10 +180,11 @@ def _open_once(path: Path, pid: int) -> Any:
     try:
         return blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
     except Exception as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> InputError:
+def damaged(path: Path, error: Exception) -> InputError:
+    """Return the error for a file of a cached volume that cannot be read."""
     what = "is missing" if not path.exists() else f"is damaged ({one_line(error)})"
     return InputError(f"{path}: this part of the cache {what}; delete {path.parent} to build it again")
 

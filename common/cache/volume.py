@@ -15,7 +15,7 @@ import torch
 from common.cache import storage
 from common.data.datalist import Case
 from common.data.preprocessing import Preprocessing
-from common.errors import InputError, one_line
+from common.errors import InputError
 
 FORMAT = 2
 
@@ -94,9 +94,7 @@ def _points(folder: Path) -> dict[int, np.ndarray]:
         with np.load(folder / "points.npz") as file:
             return {int(name): file[name] for name in file.files}
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder}: this cached volume is damaged ({one_line(error)}); delete the folder to build it again"
-        ) from None
+        raise storage.damaged(folder / "points.npz", error) from None
 
 
 def volume_key(hashes: Sequence[str], preprocessing: Preprocessing) -> str:

@@ -9,10 +9,11 @@ from monai.transforms import CropForeground, NormalizeIntensity, ScaleIntensityR
 from common.data.preprocessing import Preprocessing
 from common.errors import InputError
 
+# image, and label if there is one
+Pair = tuple[MetaTensor, MetaTensor | None]
 
-def preprocess(
-    image: MetaTensor, label: MetaTensor | None, settings: Preprocessing, overwrite: bool = False
-) -> tuple[MetaTensor, MetaTensor | None]:
+
+def preprocess(image: MetaTensor, label: MetaTensor | None, settings: Preprocessing, overwrite: bool = False) -> Pair:
     """Return `image` (C, D, H, W) and `label` (1, D, H, W) preprocessed, with their new affines.
 
     The foreground is found in the image alone, never in the label.
@@ -48,9 +49,7 @@ def _scale(image: MetaTensor, settings: Preprocessing, overwrite: bool) -> MetaT
     return image.div_(settings.high - settings.low).clamp_(0, 1)
 
 
-def _crop(
-    image: MetaTensor, label: MetaTensor | None, settings: Preprocessing, where: str
-) -> tuple[MetaTensor, MetaTensor | None]:
+def _crop(image: MetaTensor, label: MetaTensor | None, settings: Preprocessing, where: str) -> Pair:
     def foreground(x: torch.Tensor) -> torch.Tensor:
         return x != 0 if settings.intensity == "zscore" else x > settings.foreground_threshold
 

@@ -184,8 +184,7 @@ def find_intact(paths: list[Path]) -> tuple[Path | None, str]:
     damaged = {}
     for path in paths:
         try:
-            checkpoint.verify(path)
-            checkpoint.load(path, check=False)
+            checkpoint.load(path)
         except InputError as error:
             damaged[path] = str(error)
         else:

@@ -59,9 +59,7 @@ def plan_updates(settings: LoopSettings, num_samples: int, world_size: int) -> B
         raise InputError("the data list is empty, expected at least one volume")
     micro = micro or max(1, batch // world_size)
     if batch % (micro * world_size):
-        raise InputError(
-            f"--batch_size {batch}: must be a multiple of {micro * world_size} "
-            f"({world_size} process(es) x micro-batches of {micro})"
-        )
+        product = f"{world_size} process(es) x micro-batches of {micro}"
+        raise InputError(f"--batch_size {batch}: must be a multiple of {micro * world_size} ({product})")
     steps = max(1, round((settings.samples_per_epoch or num_samples) / batch))
     return BatchPlan(micro, batch // (micro * world_size), batch, steps, steps * settings.epochs)

@@ -66,10 +66,8 @@ class TrainingState:
         """
         norm = full_tensor(nn.utils.get_total_norm([p.detach() for p in self.parameters]))
         if not norm.isfinite():
-            raise InputError(
-                f"the weights are not finite after {self.step} updates; nothing was saved, "
-                "the same command resumes from the checkpoint before"
-            )
+            saved = "nothing was saved, the same command resumes from the checkpoint before"
+            raise InputError(f"the weights are not finite after {self.step} updates; {saved}")
         return float(norm)
 
     # ------------------------------------------------------------ checkpoint
@@ -110,10 +108,8 @@ class TrainingState:
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """Load the moments, but keep the weight decay and betas of this start."""
-        options = [
-            {name: value for name, value in group.items() if name not in ("params", "lr")}
-            for group in self.optimizer.param_groups
-        ]
+        groups = self.optimizer.param_groups
+        options = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in groups]
         self.optimizer.load_state_dict(state)
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group |= own
