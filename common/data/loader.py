@@ -67,6 +67,18 @@ def _start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_workers(loader: DataLoader | None) -> None:
+    """End the persistent workers of a loader, if it has any.
+
+    After an exception they would live as long as its traceback, and a program that ends with one would hang: at its
+    exit Python sends SIGTERM to them, which they ignore, and waits.
+    """
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        # torch has no public name for this.
+        iterator._shutdown_workers()
+
+
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Return the batch with its tensors on `device`."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common import checkpoint, distributed
 from common.config import to_dict
-from common.data.loader import build_loader
+from common.data.loader import build_loader, end_workers
 from common.data.sampler import StreamSampler, mix
 from common.distributed import Run
 from common.errors import InputError
@@ -160,7 +160,7 @@ class Trainer:
     def _close(self) -> None:
         """Leave nothing running or half written, whatever happened."""
         self.watchdog.stop()
-        # ends its processes, which ignore the signals that would end them
+        end_workers(self._loader)
         self._loader = None
         if self.bar is not None:
             self.bar.close()

@@ -1,5 +1,6 @@
 """The training loop: accumulation, skipping, resuming, logging, on a toy method."""
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, workers):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
     strip = [{k: v for k, v in entry.items() if k != "seconds"} for entry in lines(tmp_path / "cut")]
     assert strip == [{k: v for k, v in entry.items() if k != "seconds"} for entry in lines(tmp_path / "whole")]
+
+
+def test_an_exception_leaves_no_data_worker(tmp_path):
+    class Broken(Toy):
+        def after_step(self, step):
+            raise RuntimeError
+
+    # `error` holds the traceback, as the interpreter does when it ends a program.
+    with pytest.raises(RuntimeError) as error:
+        run_toy(tmp_path, Broken(), workers=1)
+    assert error and not multiprocessing.active_children()
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
