@@ -13,6 +13,9 @@ on a CPU; the remaining ranks hang in a call that no signal ends, in place of NC
     two nodes, the first does not answer          running after 60         16
     torchrun is killed                            running after 50          1
 
+If the first node does not answer, torchrun on the other nodes hangs in a call to the same store, which only SIGKILL
+ends. The rank that ends for this reason sends it.
+
 torchrun waits for 30 s between SIGTERM and SIGKILL, which no option changes after a rank has failed, and its agents on
 other nodes do not check whether one has.
 
@@ -26,9 +29,11 @@ process that is suspended alone counts as dead.
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -44,6 +49,15 @@ def _exit(code: int, reason: str) -> None:
     print(f"error: {reason}", file=sys.stderr, flush=True)
     # The main thread may be in a call that no exception ends.
     os._exit(code)
+
+
+def kill_launcher() -> None:
+    """Kill torchrun on this node. Do nothing if the parent process is another program, or is unknown."""
+    parent = os.getppid()
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+        if b"torch.distributed.run" in words or any(Path(os.fsdecode(word)).name == "torchrun" for word in words):
+            os.kill(parent, signal.SIGKILL)
 
 
 class Peers:
@@ -109,6 +123,8 @@ class Peers:
         while not self.stopping.wait(INTERVAL):
             message = check()
             if message and not self.stopping.is_set():
+                if check == self.guard:
+                    kill_launcher()
                 code, reason = message.split(" ", maxsplit=1)
                 return self.end(int(code), f"{reason}; rank {self.rank} ends")
 

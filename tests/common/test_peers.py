@@ -200,6 +200,21 @@ def test_a_real_store_whose_host_is_suspended_ends_the_rank():
     assert rank.returncode == EXIT_PEER_DIED and "does not answer" in said
 
 
+@pytest.mark.parametrize(
+    "words, killed",
+    [
+        (["-m", "torch.distributed.run"], True),
+        (["/usr/bin/torchrun"], True),
+        (["train.py", "--out_dir", "torchrun-7"], False),
+    ],
+)
+def test_only_a_parent_that_is_torchrun_is_killed(words, killed):
+    child = "from common.peers import kill_launcher; kill_launcher()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    done = subprocess.run([sys.executable, "-c", parent, *words], cwd=ROOT, timeout=PATIENCE)
+    assert done.returncode == (-signal.SIGKILL if killed else 0)
+
+
 def test_an_earlier_attempt_is_not_heard(monkeypatch):
     """torchrun --max_restarts starts the ranks again on the same store."""
     store, made = dist.HashStore(), []
