@@ -1,0 +1,25 @@
+"""A long run with faults (long_run.py), shortened. The numbers of 5,000 updates are in docs/reliability.md."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.helpers import ROOT
+from tests.reliability.long_run import trend
+
+
+@pytest.mark.slow
+def test_a_long_run_ends_as_undisturbed_with_flat_use(tmp_path):
+    command = [sys.executable, "-m", "tests.reliability.long_run", "--updates", "600"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize("growth, flat", [(0.0, True), (0.5, True), (20.0, False)])
+def test_a_trend_tells_growth_from_noise(growth, flat):
+    steps = np.arange(500)
+    noise = np.random.default_rng(0).normal(0.0, 1.0, 500)
+    found = trend(list(steps), list(100.0 + growth * steps / 499 + noise))
+    assert found.flat == flat and found.growth == pytest.approx(growth, abs=0.5)

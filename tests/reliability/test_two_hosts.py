@@ -1,0 +1,23 @@
+"""Training and filling a cache on two hosts (two_hosts.py), where the machine permits network namespaces."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from tests.helpers import ROOT
+from tests.reliability.two_hosts import CACHE_TRIAL, EXIT_UNAVAILABLE, TRIALS
+
+
+@pytest.mark.slow
+def test_two_hosts_end_with_a_reason_and_resume(tmp_path):
+    command = [sys.executable, "-m", "tests.reliability.two_hosts", "--table", str(tmp_path / "table.md")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    if done.returncode == EXIT_UNAVAILABLE:
+        # A skipped test does not show its reason by default, a warning does.
+        warnings.warn(done.stderr.strip(), stacklevel=1)
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-4000:]}"
+    rows = (tmp_path / "table.md").read_text()
+    assert all(f"| {name} | yes |" in rows for name in (*TRIALS, CACHE_TRIAL))
