@@ -42,8 +42,8 @@ PER_EPOCH = 100
 FLAGS = f"--batch_size 1 --samples_per_epoch {PER_EPOCH} --workers 1 --log_every 10 --save_every 10 --save_minutes 0.01"
 FAULTS = ("SIGKILL", "SIGKILL to the training process only", "SIGTERM", "full disk", "truncated file", "altered file")
 SAMPLE_EVERY = 10
-# updates of a process before its use is counted as steady
-WARM_UP = 200
+# share of the updates of a process before its use counts as steady
+WARM_UP = 0.2
 FILLER = "filler"
 CLONE_NEWNS = 0x20000
 UNITS = {"memory": "MB", "memory of the worker": "MB", "open files": "", "shared memory": "MB"}
@@ -211,7 +211,7 @@ def trend(x: list[float], y: list[float]) -> Trend:
 
 def within_a_process(samples: list[dict]) -> dict[str, Trend]:
     """Return the trend of each use over the updates of one process, after its warm-up."""
-    steady = [sample for sample in samples if sample["step"] > WARM_UP]
+    steady = [sample for sample in samples if sample["step"] > WARM_UP * samples[-1]["step"]]
     return {use: trend([s["step"] for s in steady], [s[use] for s in steady]) for use in UNITS}
 
 

@@ -34,7 +34,7 @@ from tests.reliability.scenarios import GLMAE
 EXIT_UNAVAILABLE = 3
 SLOTS = 3
 LIMIT = 60.0
-EPOCHS, PER_EPOCH = 16, 25
+EPOCHS, PER_EPOCH = 10, 16
 FLAGS = (
     f"{GLMAE} --batch_size 4 --samples_per_epoch {4 * PER_EPOCH} --epochs {EPOCHS} --warmup_epochs 1 --save_every 4 "
     "--save_minutes none --log_every 5 --lr 1e-3 --workers 1 --device cpu"
