@@ -40,9 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     classes = load_preset("CC_CCII").layout.classes
     scans = [scan for name in classes for scan in sorted((config.data / name).glob("*/*")) if scan.is_dir()]
     if not scans:
-        raise InputError(
-            f"{config.data}: found no scan, expected CLASS/PATIENT/SCAN/*.png with the classes {', '.join(classes)}"
-        )
+        layout = f"CLASS/PATIENT/SCAN/*.png with the classes {', '.join(classes)}"
+        raise InputError(f"{config.data}: found no scan, expected {layout}")
     failures = []
     for scan in progress(scans, desc="convert", unit="scan"):
         name, patient = scan.parts[-3], scan.parts[-2]

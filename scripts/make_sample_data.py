@@ -148,13 +148,11 @@ def write_real(source: Path, out: Path) -> None:
     from common.data.volume_io import read_image, read_label
     from scripts.synthetic_ct import write_nifti
 
-    (out / "imagesTr").mkdir(parents=True)
-    (out / "unlabelled").mkdir()
-    shutil.copy(source / "example_ct.nii.gz", out / IMAGES[0])
-    shutil.copy(source / "aorta_report/example_ct.nii.gz", out / IMAGES[2])
-    (out / IMAGES[1]).mkdir(parents=True)
-    for slice_ in sorted((source / "example_ct_dicom").iterdir()):
-        shutil.copy(slice_, out / IMAGES[1] / f"{slice_.name}.dcm")
+    copies = {source / "example_ct.nii.gz": IMAGES[0], source / "aorta_report/example_ct.nii.gz": IMAGES[2]}
+    copies |= {path: f"{IMAGES[1]}/{path.name}.dcm" for path in (source / "example_ct_dicom").iterdir()}
+    for path, name in copies.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, out / name)
     ids = np.zeros(256, np.uint8)
     ids[list(TO_BTCV)] = list(TO_BTCV.values())
     label = nib.load(source / "example_seg_fast_force_split.nii.gz")

@@ -116,10 +116,8 @@ def _check_kind(header: pydicom.FileDataset) -> None:
     if "LOCALIZER" in (header.get("ImageType") or ()):
         raise InputError(f"{path}: found a localizer, expected a slice of a CT or MR series")
     if frames != 1:
-        raise InputError(
-            f"{path}: found {frames} frames in one file (enhanced or multi-frame DICOM), expected one file per slice; "
-            "convert it to NIfTI first"
-        )
+        found = f"{frames} frames in one file (enhanced or multi-frame DICOM)"
+        raise InputError(f"{path}: found {found}, expected one file per slice; convert it to NIfTI first")
 
 
 def _check_slice(header: pydicom.FileDataset) -> None:

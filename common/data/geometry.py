@@ -42,10 +42,8 @@ def check_affine(affine: np.ndarray, path: str | Path) -> None:
         raise InputError(f"{path}: found a singular affine, expected three different directions")
     cosine = np.abs(directions.T @ directions - np.eye(3)).max()
     if cosine > MAX_COSINE:
-        raise InputError(
-            f"{path}: found a sheared affine (cosine {cosine:.3f} between two axes), expected right angles "
-            f"(at most {MAX_COSINE}); resample the file first"
-        )
+        found = f"a sheared affine (cosine {cosine:.3f} between two axes), expected right angles"
+        raise InputError(f"{path}: found {found} (at most {MAX_COSINE}); resample the file first")
 
 
 def corner_distance(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) -> float:

@@ -54,10 +54,8 @@ def _crop(image: MetaTensor, label: MetaTensor | None, settings: Preprocessing, 
         return x != 0 if settings.intensity == "zscore" else x > settings.foreground_threshold
 
     if not bool(foreground(image.as_tensor()).any()):
-        raise InputError(
-            f"{where}: found no voxel above {settings.foreground_threshold:g} of the intensity range, "
-            "expected a foreground to crop to"
-        )
+        limit = f"{settings.foreground_threshold:g} of the intensity range"
+        raise InputError(f"{where}: found no voxel above {limit}, expected a foreground to crop to")
     crop = CropForeground(select_fn=foreground, margin=settings.margin, allow_smaller=True)
     start, stop = crop.compute_bounding_box(image)
     return crop.crop_pad(image, start, stop), label if label is None else crop.crop_pad(label, start, stop)

@@ -100,12 +100,8 @@ def load(path: Path, channels: int) -> MetaTensor:
     ras = nib.apply_orientation(array, orientation)
     voxels = _contiguous(np.moveaxis(ras, 3, 0) if channels > 1 else ras[None])
     image = MetaTensor(torch.from_numpy(voxels), affine=affine @ nib.orientations.inv_ornt_aff(orientation, shape))
-    image.meta |= {
-        "filename_or_obj": str(path),
-        "original_affine": torch.as_tensor(affine),
-        "spatial_shape": shape,
-        "modality": modality,
-    }
+    image.meta |= {"filename_or_obj": str(path), "original_affine": torch.as_tensor(affine)}
+    image.meta |= {"spatial_shape": shape, "modality": modality}
     return image
 
 
