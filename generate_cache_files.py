@@ -90,9 +90,8 @@ def verify(settings: CacheSettings) -> None:
     for folder, problem in damaged.items():
         print_main(f"  {folder}: {problem}")
     if damaged:
-        raise InputError(
-            f"{settings.cache_dir}: {len(damaged)} of {count} volumes are damaged; delete them and build them again"
-        )
+        found = f"{len(damaged)} of {count} volumes are damaged"
+        raise InputError(f"{settings.cache_dir}: {found}; delete them and build them again")
     print_main(f"verify: {count} volumes, all complete")
 
 

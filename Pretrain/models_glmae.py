@@ -155,9 +155,8 @@ class GLMAE(Method):
             self.teacher.requires_grad_(False)
             # without a predictor the student could agree by becoming constant
             if consistency == "byol":
-                self.student["predictor"] = nn.Sequential(
-                    nn.Linear(bottleneck_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim)
-                )
+                layers = nn.Linear(bottleneck_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim)
+                self.student["predictor"] = nn.Sequential(*layers)
             self.register_buffer("center", torch.zeros(1, prototypes or bottleneck_dim))
         # mean logits of the teacher, (1, K) per pass of this update
         self._teacher_means: list[Tensor] = []

@@ -253,9 +253,8 @@ class MiM(Method):
 
         self.encoder = encoder
         patch_voxels = math.prod(encoder.patch_size) * encoder.in_chans
-        self.decoder = MaskedDecoder(
-            encoder.embed_dim, grid, patch_voxels, decoder_embed_dim, decoder_depth, decoder_num_heads
-        )
+        sizes = decoder_embed_dim, decoder_depth, decoder_num_heads
+        self.decoder = MaskedDecoder(encoder.embed_dim, grid, patch_voxels, *sizes)
         for name in HEADS[align]:
             self.add_module(name, Mlp(decoder_embed_dim))
         for module in (m for name, m in self.named_modules() if not name.startswith("encoder")):
@@ -315,7 +314,8 @@ class MiM(Method):
     def _down(self, batch: Batch, piece: int) -> dict[str, Tensor]:
         volumes, labels, parent = self._carry["volumes"], self._carry["labels"], self._carry["parent"]
         grid, count = self.encoder.grid_size, self.num_down
-        rows = torch.arange(labels.numel(), device=labels.device).tensor_split(self.down_parts)[piece]  # of B*S*Q
+        # R of the B*S*Q down volumes
+        rows = torch.arange(labels.numel(), device=labels.device).tensor_split(self.down_parts)[piece]  # (R,)
         own, share = rows // count, len(rows) / labels.numel()
         x = cut_blocks(volumes[own], self.encoder.patch_size, labels.flatten()[rows].unsqueeze(1))  # (R, C, 16, 16, 16)
         x = F.interpolate(x, size=self.encoder.img_size, mode="trilinear", align_corners=False)

@@ -153,7 +153,7 @@ def read_box(path: Path, start: Sequence[int], size: Sequence[int], outside: int
     Raises:
         InputError: the array is missing or damaged.
     """
-    array = _open(path)
+    array = _open(path, os.getpid())
     start, size = [int(a) for a in start], tuple(int(n) for n in size)
     first = [min(max(a, 0), n) for a, n in zip(start, array.shape[1:])]
     last = [min(max(a + s, f), n) for a, s, f, n in zip(start, size, first, array.shape[1:])]
@@ -170,12 +170,8 @@ def read_box(path: Path, start: Sequence[int], size: Sequence[int], outside: int
     return box
 
 
-def _open(path: Path) -> Any:
-    return _open_once(path, os.getpid())
-
-
 @lru_cache(maxsize=MAX_OPEN)
-def _open_once(path: Path, pid: int) -> Any:
+def _open(path: Path, pid: int) -> Any:
     """Return the array at `path`. Each process opens its own, and closes the least recently used ones."""
     try:
         return blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))

@@ -214,8 +214,6 @@ def _with_unique_names(cases: list[Case], source: Path) -> list[Case]:
                 raise InputError(f"{source}: found a NUL character in the path {str(path)!r}, expected that of a file")
         # outputs are written to files of this name, which must not leave their folder
         if not name.isprintable() or not name or name[0] == "." or "/" in name or "\\" in name:
-            raise InputError(
-                f"{source}: found the name {name!r} for {case.image}, expected the name of a file: "
-                "without / or \\ or control characters, and not starting with a dot"
-            )
+            expected = "without / or \\ or control characters, and not starting with a dot"
+            raise InputError(f"{source}: found the name {name!r} for {case.image}, expected a file's name: {expected}")
     return [replace(case, name=name) for name, case in zip(names, cases)]

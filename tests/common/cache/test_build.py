@@ -165,8 +165,8 @@ def test_volumes_work_in_other_processes(case, tmp_path, method):
 
 
 def test_more_volumes_than_open_arrays(tmp_path, monkeypatch):
-    opened = functools.lru_cache(maxsize=2)(storage._open_once.__wrapped__)
-    monkeypatch.setattr(storage, "_open_once", opened)
+    opened = functools.lru_cache(maxsize=2)(storage._open.__wrapped__)
+    monkeypatch.setattr(storage, "_open", opened)
     cases = [Case(str(seed), nifti(tmp_path / f"{seed}.nii", seed=seed)) for seed in range(4)]
     volumes = build.build_cache(cases, Preprocessing(), tmp_path / "cache")
     first = [full(volume) for volume in volumes]
