@@ -40,7 +40,7 @@ FLAGS = (
     "--save_minutes none --log_every 5 --lr 1e-3 --workers 1 --device cpu"
 )
 REASON = re.compile(
-    r"error: .*|stopped by a signal: .*|Connection closed by peer|The connection to the C10d store has failed"
+    r"error: .*|stopped by a signal: .*|Connection (?:closed|reset) by peer|The connection to the C10d store has failed"
 )
 VOLUMES, PROCESSES, DIES = 24, 4, 2
 
