@@ -111,7 +111,7 @@ def reason(out: Path, host: int) -> str:
     """Return the first reason that a host printed."""
     found = REASON.search(output(out, host).read_text(errors="replace"))
     assert found, f"host {host} printed no reason:\n{output(out, host).read_text(errors='replace')[-3000:]}"
-    return found[0]
+    return found[0].removeprefix("error: ").partition(";")[0]
 
 
 # ---------------------------------------------------------------- faults in training
