@@ -22,6 +22,7 @@ from Finetune.models_convvit3d import ConvViT3D
 from Pretrain import models_mim
 from Pretrain.catalog import DataSettings
 from Pretrain.data import InputStatistics
+from Pretrain.health import HealthSettings
 from Pretrain.models_glmae import GLMAE, TERMS, GLMAESettings
 from Pretrain.models_mae import MAE, ViTSettings
 from Pretrain.models_mim import MiM, MiMSettings
@@ -39,6 +40,9 @@ class EncoderSettings:
     decoder_depth: int = setting(8, "blocks of the decoder", least=0)
     decoder_num_heads: int = setting(16, "attention heads of the decoder", least=1)
     norm_pix_loss: bool = setting(True, "reconstruct patches normalised to mean 0 and variance 1")
+    norm_pix_eps: float = setting(
+        1e-6, "added to the variance of a patch when it is normalised; noise of CT in [0, 1] has about 1e-4", above=0
+    )
     standardize: bool = setting(
         True, "initialise the patch embedding for the mean and standard deviation of the data; inputs stay in [0, 1]"
     )
@@ -53,6 +57,7 @@ class PretrainSettings(LoopSettings):
     data: DataSettings = group(DataSettings, "Data")
     views: ViewSettings = group(ViewSettings, "Views")
     encoder: EncoderSettings = group(EncoderSettings, "Encoder and decoder")
+    health: HealthSettings = group(HealthSettings, "Health")
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,10 @@ def local_spec(views: ViewSettings) -> ViewSpec:
 
 
 def build_mae(settings: Any, plan: BatchPlan, inputs: InputStatistics | None = None) -> Task:
-    method = MAE(build_vit(settings, inputs), settings.vit.mask_ratio_local, settings.encoder.norm_pix_loss)
+    encoder = settings.encoder
+    method = MAE(
+        build_vit(settings, inputs), settings.vit.mask_ratio_local, encoder.norm_pix_loss, encoder.norm_pix_eps
+    )
     return Task(method, {"local": local_spec(settings.views)}, lambda step: {"rec_local": 1.0})
 
 

@@ -27,11 +27,21 @@ def unpatchify(patches: Tensor, patch_size: Sequence[int], grid: Sequence[int]) 
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(len(patches), chans, d * pd, h * ph, w * pw)
 
 
-def norm_pix(patches: Tensor) -> Tensor:
-    """Normalise patches to mean 0 and variance 1 (unbiased variance + 1e-6, as in MAE). A constant one becomes 0."""
+def norm_pix(patches: Tensor, eps: float = 1e-6) -> Tensor:
+    """Normalise patches to mean 0 and variance 1. A constant one becomes 0.
+
+    Args:
+        eps: added to the unbiased variance; MAE's is 1e-6. Patches of less variance are not blown up to 1.
+    """
     patches = patches.float()
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()
+    return (patches - mean) / (variance + eps).sqrt()
+
+
+def undo_norm_pix(prediction: Tensor, patches: Tensor, eps: float = 1e-6) -> Tensor:
+    """Give predictions of `norm_pix(patches, eps)` the mean and standard deviation of the true patches."""
+    variance, mean = torch.var_mean(patches.float(), dim=-1, keepdim=True)
+    return prediction.float() * (variance + eps).sqrt() + mean
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -64,8 +74,7 @@ def _pairs(a: Tensor, b: Tensor) -> Tensor:
 def collapse_monitors(teacher: Tensor, student: Tensor) -> dict[str, Tensor]:
     """Return values that show a collapse of the teacher, as fractions of ln K, over the batch of this process.
 
-    `entropy_of_mean` near 0: one prototype is assigned to everything. `entropy` near 1 and `kl` near 0: the output is
-    uniform and carries no information.
+    `entropy` near 1 and `kl` near 0: the output is uniform and carries no information. See `entropy_of_mean` too.
 
     Args:
         teacher: (p, B, K) probabilities.
@@ -73,10 +82,13 @@ def collapse_monitors(teacher: Tensor, student: Tensor) -> dict[str, Tensor]:
     """
     scale = math.log(teacher.shape[-1])
     entropy = -(teacher * teacher.clamp_min(1e-12).log()).sum(-1).mean()
-    mean = teacher.mean(dim=(0, 1))
     cross = cross_entropy_pairs(teacher, student).mean()
-    return {
-        "entropy": entropy / scale,
-        "entropy_of_mean": -(mean * mean.clamp_min(1e-12).log()).sum() / scale,
-        "kl": (cross - entropy) / scale,
-    }
+    return {"entropy": entropy / scale, "kl": (cross - entropy) / scale}
+
+
+def entropy_of_mean(mean: Tensor) -> Tensor:
+    """Return the entropy of the mean of many probability vectors, (K,), as a fraction of ln K.
+
+    Near 0: one prototype is assigned to everything.
+    """
+    return -(mean * mean.clamp_min(1e-12).log()).sum() / math.log(len(mean))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -29,12 +28,15 @@ from common.files import check_writable, digest, save_bytes
 from common.runlog import RunLog, print_main
 from common.training.method import Method
 from common.training.optim import build_optimizer
+from common.training.parallel import autocast_dtype
 from common.training.schedules import warmup_cosine
 from common.training.settings import BatchPlan, plan_updates
 from common.training.trainer import Trainer
 from common.watchdog import Watchdog
 from Pretrain.build import PretrainSettings, build_task, settings_class
 from Pretrain.data import ViewDataset, input_statistics
+from Pretrain.health import Health, by_hash, first_check, hold_out, read_log
+from Pretrain.health import draw as draw_health
 from Pretrain.visualize import picture
 
 
@@ -51,7 +53,7 @@ def main() -> None:
 def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
     """Run the whole program. Returns the last checkpoint, or None with `--loader_only`."""
     check_writable(settings.out_dir)
-    volumes = prepare_volumes(settings)
+    volumes, held_out = hold_out(prepare_volumes(settings), settings.health.holdout)
     plan = plan_updates(settings, len(volumes), run.world_size)
     inputs = input_statistics(volumes) if settings.encoder.standardize else None
     torch.manual_seed(settings.seed)
@@ -66,6 +68,12 @@ def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
     encoder.set_grad_checkpointing(settings.precision.grad_checkpointing)
     hashes = [volume.content_hash for volume in volumes]
     draw = Reconstructions(settings, plan, dataset, encoder.patch_size)
+    samples = ViewDataset(held_out or by_hash(volumes), task.specs, settings.seed)
+    health = make_health(settings, run, plan, samples, bool(held_out))
+
+    def after_epoch(epoch: int, log: RunLog, method: Method) -> dict[str, float]:
+        return draw(epoch, log, method) | health(epoch, log, method, trainer.means)
+
     trainer = Trainer(
         task.method,
         dataset,
@@ -75,9 +83,15 @@ def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
         learning_rate=partial(warmup_cosine, total=plan.total_steps, warmup=warmup, peak=peak_lr),
         loss_weights=task.loss_weights,
         make_optimizer=partial(build_optimizer, weight_decay=settings.optim.weight_decay),
-        args=to_dict(settings) | {"grid_size": list(encoder.grid_size), "data": hashes, "inputs": to_dict(inputs)},
+        args=to_dict(settings)
+        | {
+            "grid_size": list(encoder.grid_size),
+            "data": hashes,
+            "held_out": [volume.content_hash for volume in held_out],
+            "inputs": to_dict(inputs),
+        },
         data_fingerprint={"data": digest(hashes), "views": digest([task.specs])},
-        **({"after_epoch": draw} if run.rank == 0 else {}),
+        **({"after_epoch": after_epoch} if run.rank == 0 else {}),
     )
     return trainer.fit()
 
@@ -122,26 +136,68 @@ class Reconstructions:
     patch_size: tuple[int, int, int]
 
     def __call__(self, epoch: int, log: RunLog, method: Method) -> dict[str, float]:
-        done = epoch + 1
-        if done % self.settings.checkpoints.save_every and done != self.settings.epochs:
+        if not draws_after(epoch, self.settings):
             return {}
         sample = torch.utils.data.default_collate([self.dataset[(0, 0)]])
         method.eval()
         with torch.no_grad():
             rows = method.reconstructions(to_device(sample, next(method.parameters()).device))
         if rows:
-            pixels = picture(rows, self.patch_size, self.settings.encoder.norm_pix_loss)
-            save_picture(self.settings.out_dir / f"reconstruction-{epoch}.png", pixels)
-            log.add_image("reconstruction", pixels, done * self.plan.steps_per_epoch - 1)
+            encoder = self.settings.encoder
+            pixels = picture(rows, self.patch_size, encoder.norm_pix_loss, norm_pix_eps=encoder.norm_pix_eps)
+            content = io.BytesIO()
+            Image.fromarray(pixels).save(content, format="PNG")
+            save_picture(self.settings.out_dir / f"reconstruction-{epoch}.png", content.getvalue())
+            log.add_image("reconstruction", pixels, (epoch + 1) * self.plan.steps_per_epoch - 1)
         return {}
 
 
-def save_picture(path: Path, pixels: np.ndarray) -> None:
-    """Write a PNG. A full disk must not end the run: it is reported."""
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, format="PNG")
+def draws_after(epoch: int, settings: PretrainSettings) -> bool:
+    """Return whether pictures are drawn after an epoch: when a numbered checkpoint is written."""
+    return (epoch + 1) % settings.checkpoints.save_every == 0 or epoch + 1 == settings.epochs
+
+
+@dataclass(frozen=True)
+class HealthLog:
+    """Measures the health of the encoder after some epochs, logs it, and draws health.png beside the log."""
+
+    settings: PretrainSettings
+    plan: BatchPlan
+    health: Health
+
+    def __call__(self, epoch: int, log: RunLog, method: Method, means: dict[str, float]) -> dict[str, float]:
+        settings, every = self.settings, self.settings.health.health_every
+        if not every or ((epoch + 1) % every and epoch + 1 != settings.epochs):
+            return {}
+        step = (epoch + 1) * self.plan.steps_per_epoch - 1
+        values = self.health(epoch, step, method, means)
+        log.add_scalars(values, step)
+        if draws_after(epoch, settings):
+            lines = [*read_log(log.epochs_path), {"epoch": epoch, **means, **values}]
+            save_picture(settings.out_dir / "health.png", draw_health(lines))
+        return values
+
+
+def make_health(
+    settings: PretrainSettings, run: Run, plan: BatchPlan, samples: ViewDataset, held_out: bool
+) -> HealthLog:
+    """Return the measures of health."""
+    encoder = settings.encoder
+    health = Health(
+        samples,
+        held_out,
+        plan.micro_batch,
+        first_check=first_check(plan, settings.optim.warmup_epochs),
+        norm_pix_eps=encoder.norm_pix_eps if encoder.norm_pix_loss else None,
+        dtype=autocast_dtype(settings.precision.amp, run.device),
+    )
+    return HealthLog(settings, plan, health)
+
+
+def save_picture(path: Path, content: bytes) -> None:
+    """Write a picture. A full disk must not end the run: it is reported."""
     try:
-        save_bytes(path, content.getvalue())
+        save_bytes(path, content)
     except InputError as error:
         print_main(f"warning: {error}")
 

@@ -22,7 +22,7 @@ from common.config import setting
 from common.distributed import all_reduce_mean
 from common.training.method import Batch, Method, Reconstruction
 from Finetune.models_3dvit import VisionTransformer3D
-from Pretrain.losses import collapse_monitors, cosine_pairs, cross_entropy_pairs
+from Pretrain.losses import collapse_monitors, cosine_pairs, cross_entropy_pairs, entropy_of_mean
 from Pretrain.masking import checked_ratio
 from Pretrain.models_mae import Visible, encode_visible, reconstruct, view_keys, view_major
 
@@ -106,6 +106,7 @@ class GLMAE(Method):
         mask_ratio_global, mask_ratio_local: shares of removed patches in the student's views. The teacher's views are
             never masked.
         norm_pix_loss: normalise the target of each patch.
+        norm_pix_eps: added to its variance.
         consistency: `ce`, cross-entropy over prototypes with a centred, sharpened teacher; `byol`, 2 - 2 cos with a
             predictor on the student.
         gg_pairs: `all` pairs of global views, or only each view with its own masked copy (`same`).
@@ -124,6 +125,7 @@ class GLMAE(Method):
         mask_ratio_global: float = 0.6,
         mask_ratio_local: float = 0.6,
         norm_pix_loss: bool = True,
+        norm_pix_eps: float = 1e-6,
         consistency: Literal["ce", "byol"] = "ce",
         gg_pairs: Literal["all", "same"] = "all",
         hidden_dim: int = 2048,
@@ -139,7 +141,7 @@ class GLMAE(Method):
         unknown = set(terms) - set(TERMS)
         if unknown or not terms:
             raise ValueError(f"terms: found {tuple(terms)}, expected at least one of {', '.join(TERMS)}")
-        self.terms, self.norm_pix_loss = tuple(terms), norm_pix_loss
+        self.terms, self.norm_pix_loss, self.norm_pix_eps = tuple(terms), norm_pix_loss, norm_pix_eps
         self.mask_ratio = {"global": checked_ratio(mask_ratio_global), "local": checked_ratio(mask_ratio_local)}
         self.consistency, self.gg_pairs = consistency, gg_pairs
         self.student_temp, self.teacher_temp, self.momentum = student_temp, teacher_temp, momentum
@@ -158,7 +160,7 @@ class GLMAE(Method):
                 layers = nn.Linear(bottleneck_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim)
                 self.student["predictor"] = nn.Sequential(*layers)
             self.register_buffer("center", torch.zeros(1, prototypes or bottleneck_dim))
-        # mean logits of the teacher, (1, K) per pass of this update
+        # the teacher's mean logits and mean probabilities, (2, K) per pass of this update
         self._teacher_means: list[Tensor] = []
 
     @property
@@ -183,7 +185,7 @@ class GLMAE(Method):
                 continue
             x, visible = self._masked_views(batch, kind)
             if f"rec_{kind}" in self.terms:
-                values[f"rec_{kind}"], _ = reconstruct(self.encoder, x, visible, self.norm_pix_loss)
+                values[f"rec_{kind}"], _ = reconstruct(self.encoder, x, visible, self.norm_pix_loss, self.norm_pix_eps)
             if f"global_{kind}" in self.terms:
                 projected = self._project(visible.tokens[:, 0])  # (views*B, K)
                 student[kind] = projected.unflatten(0, (-1, len(batch["key"])))  # (views, B, K)
@@ -213,7 +215,7 @@ class GLMAE(Method):
         for kind in ("global", "local"):
             if f"rec_{kind}" in self.terms:
                 x, visible = self._masked_views(batch, kind)
-                _, prediction = reconstruct(self.encoder, x, visible, self.norm_pix_loss)
+                _, prediction = reconstruct(self.encoder, x, visible, self.norm_pix_loss, self.norm_pix_eps)
                 rows[kind] = Reconstruction(x, visible.mask, prediction)
         return rows
 
@@ -229,9 +231,9 @@ class GLMAE(Method):
         """Return the teacher's centred, sharpened probabilities (p, B, K), or with byol its embeddings (p, B, E)."""
         projected = self.teacher["head"](self.teacher["backbone"](view_major(views))).float()
         if self.consistency == "ce":
+            logits, projected = projected, F.softmax((projected - self.center) / self.teacher_temp(step), dim=-1)
             if self.training:
-                self._teacher_means.append(projected.mean(dim=0, keepdim=True))
-            projected = F.softmax((projected - self.center) / self.teacher_temp(step), dim=-1)
+                self._teacher_means.append(torch.stack([logits.mean(dim=0), projected.mean(dim=0)]))
         return projected.unflatten(0, (views.shape[1], -1))
 
     # ------------------------------------------------------------ around the optimiser step
@@ -241,22 +243,24 @@ class GLMAE(Method):
             self.student["head"].last_layer.weight_v.grad = None
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int) -> dict[str, Tensor]:
         """Move the teacher towards the student, and the centre towards the teacher's mean logits of the global batch.
 
-        Parameters are paired by name, since the teacher has no decoder.
+        Parameters are paired by name, since the teacher has no decoder. Returns the entropy of the teacher's mean
+        probabilities over the global batch: that of a micro-batch, often two views of one scan, shows no collapse.
         """
         if not self.is_consistent:
-            return
+            return {}
         student = dict(self.student.named_parameters())
         pairs = [(mine, student[name]) for name, mine in self.teacher.named_parameters()]
         get_ema_multi_avg_fn(self.momentum(step))([mine for mine, _ in pairs], [theirs for _, theirs in pairs], None)
-        if self._teacher_means:
-            mean = all_reduce_mean(sum(self._teacher_means) / len(self._teacher_means))
-            # the logits of a skipped update may not be finite
-            mean = torch.where(mean.isfinite(), mean, self.center)
-            self.center.lerp_(mean, 1.0 - self.center_momentum)
-            self._teacher_means = []
+        if not self._teacher_means:
+            return {}
+        logits, probabilities = all_reduce_mean(sum(self._teacher_means) / len(self._teacher_means))  # (K,), (K,)
+        # the logits of a skipped update may not be finite
+        self.center.lerp_(torch.where(logits.isfinite(), logits, self.center), 1.0 - self.center_momentum)
+        self._teacher_means = []
+        return {"monitor/entropy_of_mean": entropy_of_mean(probabilities)}
 
     def schedule_values(self, step: int) -> dict[str, float]:
         return {"momentum": self.momentum(step), "teacher_temp": self.teacher_temp(step)} if self.is_consistent else {}

@@ -56,11 +56,14 @@ def encode_visible(vit: VisionTransformer3D, x: Tensor, keys: Tensor, mask_ratio
     return Visible(vit(x, ids_keep=ids_keep), ids_restore, mask)
 
 
-def reconstruct(vit: VisionTransformer3D, x: Tensor, visible: Visible, norm_pix_loss: bool) -> tuple[Tensor, Tensor]:
+def reconstruct(
+    vit: VisionTransformer3D, x: Tensor, visible: Visible, norm_pix_loss: bool, norm_pix_eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
     """Decode all patches, and return the loss over the removed ones (scalar) and the prediction (M, N, P)."""
     prediction = vit.forward_decoder(visible.tokens, visible.ids_restore, grid_of(x.shape[2:], vit.patch_size))
     target = patchify(x, vit.patch_size)
-    return masked_mse(prediction, norm_pix(target) if norm_pix_loss else target, visible.mask), prediction
+    target = norm_pix(target, norm_pix_eps) if norm_pix_loss else target
+    return masked_mse(prediction, target, visible.mask), prediction
 
 
 class MAE(Method):
@@ -70,11 +73,19 @@ class MAE(Method):
         encoder: a ViT with its decoder (`encoder_only=False`).
         mask_ratio: share of removed patches, 0 <= ratio < 1.
         norm_pix_loss: normalise the target of each patch.
+        norm_pix_eps: added to its variance.
     """
 
-    def __init__(self, encoder: VisionTransformer3D, mask_ratio: float = 0.75, norm_pix_loss: bool = True):
+    def __init__(
+        self,
+        encoder: VisionTransformer3D,
+        mask_ratio: float = 0.75,
+        norm_pix_loss: bool = True,
+        norm_pix_eps: float = 1e-6,
+    ):
         super().__init__()
-        self.encoder, self.mask_ratio, self.norm_pix_loss = encoder, checked_ratio(mask_ratio), norm_pix_loss
+        self.encoder, self.mask_ratio = encoder, checked_ratio(mask_ratio)
+        self.norm_pix_loss, self.norm_pix_eps = norm_pix_loss, norm_pix_eps
 
     def forward(self, batch: Batch, step: int = 0, part: int = 0) -> dict[str, Tensor]:
         loss, _ = self._forward_views(batch)
@@ -84,7 +95,7 @@ class MAE(Method):
         views = batch["local"]
         x, keys = view_major(views), view_keys(batch["key"], views.shape[1], kind=0)
         visible = encode_visible(self.encoder, x, keys, self.mask_ratio)
-        loss, prediction = reconstruct(self.encoder, x, visible, self.norm_pix_loss)
+        loss, prediction = reconstruct(self.encoder, x, visible, self.norm_pix_loss, self.norm_pix_eps)
         return loss, Reconstruction(x, visible.mask, prediction)
 
     @property

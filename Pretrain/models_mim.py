@@ -125,10 +125,24 @@ def align_cosine(child: Tensor, keys: Tensor, labels: Tensor) -> Tensor:
 
 def align_infonce(child: Tensor, keys: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of predicting the place `labels` (R,) of children (R, E) among the places (R, n, E) of parents."""
+    return F.cross_entropy(_cosines(child, keys) / temperature, labels)
+
+
+def align_chance(child: Tensor, keys: Tensor, temperature: float | None = None) -> Tensor:
+    """Return the mean alignment of children (R, E) with all places (R, n, E): that of guessing the place.
+
+    Args:
+        temperature: of `align_infonce`; None for `align_cosine`.
+    """
+    cosines = _cosines(child, keys)  # (R, n)
+    return (2.0 - 2.0 * cosines).mean() if temperature is None else -F.log_softmax(cosines / temperature, 1).mean()
+
+
+def _cosines(child: Tensor, keys: Tensor) -> Tensor:
+    """Return the cosines (R, n) of (R, E) with (R, n, E), in float32."""
     child, keys = F.normalize(child.float(), dim=-1), F.normalize(keys.float(), dim=-1)
     # a sum, because autocast would compute an einsum in bf16
-    logits = (child.unsqueeze(1) * keys).sum(dim=-1) / temperature  # (R, n)
-    return F.cross_entropy(logits, labels)
+    return (child.unsqueeze(1) * keys).sum(dim=-1)
 
 
 def level_factors(mode: str, progress: float) -> dict[str, float]:
@@ -202,6 +216,7 @@ class MiM(Method):
             parent's mean), for comparison.
         align_temp: temperature of `infonce`.
         norm_pix_loss: normalise the target of each patch.
+        norm_pix_eps: added to its variance.
         decoder_embed_dim, decoder_depth, decoder_num_heads: sizes of the decoder.
 
     Raises:
@@ -222,6 +237,7 @@ class MiM(Method):
         align: Align = "cosine",
         align_temp: float = 0.2,
         norm_pix_loss: bool = True,
+        norm_pix_eps: float = 1e-6,
         decoder_embed_dim: int = 576,
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
@@ -247,7 +263,8 @@ class MiM(Method):
             if self.keep[level] == places[level]:
                 raise ValueError(f"mask_ratio_{level} {ratios[level]} removes none of {places[level]} places")
         self.group, self.num_mid, self.num_down = group, num_mid, num_down
-        self.align, self.norm_pix_loss = align, norm_pix_loss
+        self.align, self.align_temp = align, align_temp
+        self.norm_pix_loss, self.norm_pix_eps = norm_pix_loss, norm_pix_eps
         self._align = align_cosine if align == "cosine" else partial(align_infonce, temperature=align_temp)
         self.num_parts = 2 + self.down_parts
 
@@ -308,7 +325,9 @@ class MiM(Method):
             values["align_up_mid"] = cosine_distance(child[rows], self.aggregate_mid(child)).mean()
         elif self.align != "none":
             parent = parent.repeat_interleave(count, dim=0)  # (B*S, g^3, E)
-            values["align_up_mid"] = self._align(self.aggregate_mid(child), parent, labels.flatten())
+            child = self.aggregate_mid(child)
+            values["align_up_mid"] = self._align(child, parent, labels.flatten())
+            values |= self._chance("up_mid", child, parent)
         return values
 
     def _down(self, batch: Batch, piece: int) -> dict[str, Tensor]:
@@ -330,6 +349,7 @@ class MiM(Method):
                 loss = cosine_distance(target, child).mean()
             else:
                 loss = self._align(child, parent[own], labels.flatten()[rows])
+                values |= self._chance("mid_down", child, parent[own], share)
             values["align_mid_down"] = loss * share
         if piece == self.down_parts - 1:
             self._carry = {}
@@ -346,7 +366,15 @@ class MiM(Method):
         if self._seen is not None:
             self._seen.append(Reconstruction(x, masking.mask, prediction))
         target = patchify(x, self.encoder.patch_size)
-        return masked_mse(prediction, norm_pix(target) if self.norm_pix_loss else target, masking.mask), feature
+        target = norm_pix(target, self.norm_pix_eps) if self.norm_pix_loss else target
+        return masked_mse(prediction, target, masking.mask), feature
+
+    def _chance(self, levels: str, child: Tensor, keys: Tensor, share: float = 1.0) -> dict[str, Tensor]:
+        """Return the alignment by chance while the model is evaluated and there are places to choose from."""
+        if self.training or keys.shape[1] == 1:
+            return {}
+        temperature = self.align_temp if self.align == "infonce" else None
+        return {f"chance_{levels}": align_chance(child, keys, temperature) * share}
 
     @staticmethod
     def _noise(keys: Tensor, stream: int, volumes: int, tokens: int) -> Tensor:

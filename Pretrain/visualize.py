@@ -3,18 +3,19 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from common.training.method import Reconstruction
 from Finetune.models_3dvit import grid_of
-from Pretrain.losses import patchify, unpatchify
+from Pretrain.losses import patchify, undo_norm_pix, unpatchify
 
 PANELS = ("view", "visible", "reconstruction")
 
 
-def panels(made: Reconstruction, patch_size: Sequence[int], norm_pix_loss: bool) -> tuple[Tensor, Tensor, Tensor]:
+def panels(
+    made: Reconstruction, patch_size: Sequence[int], norm_pix_loss: bool, norm_pix_eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the view, the view with removed patches black, and the view with them predicted; each (M, C, D, H, W).
 
     With `norm_pix_loss` a prediction has no absolute scale: it is shown with the mean and spread of the true patch.
@@ -24,20 +25,23 @@ def panels(made: Reconstruction, patch_size: Sequence[int], norm_pix_loss: bool)
     patches, removed = patchify(view, patch_size), mask.unsqueeze(-1)
     prediction = prediction.float()
     if norm_pix_loss:
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        prediction = prediction * (variance + 1e-6).sqrt() + mean
+        prediction = undo_norm_pix(prediction, patches, norm_pix_eps)
     shown = unpatchify(patches * (1 - removed), patch_size, grid)
     filled = unpatchify(patches * (1 - removed) + prediction * removed, patch_size, grid)
     return view, shown, filled
 
 
 def picture(
-    rows: dict[str, Reconstruction], patch_size: Sequence[int], norm_pix_loss: bool, zoom: int = 3
+    rows: dict[str, Reconstruction],
+    patch_size: Sequence[int],
+    norm_pix_loss: bool,
+    zoom: int = 3,
+    norm_pix_eps: float = 1e-6,
 ) -> np.ndarray:
     """Draw three panels per kind of view: axial middle slices, first view and channel, as (H, W, 3) uint8."""
     strips = []
     for name, made in rows.items():
-        volumes = panels(Reconstruction(*(t[:1] for t in made)), patch_size, norm_pix_loss)
+        volumes = panels(Reconstruction(*(t[:1] for t in made)), patch_size, norm_pix_loss, norm_pix_eps)
         slices = np.stack([axial(volume[0, 0].cpu().numpy()) for volume in volumes])  # (3, H, W)
         # the contrast of the view, for all three
         low, high = np.percentile(slices[0], (1, 99))

@@ -72,7 +72,7 @@ def train_one_epoch(
         state.optimizer.step()
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
-        state.method.after_step(step)
+        values |= state.method.after_step(step) or {}
 
         state.add_means(values | {"grad_norm": norm}, skipped)
         state.step = step + 1

@@ -60,8 +60,11 @@ class Method(nn.Module, ABC):
     def before_step(self, step: int) -> None:
         """Called in every update when the gradients are complete, before they are clipped."""
 
-    def after_step(self, step: int) -> None:
-        """Called in every update after the optimiser: for an average of the weights, for instance."""
+    def after_step(self, step: int) -> dict[str, Tensor] | None:
+        """Called in every update after the optimiser: for an average of the weights, for instance.
+
+        It may return named scalars of the update to be logged beside what `forward` reports.
+        """
 
     def schedule_values(self, step: int) -> dict[str, float]:
         """Return scheduled values to be logged beside the learning rate."""

@@ -82,6 +82,8 @@ class Trainer:
         self.log: RunLog | None = None
         self.requests: StopRequests | None = None
         self.bar: tqdm | None = None
+        # means of the last epoch, for `after_epoch`
+        self.means: dict[str, float] = {}
         self._loader = None
         self._lock = contextlib.ExitStack()
 
@@ -184,9 +186,9 @@ class Trainer:
         batches = self._batches(last)
         train_one_epoch(state, batches, last, rule, first_step=first, after_update=self._after_update)
         self.bar.close()
-        means = state.epoch_means.read()
+        means = self.means = state.epoch_means.read()
         self._check_progress(means)
-        means |= self._validate()
+        means = means | self._validate()
         # less than an epoch's time when it was resumed
         seconds = round(time.time() - began, 1)
         lr = self.learning_rate(last - 1)

@@ -5,7 +5,16 @@ import math
 import torch
 import torch.nn.functional as F
 
-from Pretrain.losses import collapse_monitors, cosine_pairs, masked_mse, norm_pix, patchify, unpatchify
+from Pretrain.losses import (
+    collapse_monitors,
+    cosine_pairs,
+    entropy_of_mean,
+    masked_mse,
+    norm_pix,
+    patchify,
+    undo_norm_pix,
+    unpatchify,
+)
 
 
 def test_patchify_is_the_plain_loop_and_unpatchify_its_inverse():
@@ -38,6 +47,16 @@ def test_norm_pix_has_unit_unbiased_variance_and_silences_air():
     assert normed[:, 5].abs().max() == 0 and norm_pix(patches.bfloat16()).dtype == torch.float32
 
 
+def test_epsilon_silences_noise_and_is_undone():
+    """A patch of variance v is scaled to variance v / (v + eps)."""
+    patches = torch.randn(1, 2, 512) * torch.tensor([1e-2, 1.0]).view(1, 2, 1) + 0.3
+    variance = patches.var(-1)
+    for eps in (1e-6, 1e-4, 1e-2):
+        normed = norm_pix(patches, eps)
+        torch.testing.assert_close(normed.var(-1), variance / (variance + eps))
+        torch.testing.assert_close(undo_norm_pix(normed, patches, eps), patches)
+
+
 def test_masked_mse_is_the_mean_over_removed_patches():
     prediction, target = torch.rand(2, 4, 3), torch.rand(2, 4, 3)
     mask = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0]])
@@ -59,7 +78,8 @@ def test_monitors_tell_the_two_collapses_apart():
     flat = collapse_monitors(uniform, uniform.log())
     assert abs(flat["entropy"] - 1) < 1e-5 and abs(flat["kl"]) < 1e-5
     one = F.one_hot(torch.zeros(2, 8, dtype=torch.long), k).float()
-    assert collapse_monitors(one, uniform.log())["entropy_of_mean"] < 1e-5
+    assert entropy_of_mean(one.mean(dim=(0, 1))) < 1e-5
     spread = F.one_hot(torch.arange(16).reshape(2, 8), k).float()
     healthy = collapse_monitors(spread, uniform.log())
-    assert healthy["entropy"] < 1e-5 and abs(healthy["entropy_of_mean"] - math.log(16) / math.log(k)) < 1e-5
+    assert healthy["entropy"] < 1e-5
+    assert abs(entropy_of_mean(spread.mean(dim=(0, 1))) - math.log(16) / math.log(k)) < 1e-5

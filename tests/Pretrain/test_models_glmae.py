@@ -155,6 +155,22 @@ def test_center_follows_all_teacher_outputs_once_per_update():
     torch.testing.assert_close(method.center, 0.2 * logits)
 
 
+def test_entropy_of_mean_is_that_of_the_update():
+    """Micro-batches of one volume give the value of the full batch. It is above their mean, as entropy is concave."""
+    data = batch(volumes=4)
+    full, parts, alone = (small_glmae(teacher_temp=lambda step: 0.01, center_momentum=1.0) for _ in range(3))
+    full(data)
+    of_volumes = []
+    for row in range(4):
+        volume = {name: value[row : row + 1] for name, value in data.items()}
+        parts(volume)
+        alone(volume)
+        of_volumes.append(alone.after_step(0)["monitor/entropy_of_mean"])
+    expected, found = (m.after_step(0)["monitor/entropy_of_mean"] for m in (full, parts))
+    torch.testing.assert_close(found, expected)
+    assert torch.stack(of_volumes).mean() < expected
+
+
 def test_prototypes_are_frozen_at_first():
     method = small_glmae(freeze_last_layer=1)
     weight = method.student["head"].last_layer.weight_v

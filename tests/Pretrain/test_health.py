@@ -1,0 +1,294 @@
+"""The measures of learning on tensors whose answer is known, and the warnings of runs that learn and that do not."""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from common.training.method import Reconstruction
+from common.training.settings import BatchPlan
+from Finetune.models_3dvit import VisionTransformer3D
+from Finetune.models_convvit3d import ConvViT3D
+from Pretrain import health, main_pretrain
+from Pretrain.losses import norm_pix, patchify
+from tests.helpers import ct, write_nifti
+from tests.Pretrain.test_main_pretrain import log, pretrain
+
+PATCH = (8, 8, 8)
+
+
+@dataclass(frozen=True)
+class Volume:
+    content_hash: str
+
+
+def volumes(count):
+    return [Volume(f"{7919 * i % 1000:03}") for i in range(count)]
+
+
+# ---------------------------------------------------------------- held-out volumes
+
+
+def test_held_out_volumes_do_not_depend_on_the_order():
+    listed = volumes(60)
+    training, held_out = health.hold_out(listed, 0.05)
+    assert len(held_out) == 3 and training == [v for v in listed if v not in held_out]
+    other, again = health.hold_out(listed[::-1], 0.05)
+    assert again == held_out and set(other) == set(training)
+
+
+@pytest.mark.parametrize("count, share, expected", [(19, 0.05, 0), (20, 0.01, 1), (20, 0.0, 0), (40, 0.1, 4)])
+def test_number_of_held_out_volumes(count, share, expected):
+    training, held_out = health.hold_out(volumes(count), share)
+    assert len(held_out) == expected and len(training) == count - expected
+
+
+def test_a_volume_listed_twice_is_on_one_side():
+    training, held_out = health.hold_out(volumes(40) + volumes(40), 0.05)
+    assert len(held_out) == 4 and not set(training) & set(held_out)
+
+
+# ---------------------------------------------------------------- measures
+
+
+def test_psnr_is_that_of_the_definition():
+    a, b = torch.rand(1000), torch.rand(1000)
+    mse = (a - b).square().mean()
+    assert float(health.psnr(mse)) == pytest.approx(10 * math.log10(1 / float(mse)))
+
+
+def test_participation_ratio_counts_equal_directions():
+    basis = torch.linalg.qr(torch.randn(64, 4))[0].T
+    assert float(health.participation_ratio(torch.randn(4000, 4) @ basis + 3)) == pytest.approx(4, rel=0.01)
+    # the corners of a simplex, fewer rows than columns
+    assert float(health.participation_ratio(torch.eye(5, 64) * 2 + 3)) == pytest.approx(4, rel=1e-4)
+
+
+def test_participation_ratio_of_a_known_covariance():
+    values = torch.tensor([9.0, 4.0, 1.0, 1.0])
+    x = torch.randn(200_000, 4) * values.sqrt()
+    assert float(health.participation_ratio(x)) == pytest.approx(15**2 / (81 + 16 + 1 + 1), rel=0.02)
+
+
+@pytest.mark.parametrize("parts", [(3.0, 1.0, 1.0), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0), (0.5, 2.0, 0.1)])
+def test_shares_of_variance_are_those_of_the_parts(parts):
+    views, patches, width = 40, 50, 200
+    position, volume, content = (value**0.5 for value in parts)
+    x = position * torch.randn(1, patches, width) + volume * torch.randn(views, 1, width) + 2
+    found = health.feature_measures(x + content * torch.randn(views, patches, width))
+    names = ("constant", "position", "volume", "content")
+    for name, value in zip(names, (4.0, *parts)):
+        assert float(found[name]) == pytest.approx(value / (4 + sum(parts)), abs=0.02)
+    assert float(found["power"]) == pytest.approx(4 + sum(parts), rel=0.05)
+    assert float(sum(found[name] for name in names)) == pytest.approx(1)
+
+
+def test_shares_of_few_views_are_unbiased():
+    """Noise of two views is not taken for a dependence on the position, which its mean over views would be."""
+    found = [health.feature_measures(torch.randn(2, 200, 100)) for _ in range(5)]
+    assert all(float(f["content"]) > 0.95 for f in found)
+
+
+def views(count=6, size=16):
+    return torch.rand(count, 1, size, size, size)
+
+
+def reconstruction(view, prediction):
+    mask = (torch.rand(prediction.shape[:2]) < 0.5).float()
+    return Reconstruction(view, mask, prediction)
+
+
+@pytest.mark.parametrize("eps", [None, 1e-6, 1e-2])
+def test_psnr_of_a_known_error(eps):
+    """A prediction that is off by 0.1 has 20 dB, whatever the normalisation of the targets."""
+    view = views()
+    patches = patchify(view, PATCH)
+    wrong = patches + 0.1 * torch.randn_like(patches).sign()
+    if eps is not None:
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        wrong = (wrong - mean) / (variance + eps).sqrt()
+    found = health.reconstruction_measures(reconstruction(view, wrong), PATCH, eps)
+    assert float(found["psnr"]) == pytest.approx(20, abs=1e-3)
+    # uniform voxels have a variance of 1/12
+    assert float(found["over_mean"]) == pytest.approx(20 + 10 * math.log10(1 / 12), abs=0.1)
+    assert float(found["over_position"]) > 5
+
+
+def test_baselines_are_0_dB_for_what_they_predict():
+    view = views()
+    patches = patchify(view, PATCH)
+    mean = patches.mean(-1, keepdim=True).expand_as(patches)
+    assert abs(float(health.reconstruction_measures(reconstruction(view, mean), PATCH, None)["over_mean"])) < 1e-3
+    zero = torch.zeros_like(patches)
+    assert abs(float(health.reconstruction_measures(reconstruction(view, zero), PATCH, 1e-6)["over_mean"])) < 1e-3
+    by_position = torch.rand(1, *patches.shape[1:]).expand_as(patches)
+    for eps in (None, 1e-6):
+        found = health.reconstruction_measures(reconstruction(view, by_position), PATCH, eps)
+        assert abs(float(found["over_position"])) < 1e-3
+
+
+def test_perfect_predictions_are_above_both_baselines():
+    view = views()
+    target = norm_pix(patchify(view, PATCH)) + 0.01 * torch.randn(6, 8, 512)
+    found = health.reconstruction_measures(reconstruction(view, target), PATCH, 1e-6)
+    assert float(found["over_mean"]) == pytest.approx(40, abs=0.5) and float(found["over_position"]) > 40
+
+
+def vit():
+    return VisionTransformer3D(
+        img_size=16, patch_size=8, embed_dim=24, depth=3, num_heads=2, encoder_only=False, decoder_embed_dim=24,
+        decoder_depth=2, decoder_num_heads=2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "make, size", [(vit, 16), (lambda: ConvViT3D(32, embed_dims=(6, 6, 12, 24), depths=(1, 1, 1, 3), num_heads=2), 32)]
+)
+def test_every_block_is_measured(make, size):
+    encoder = make().eval()
+    with torch.no_grad():
+        found = health.encoder_measures(encoder, views(10, size))
+    stages = ["patches", "embed", "block00", "block01", "block02", "norm"]
+    assert list(dict.fromkeys(name.split("/")[0] for name in found)) == [*stages, "growth"]
+    assert found["growth"] == found["block02/power"] / found["embed/power"]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules())
+
+
+def test_hidden_states_are_those_of_the_encoder():
+    encoder, x = vit().eval(), views(4)
+    with torch.no_grad(), health.captured(encoder) as found:
+        tokens, hidden = encoder(x, return_layers=(0, 1, 2))
+    assert all(torch.equal(found[f"block0{i}"][0], hidden[i]) for i in range(3)) and torch.equal(
+        found["norm"][0], tokens
+    )
+
+
+# ---------------------------------------------------------------- warnings
+
+# a run on the hippocampus that learns: ViT 192x6, patch 8, --standardize, lr 3e-4
+HEALTHY = {
+    "norm/content": 0.13,
+    "norm/participation_ratio": 9.6,
+    "patches/participation_ratio": 5.0,
+    "growth": 5.0,
+    "local/over_mean": 1.1,
+    "local/over_position": 1.2,
+    "monitor/entropy": 0.967,
+    "monitor/kl": 0.01,
+    "monitor/entropy_of_mean": 0.98,
+    "align_up_mid": 0.4,
+    "chance_up_mid": 0.5,
+}
+
+
+def test_a_healthy_run_has_no_warnings():
+    assert health.warnings(HEALTHY) == {} and health.warnings({}) == {}
+
+
+@pytest.mark.parametrize(
+    "changes, kind, words",
+    [
+        ({"norm/content": 0.013}, "content", ("0.013", "--standardize")),
+        ({"norm/participation_ratio": 2.6}, "directions", ("2.6", "5.0", "--lr")),
+        ({"growth": 96.0}, "growth", ("96", "--lr")),
+        ({"local/over_mean": -0.2}, "mean", ("local", "-0.20", "--norm_pix_eps")),
+        ({"local/over_position": 0.001}, "position", ("local", "0.001", "--lr")),
+        ({"monitor/entropy": 0.99998, "monitor/kl": 2e-5}, "uniform", ("0.99998", "2.0e-05", "--standardize")),
+        ({"monitor/entropy_of_mean": 0.001}, "one prototype", ("0.001", "--teacher_temp")),
+        ({"align_up_mid": 0.4999}, "alignment", ("up_mid", "0.500", "--align")),
+    ],
+)
+def test_each_range_that_is_left_is_named(changes, kind, words):
+    found = health.warnings(HEALTHY | changes)
+    assert list(found) == [kind] and all(word in found[kind] for word in words) and "\n" not in found[kind]
+
+
+def test_without_normalised_targets_the_mean_is_no_range():
+    assert health.warnings(HEALTHY | {"local/over_mean": -3.0}, norm_pix_loss=False) == {}
+
+
+def test_values_are_checked_when_training_is_on_its_way():
+    def plan(steps, epochs):
+        return BatchPlan(1, 1, 1, steps, steps * epochs)
+
+    assert health.first_check(plan(20, 8), 1) == 100
+    assert health.first_check(plan(20, 30), 1) == 300
+    assert health.first_check(plan(30, 1600), 10) == 1000
+    assert health.first_check(plan(30, 1600), 40) == 1200
+
+
+# ---------------------------------------------------------------- runs
+
+
+def measured(out):
+    return [{k: v for k, v in line.items() if k.startswith("health/")} for line in log(out)]
+
+
+def test_measures_change_no_number_of_training(scans, tmp_path):
+    pretrain(scans, tmp_path / "with")
+    pretrain(scans, tmp_path / "without", "--health_every", "0")
+    for a, b in zip(log(tmp_path / "with"), log(tmp_path / "without"), strict=True):
+        assert all(a[name] == value for name, value in b.items() if name != "seconds")
+    assert measured(tmp_path / "without") == [{}, {}] and not (tmp_path / "without/health.png").exists()
+
+
+def test_a_small_set_is_measured_on_training_volumes(scans, tmp_path, capsys):
+    pretrain(scans, tmp_path / "run", "--epochs", "3", "--health_every", "2")
+    assert "3 training volume(s)" in capsys.readouterr().out
+    first, second, third = measured(tmp_path / "run")
+    assert not first and second.keys() == third.keys() and all(map(math.isfinite, third.values()))
+    expected = {"rec_local", "rec_global", "global_local", "monitor/kl", "local/psnr", "global/over_position", "growth"}
+    assert {f"health/{name}" for name in expected | {"norm/content", "block01/participation_ratio"}} <= third.keys()
+    assert (tmp_path / "run/health.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_held_out_volumes_are_recorded_and_not_trained_on(tmp_path, capsys):
+    for i in range(21):
+        write_nifti(tmp_path / f"many/{i}.nii.gz", ct((16, 16, 16), seed=i))
+    pretrain(tmp_path / "many", tmp_path / "run", "--epochs", "1", "--holdout", "0.1", method="mae")
+    args = torch.load(tmp_path / "run/checkpoint-last.pth", weights_only=True)["args"]
+    assert len(args["held_out"]) == 2 and len(args["data"]) == 19 and not set(args["held_out"]) & set(args["data"])
+    printed = capsys.readouterr().out
+    assert "mae: 19 volumes" in printed and "2 held-out volume(s)" in printed and "warning" not in printed
+
+
+MIM = """--method mim --model tiny --num_heads 2 --embed_dims 6 6 12 24 --depths 1 1 1 1 --decoder_embed_dim 24
+ --decoder_depth 1 --decoder_num_heads 2 --local_size 32 --batch_size 2 --samples_per_epoch 2 --epochs 1 --workers 0
+ --warmup_epochs 0 --num_mid 2 --num_down 2""".split()
+
+
+@pytest.mark.parametrize("align", ["cosine", "infonce"])
+def test_alignment_of_mim_is_logged_beside_chance(scans, tmp_path, monkeypatch, align):
+    where = ["--datalist", str(scans), "--cache_dir", str(scans.parent / "cache"), "--out_dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["main_pretrain", *MIM, "--align", align, *where])
+    main_pretrain.main()
+    (values,) = measured(tmp_path / "run")
+    for levels in ("up_mid", "mid_down"):
+        assert values[f"health/chance_{levels}"] == pytest.approx(values[f"health/align_{levels}"], rel=0.5)
+    assert {f"health/{level}/psnr" for level in ("up", "mid", "down")} <= values.keys()
+
+
+def test_logged_lines_are_json(scans, tmp_path):
+    pretrain(scans, tmp_path / "run", "--epochs", "1", method="mae")
+    for line in (tmp_path / "run/log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
+LEARNS = """--embed_dim 48 --depth 3 --num_heads 3 --decoder_embed_dim 48 --decoder_num_heads 3 --local_size 24
+ --local_scale 0.5 0.8 --hidden_dim 64 --bottleneck_dim 16 --out_dim 64 --teacher_temp_epochs 3 --momentum 0.99 1.0
+ --batch_size 4 --samples_per_epoch 80 --epochs 8 --warmup_epochs 1 --save_every 100""".split()
+
+
+@pytest.mark.slow
+def test_runs_that_learn_and_do_not_are_told_apart(tmp_path, capsys):
+    """GL-MAE on 24 volumes warns at ten times the learning rate and without --standardize only."""
+    for i in range(24):
+        write_nifti(tmp_path / f"scans/{i}.nii.gz", ct(seed=i))
+    pretrain(tmp_path / "scans", tmp_path / "good", *LEARNS)
+    assert "warning" not in capsys.readouterr().out
+    pretrain(tmp_path / "scans", tmp_path / "bad", *LEARNS, "--lr", "1e-2", "--no-standardize")
+    printed = capsys.readouterr().out
+    assert printed.count("the teacher is uniform") == 1 and "fewer than the patches" in printed
