@@ -199,7 +199,7 @@ class Trend:
     @property
     def flat(self) -> bool:
         """Return whether the growth is within twice the deviation, or below one per cent of the mean."""
-        return abs(self.growth) <= max(2 * self.deviation, 0.01 * self.mean)
+        return self.growth <= max(2 * self.deviation, 0.01 * self.mean)
 
 
 def trend(x: list[float], y: list[float]) -> Trend:
