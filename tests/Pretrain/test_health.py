@@ -208,6 +208,9 @@ def test_each_range_that_is_left_is_named(changes, kind, words):
 
 def test_without_normalised_targets_the_mean_is_no_range():
     assert health.warnings(HEALTHY | {"local/over_mean": -3.0}, norm_pix_loss=False) == {}
+    # limits that were measured on ViTs are not applied to MiM's hybrid
+    assert set(health.warnings(HEALTHY | {"norm/content": 0.0})) == {"content"}
+    assert health.warnings(HEALTHY | {"norm/content": 0.0, "up/psnr": 9.0}) == {}
 
 
 def test_values_are_checked_when_training_is_on_its_way():
