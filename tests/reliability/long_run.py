@@ -158,7 +158,8 @@ def disturb(plan: Plan, out: Path, fault: str, at: int, rng: random.Random) -> N
     job = plan.start(out, fault, at)
     check_exit(job, {"SIGTERM": EXIT_REQUEUE, "full disk": 2}.get(fault, -signal.SIGKILL))
     if fault == "SIGTERM":
-        assert updates_done(out) == at, (updates_done(out), at)
+        # Python may call the signal's handler an update later.
+        assert updates_done(out) in (at, at + 1), (updates_done(out), at)
     elif fault == "full disk":
         (out / FILLER).unlink()
         assert "cannot be written" in job.output() or "No space" in job.output(), job.output()[-2000:]
