@@ -29,7 +29,7 @@ class CacheSettings(DataSettings):
 
     preset: str | None = setting(None, "a fine-tuning preset: its cases, labels and preprocessing")
     labels: bool = setting(False, "cache the labels of a list too")
-    workers: int = setting(0, "worker processes; 0 works in this process", least=0)
+    workers: int = setting(0, "worker processes; 0 works in this process", least=0, most=1024)
     shard: str = setting("0/1", "i/n: build every n-th volume, starting at the i-th (from 0)")
 
     dry_run: bool = setting(False, "print number, size and time without building; with --prune: without removing")

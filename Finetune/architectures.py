@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from common import checkpoint
@@ -21,8 +22,8 @@ from Finetune import models_3dvit, models_convvit3d
 from Finetune.heads import HEADS, Architecture, Head, Triple, find_head
 from Finetune.models_3dvit import VisionTransformer3D, triple
 from Finetune.models_convvit3d import STRIDE, ConvViT3D
-from Finetune.presets import Preset
-from Finetune.pretrained import read_checkpoint, shorten
+from Finetune.presets import Preset, check
+from Finetune.pretrained import is_dense, read_checkpoint, shorten
 
 Quadruple = tuple[int, int, int, int]
 Size = Literal["auto", "tiny", "small", "base", "large", "huge"]
@@ -39,17 +40,19 @@ class ModelSettings:
 
     model: str = setting("unetr", "; ".join(f"{name}: {head.help}" for name, head in HEADS.items()))
     size: Size = setting("auto", "size of the encoder (mim: tiny, base); auto: that of the checkpoint, else base")
-    embed_dim: int | None = setting(None, "width of the ViT; none: that of its size", least=1)
-    depth: int | None = setting(None, "blocks of the ViT; none: those of its size", least=1)
-    embed_dims: Quadruple | None = setting(None, "widths of the stages (mim); none: those of its size", least=1)
-    depths: Quadruple | None = setting(None, "blocks of the stages (mim); none: those of its size", least=1)
-    num_heads: int | None = setting(None, "attention heads; none: those of the size", least=1)
-    patch_size: Triple | None = setting(None, "voxels of a patch; none: the checkpoint's, else the preset's", least=1)
-    roi: Triple | None = setting(None, "voxels of a crop and of the sliding window; none: the preset's", least=1)
-    feature_size: int = setting(16, "width of the decoder: MONAI's default is 16, the authors' is 48", least=1)
-    decoder_embed_dim: int | None = setting(None, f"width of MAE's decoder; {DECODER_HELP}", least=1)
-    decoder_depth: int | None = setting(None, f"blocks of MAE's decoder; {DECODER_HELP}", least=0)
-    decoder_num_heads: int | None = setting(None, f"attention heads of MAE's decoder; {DECODER_HELP}", least=1)
+    embed_dim: int | None = setting(None, "width of the ViT; none: that of its size", least=1, most=65536)
+    depth: int | None = setting(None, "blocks of the ViT; none: those of its size", least=1, most=1024)
+    embed_dims: Quadruple | None = setting(None, "widths of the stages (mim); none: the size's", least=1, most=65536)
+    depths: Quadruple | None = setting(None, "blocks of the stages (mim); none: the size's", least=1, most=1024)
+    num_heads: int | None = setting(None, "attention heads; none: those of the size", least=1, most=1024)
+    patch_size: Triple | None = setting(
+        None, "voxels of a patch; none: the checkpoint's or preset's", least=1, most=1024
+    )
+    roi: Triple | None = setting(None, "voxels of crops and windows; none: the preset's", least=1, most=1024)
+    feature_size: int = setting(16, "width of the decoder; MONAI: 16, the authors: 48", least=1, most=4096)
+    decoder_embed_dim: int | None = setting(None, f"width of MAE's decoder; {DECODER_HELP}", least=1, most=65536)
+    decoder_depth: int | None = setting(None, f"blocks of MAE's decoder; {DECODER_HELP}", least=0, most=1024)
+    decoder_num_heads: int | None = setting(None, f"heads of MAE's decoder; {DECODER_HELP}", least=1, most=1024)
     drop_path: float | None = setting(None, "stochastic depth; none: 0, or 0.2 for mim (authors)", least=0, below=1)
     class_token: Literal["auto", "keep", "drop"] = setting(
         "auto",
@@ -149,7 +152,7 @@ def read_vit(state: State, args: dict) -> Sizes:
     return {
         "embed_dim": width,
         "depth": _count(state, "blocks"),
-        "num_heads": args.get("num_heads") or usual.get(width),
+        "num_heads": _recorded_heads(args) or usual.get(width),
         "patch_size": triple(state["patch_embed.proj.weight"].shape[2:]),
         **read_decoder(state, args),
     }
@@ -171,9 +174,14 @@ def read_hybrid(state: State, args: dict) -> Sizes:
     return {
         "embed_dims": tuple(state[f"patch_embed{stage}.proj.weight"].shape[0] for stage in (1, 2, 3, 4)),
         "depths": tuple(_count(state, f"blocks{stage}") for stage in (1, 2, 3, 4)),
-        "num_heads": args.get("num_heads"),
+        "num_heads": _recorded_heads(args),
         "patch_size": (STRIDE,) * 3,
     }
+
+
+def _recorded_heads(args: dict) -> int | None:
+    heads = args.get("num_heads")
+    return heads if isinstance(heads, int) and heads > 0 else None
 
 
 def _count(state: State, blocks: str) -> int:
@@ -293,8 +301,9 @@ def read_encoder(path: Path, encoder: Encoder, key: str | None = None) -> Sizes:
     except ValueError as error:
         raise InputError(str(error)) from None
     args = extras["args"] if isinstance(extras.get("args"), dict) else {}
+    recorded = args.get("architecture") if isinstance(args.get("architecture"), dict) else args
     try:
-        return encoder.read(state, args.get("architecture") or args)
+        return encoder.read(state, recorded)
     except (KeyError, ValueError, IndexError):
         raise InputError(f"{path}: found {shorten(sorted(state))}, expected the weights of {encoder.name}") from None
 
@@ -325,11 +334,37 @@ def load_finetuned(path: str | Path) -> tuple[nn.Module, Architecture, Preset, d
         found = shorten(sorted(map(str, content)))
         raise InputError(f"{path}: found {found}, expected 'state_dict' and 'args' of a fine-tuned network")
     architecture = from_dict(args["architecture"], Architecture, f"{path}: architecture")
-    preset = from_dict(args["preset"], Preset, f"{path}: preset")
+    preset = check(from_dict(args.get("preset"), Preset, f"{path}: preset"), f"{path}: preset")
     find_head(architecture.model, f"{path}: model")
-    model = build_model(architecture)
-    load_state(model, content["state_dict"], path)
+    model = build_with_weights(architecture, content["state_dict"], path)
     return model.eval(), architecture, preset, args
+
+
+def build_with_weights(architecture: Architecture, state: State, where: str | Path) -> nn.Module:
+    """Return the network with the weights `state`. InputError if it cannot be built or they do not fit."""
+    check_dense(state, where)
+    try:
+        # compares the shapes before memory is allocated for them; MONAI's networks cannot be built on this device
+        if find_head(architecture.model).encoder:
+            with torch.device("meta"):
+                skeleton = build_model(architecture).to("meta")
+            load_state(skeleton, {name: value.to("meta") for name, value in state.items()}, where)
+        model = build_model(architecture)
+    except InputError:
+        raise
+    # of a layer that does not accept the sizes
+    except (ValueError, ZeroDivisionError, AssertionError) as error:
+        raise InputError(f"{where}: the network cannot be built ({one_line(error)})") from None
+    load_state(model, state, where)
+    return model
+
+
+def check_dense(state: object, where: str | Path) -> None:
+    """Raise InputError unless the weights of a checkpoint are a dict of names and dense tensors."""
+    if not isinstance(state, dict):
+        raise InputError(f"{where}: found {type(state).__name__}, expected a dict of weights")
+    if wrong := [str(name) for name, value in state.items() if not isinstance(name, str) or not is_dense(value)]:
+        raise InputError(f"{where}: found {len(wrong)} values that are not dense tensors: {shorten(wrong)}")
 
 
 def load_state(model: nn.Module, state: State, where: str | Path) -> None:

@@ -1,6 +1,7 @@
 """The cases of a preset: files in a published folder layout, folds, nested subsets of few labels, label values."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -157,7 +158,8 @@ def patient_of(case: Case, preset: Preset) -> str:
 
 def _parts(items: Sequence, count: int) -> list[list]:
     """Return up to `count` consecutive parts of nearly equal length, none of them empty."""
-    return [[items[i] for i in part] for part in np.array_split(np.arange(len(items)), count) if len(part)]
+    parts = np.array_split(np.arange(len(items)), min(count, max(1, len(items))))
+    return [[items[i] for i in part] for part in parts if len(part)]
 
 
 def _shuffled(names: Iterable[str], key: str) -> list[str]:
@@ -228,7 +230,7 @@ def with_mapped_labels(cases: Sequence[Case], preset: Preset, folder: Path) -> l
             mapped.append(case)
             continue
         stat = case.label.stat()
-        key = f"{case.label.resolve()} {stat.st_size} {stat.st_mtime_ns} {sorted(preset.label_values.items())}"
+        key = f"{os.path.realpath(case.label)} {stat.st_size} {stat.st_mtime_ns} {sorted(preset.label_values.items())}"
         target = folder / f"{case.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.nii.gz"
         if not target.exists():
             label = volume_io.load(case.label, channels=1)

@@ -16,7 +16,7 @@ from common.training.method import Method
 from common.training.optim import build_optimizer
 from common.training.parallel import autocast_dtype
 from common.training.preemption import until_stopped
-from Finetune.architectures import load_state
+from Finetune.architectures import check_dense, load_state
 from Finetune.cases import class_of
 from Finetune.data import Volumes, resized
 from Finetune.evaluation.classification import class_scores, write_scores
@@ -62,6 +62,7 @@ class Finetuning(Method):
         return {"state_dict": self.model.state_dict()}
 
     def load_checkpoint_state(self, content: dict) -> None:
+        check_dense(content["state_dict"], "checkpoint")
         load_state(self.model, content["state_dict"], "checkpoint")
 
 

@@ -9,6 +9,7 @@ predictions are the folds of one cross-validation. In a folder, reference labels
 the preset pairs them; a Decathlon JSON has the label of every case.
 """
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def find_pairs(predictions: Sequence[Path], labels: Path, listed: dict[str, Case
         label = label_for(preset, name, labels) if listed is None else label_in_list(listed.get(name))
         if label is None:
             raise InputError(f"{path}: found no label for it in {labels}")
-        if label.resolve() == path.resolve():
+        if os.path.realpath(label) == os.path.realpath(path):
             raise InputError(f"{path}: found as its own label, expected other files in --labels than in --predictions")
         pairs[name] = (path, label)
     if not pairs:

@@ -13,7 +13,7 @@ from typing import Literal
 from monai.networks.nets import DynUNet, SwinUNETR
 from torch import nn
 
-from common.config import nearest, shown
+from common.config import nearest, setting, shown
 from common.errors import InputError
 from Finetune.models_3dvit import grid_of
 from Finetune.models_classifier import Classifier
@@ -32,21 +32,21 @@ class Architecture:
     """
 
     model: str
-    in_chans: int
-    out_channels: int
-    roi: Triple
-    patch_size: Triple
-    feature_size: int
-    num_heads: int = 0
-    embed_dim: int = 0
-    depth: int = 0
-    embed_dims: tuple[int, ...] = ()
-    depths: tuple[int, ...] = ()
-    drop_path: float = 0.0
+    in_chans: int = setting(least=1, most=1024)
+    out_channels: int = setting(least=1, most=255)
+    roi: Triple = setting(least=1, most=1024)
+    patch_size: Triple = setting(least=1, most=1024)
+    feature_size: int = setting(least=1, most=4096)
+    num_heads: int = setting(0, least=0, most=1024)
+    embed_dim: int = setting(0, least=0, most=65536)
+    depth: int = setting(0, least=0, most=1024)
+    embed_dims: tuple[int, ...] = setting((), least=1, most=65536)
+    depths: tuple[int, ...] = setting((), least=1, most=1024)
+    drop_path: float = setting(0.0, least=0, below=1)
     class_token: bool = False
-    decoder_embed_dim: int = 0
-    decoder_depth: int = 0
-    decoder_num_heads: int = 0
+    decoder_embed_dim: int = setting(0, least=0, most=65536)
+    decoder_depth: int = setting(0, least=0, most=1024)
+    decoder_num_heads: int = setting(0, least=0, most=1024)
 
     @property
     def grid_size(self) -> Triple:

@@ -121,10 +121,10 @@ class FinetuneSettings(LoopSettings):
     checkpoints: FinetuneCheckpointSettings = group(FinetuneCheckpointSettings, "Checkpoints")
     validation: ValidationSettings = group(ValidationSettings, "Validation")
     freeze: bool = setting(False, "train only the head; always so for --model linear")
-    epochs: int = setting(3000, "passes over the data", least=1)
-    batch_size: int = setting(4, "volumes per update, over all processes together", least=1)
-    micro_batch_size: int | None = setting(1, "volumes per process and forward pass; the rest accumulates", least=1)
-    crops: int = setting(4, "crops per volume", least=1)
+    epochs: int = setting(3000, "passes over the data", least=1, most=10**9)
+    batch_size: int = setting(4, "volumes per update, over all processes together", least=1, most=65536)
+    micro_batch_size: int | None = setting(1, "volumes per pass and process; the rest accumulates", least=1, most=65536)
+    crops: int = setting(4, "crops per volume", least=1, most=1024)
 
 
 def check_settings(config: FinetuneSettings, preset: Preset) -> None:

@@ -7,6 +7,7 @@ last checkpoint, or for the best one after --select best. Several checkpoints ar
 Memory does not grow with the depth of a volume times the number of classes (see inference/).
 """
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -88,8 +89,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def choose_window(config: PredictSettings, ensemble: Ensemble, device: torch.device) -> Window:
     """Return the sliding window. Settings that are not given are those of the first member's run."""
-    overlap = ensemble.config.get("overlap", 0.5) if config.overlap is None else config.overlap
-    blending = config.blending or ensemble.config.get("blending", "gaussian")
+    overlap = ensemble.run.overlap if config.overlap is None else config.overlap
+    blending = config.blending or ensemble.run.blending
     return Window(ensemble.roi, overlap, blending, config.sw_batch_size or (4 if device.type == "cuda" else 1))
 
 
@@ -122,7 +123,7 @@ def check_targets(cases: list[Case], config: PredictSettings) -> None:
     if count > 1:
         raise InputError(f"{config.images}: found two volumes called {name}, expected one per label map")
     for case in cases:
-        if config.out.resolve() / f"{case.name}.nii.gz" == case.image.resolve():
+        if config.out.resolve() / f"{case.name}.nii.gz" == Path(os.path.realpath(case.image)):
             raise InputError(f"--out {config.out}: the label map of {case.image} would replace the image")
 
 

@@ -58,17 +58,17 @@ class Preset:
     name: str
     description: str
     labels: dict[int, str] = setting(help="id -> name; 0 is the background")
-    roi: tuple[int, int, int] = setting(help="voxels (D, H, W) of a crop and of the sliding window", least=1)
+    roi: tuple[int, int, int] = setting(help="voxels (D, H, W) of a crop and of the sliding window", least=1, most=1024)
     intensity: Literal["window", "percentiles", "zscore"] = setting(help="how intensities are scaled")
     layout: Layout = setting(help="where the files are")
     task: Literal["segmentation", "classification"] = "segmentation"
     modality: str = "CT"
-    channels: int = setting(1, "channels of the image", least=1)
+    channels: int = setting(1, "channels of the image", least=1, most=1024)
     spacing: tuple[float, float, float] | None = setting(None, "mm, RAS axes; none: that of the file", above=0)
     low: float = setting(-175.0, "scaled to 0: HU for window, percent for percentiles")
     high: float = setting(250.0, "scaled to 1: HU for window, percent for percentiles")
     foreground_threshold: float | None = setting(0.05, "crop to the image voxels above this; none: do not crop")
-    patch_size: tuple[int, int, int] = setting((16, 16, 16), "of an encoder from random weights", least=1)
+    patch_size: tuple[int, int, int] = setting((16, 16, 16), "of an encoder from random weights", least=1, most=1024)
     label_values: dict[int, int] = setting({}, "value in the label files -> id, if they differ")
     regions: dict[str, tuple[int, ...]] = setting({}, "overlapping regions (sigmoid): name -> ids whose union it is")
     augmentation: Augmentation = Augmentation()

@@ -103,17 +103,28 @@ def read_checkpoint(path: str | os.PathLike, checkpoint_key: str | None = None) 
 
     Raises:
         ValueError: the file does not exist, is torn, fails its checksums, holds other objects, has no weights under
-            the keys, or a weight is a sparse tensor.
+            the keys, or a weight is not a dense tensor.
     """
     content = _read_file(path)
     extras = {key: value for key, value in content.items() if not isinstance(value, (dict, Tensor)) or key == "args"}
     if isinstance(extras.get("args"), argparse.Namespace):
         extras["args"] = vars(extras["args"])
     found = _weights(content, checkpoint_key, path)
-    weights = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    if sparse := [name for name, value in weights.items() if value.layout != torch.strided]:
-        raise ValueError(f"{path}: found {len(sparse)} sparse tensor(s), expected dense ones: {shorten(sparse)}")
+    weights = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if sparse := [name for name, value in weights.items() if not is_dense(value)]:
+        kinds = "sparse, quantized, expanded or empty"
+        raise ValueError(f"{path}: found {len(sparse)} {kinds} tensor(s), expected dense ones: {shorten(sparse)}")
     return clean_keys(weights, path), extras
+
+
+def is_dense(value: object) -> bool:
+    """Return whether a value of a checkpoint is a tensor that has its own memory for each of its numbers.
+
+    A sparse or expanded tensor (stride 0) can ask for far more memory than its file has.
+    """
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _read_file(path: str | os.PathLike) -> dict:
@@ -127,6 +138,8 @@ def _read_file(path: str | os.PathLike) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
+    except EOFError:
+        raise ValueError(f"{path}: found the end of the file, expected a checkpoint") from None
     # torch raises a different type for each way in which a file can be broken
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]

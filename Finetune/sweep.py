@@ -203,7 +203,7 @@ def execute(config: SweepSettings, preset: Preset, run: SweepRun) -> str | None:
 def case_list(config: SweepSettings, preset: Preset, run: SweepRun) -> dict[str, Any]:
     """Return the validation cases as a Decathlon JSON of absolute paths."""
     cases = [
-        {"name": case.name, "image": str(case.image.resolve()), "label": str(case.label.resolve())}
+        {"name": case.name, "image": os.path.realpath(case.image), "label": os.path.realpath(case.label)}
         for case in run.validation
     ]
     return {"labels_by": labels_by(config.data, preset), "training": cases}

@@ -34,11 +34,11 @@ class EncoderSettings:
     """Settings of encoder and decoder that all methods share."""
 
     model: Literal["tiny", "small", "base", "large", "huge"] = setting("base", "size; MiM has tiny and base")
-    patch_size: tuple[int, int, int] = setting((16, 16, 16), "voxels of a patch (D H W)", least=1)
-    num_heads: int | None = setting(None, "attention heads; none: those of the model", least=1)
-    decoder_embed_dim: int = setting(576, "width of the decoder", least=1)
-    decoder_depth: int = setting(8, "blocks of the decoder", least=0)
-    decoder_num_heads: int = setting(16, "attention heads of the decoder", least=1)
+    patch_size: tuple[int, int, int] = setting((16, 16, 16), "voxels of a patch (D H W)", least=1, most=1024)
+    num_heads: int | None = setting(None, "attention heads; none: those of the model", least=1, most=1024)
+    decoder_embed_dim: int = setting(576, "width of the decoder", least=1, most=65536)
+    decoder_depth: int = setting(8, "blocks of the decoder", least=0, most=1024)
+    decoder_num_heads: int = setting(16, "attention heads of the decoder", least=1, most=1024)
     norm_pix_loss: bool = setting(True, "reconstruct patches normalised to mean 0 and variance 1")
     norm_pix_eps: float = setting(
         1e-6, "added to the variance of a patch when it is normalised; noise of CT in [0, 1] has about 1e-4", above=0

@@ -87,11 +87,14 @@ def available() -> list[str]:
     return sorted(path.stem for path in DATASETS.glob("*.yaml"))
 
 
-def load(name: str) -> list[Source]:
+def load(name: str, within: tuple[Path, ...] = ()) -> list[Source]:
     """Return the data sets of a name in Pretrain/datasets/, or of a custom YAML file.
 
+    Args:
+        within: the lists that name it, from the outermost.
+
     Raises:
-        InputError: there is no such name or file, or the YAML is not valid.
+        InputError: there is no such name or file, the YAML is not valid, or a list contains itself.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else DATASETS / f"{name}.yaml"
     if not path.is_file():
@@ -100,7 +103,9 @@ def load(name: str) -> list[Source]:
         raise InputError(f"--datasets {name}: {hint}expected a YAML or one of {', '.join(available())}")
     if "datasets" not in (load_yaml(path) or {}):
         return [read_yaml(path, Source)]
-    return [source for part in read_yaml(path, SourceList).datasets for source in load(part)]
+    if path in within:
+        raise InputError(f"{path}: this list contains itself, expected other data sets and lists")
+    return [source for part in read_yaml(path, SourceList).datasets for source in load(part, (*within, path))]
 
 
 def read_datasets(names: Sequence[str], data_root: str | Path | None = None) -> list[Case]:

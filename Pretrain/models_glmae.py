@@ -33,8 +33,8 @@ TERMS = ("rec_global", "rec_local", "global_global", "global_local")
 class GLMAESettings:
     """Settings of GL-MAE. The recipe scripts/pretrain_glmae.sh says which of the defaults are the paper's."""
 
-    global_views: int = setting(2, "p: global views per volume", least=0)
-    global_size: tuple[int, int, int] = setting((160, 160, 160), "voxels of a global view (D H W)", least=1)
+    global_views: int = setting(2, "p: global views per volume", least=0, most=1024)
+    global_size: tuple[int, int, int] = setting((160, 160, 160), "voxels of a global view (D H W)", least=1, most=1024)
     mask_ratio_global: float = setting(0.6, "share of patches removed from global views", least=0, below=1)
 
     weight_rec_global: float = setting(1.0, "weight of the global reconstruction; 0 omits the loss", least=0)
@@ -44,9 +44,9 @@ class GLMAESettings:
     consistency: Literal["ce", "byol"] = setting("ce", "ce: cross-entropy over prototypes; byol: cosine with predictor")
     gg_pairs: Literal["all", "same"] = setting("all", "pairs of global views; same: a view and its masked copy")
 
-    out_dim: int = setting(4096, "prototypes of the projection head", least=1)
-    hidden_dim: int = setting(2048, "hidden width of the projection head", least=1)
-    bottleneck_dim: int = setting(256, "width of the embedding before the prototypes", least=1)
+    out_dim: int = setting(4096, "prototypes of the projection head", least=1, most=2**20)
+    hidden_dim: int = setting(2048, "hidden width of the projection head", least=1, most=65536)
+    bottleneck_dim: int = setting(256, "width of the embedding before the prototypes", least=1, most=65536)
     student_temp: float = setting(0.1, "temperature of the student", above=0)
     teacher_temp: tuple[float, float] = setting((0.04, 0.07), "temperature of the teacher: start, end", above=0)
     teacher_temp_epochs: float = setting(30.0, "epochs from its start to its end", least=0)

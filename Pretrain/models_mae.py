@@ -22,8 +22,8 @@ from Pretrain.masking import checked_ratio, derive, num_keep, random_masking, un
 class ViTSettings:
     """Settings of the ViT and of its local views, for MAE and GL-MAE."""
 
-    embed_dim: int | None = setting(None, "width of the ViT; none: that of the model", least=1)
-    depth: int | None = setting(None, "blocks of the ViT; none: that of the model", least=1)
+    embed_dim: int | None = setting(None, "width of the ViT; none: that of the model", least=1, most=65536)
+    depth: int | None = setting(None, "blocks of the ViT; none: that of the model", least=1, most=1024)
     mask_ratio_local: float = setting(0.6, "share of patches removed from local views", least=0, below=1)
 
 

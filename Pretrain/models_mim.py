@@ -39,6 +39,7 @@ from Pretrain.losses import masked_mse, norm_pix, patchify
 from Pretrain.masking import Masking, derive, num_keep, random_masking, uniform
 
 LEVELS = ("up", "mid", "down")
+Quadruple = tuple[int, int, int, int]
 Align = Literal["none", "cosine", "infonce", "published"]
 HEADS = {
     "none": (),
@@ -52,8 +53,8 @@ HEADS = {
 class MiMSettings:
     """Settings of MiM. The recipe scripts/pretrain_mim.sh says which of the defaults are the authors'."""
 
-    embed_dims: tuple[int, int, int, int] | None = setting(None, "widths of the encoder; none: the model's", least=1)
-    depths: tuple[int, int, int, int] | None = setting(None, "blocks of its stages; none: the model's", least=1)
+    embed_dims: Quadruple | None = setting(None, "widths of the encoder; none: the model's", least=1, most=65536)
+    depths: Quadruple | None = setting(None, "blocks of its stages; none: the model's", least=1, most=1024)
     group: int = setting(2, "g: mid volumes per axis of the volume; must divide the token grid", least=1)
     num_mid: int = setting(4, "S: mid volumes per volume", least=1)
     num_down: int = setting(4, "Q: down volumes per mid volume", least=1)

@@ -29,8 +29,10 @@ class Box:
 class ViewSettings:
     """Settings of the views that a method trains on."""
 
-    local_views: int = setting(8, "q: local views per volume", least=0)
-    local_size: tuple[int, int, int] = setting((96, 96, 96), "voxels of a local view, or of MiM's inputs", least=1)
+    local_views: int = setting(8, "q: local views per volume", least=0, most=1024)
+    local_size: tuple[int, int, int] = setting(
+        (96, 96, 96), "voxels of a local view, or MiM's inputs", least=1, most=1024
+    )
     local_scale: tuple[float, float] = setting((0.2, 0.5), "share of an axis in a local view", above=0, most=1)
     global_scale: tuple[float, float] = setting((0.5, 1.0), "share in a global view, or MiM's volume", above=0, most=1)
     crop_mode: Literal["resize", "fixed"] = setting("resize", "resize: a share of the scan; fixed: the size in voxels")

@@ -94,6 +94,8 @@ def load(path: str | Path, check: bool = True) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
+    except EOFError:
+        raise InputError(f"{path}: found the end of the file, expected a checkpoint") from None
     except Exception as error:
         # torch raises a different type for each kind of damage.
         raise InputError(f"{path}: not a readable checkpoint ({one_line(error)})") from None

@@ -6,6 +6,7 @@ A flag is the name of a setting, and the words after it are its value, read as t
 (common/config.py). Flags win over the file, later flags over earlier ones.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 from common import config, signals
 from common.config import Setting, shown
-from common.errors import InputError
+from common.errors import InputError, one_line
 
 T = TypeVar("T")
 Settings = Mapping[str, Setting]
@@ -22,14 +23,29 @@ Settings = Mapping[str, Setting]
 def run_program(main: Callable[[], Any]) -> int:
     """Run `main` and return the exit code of the program.
 
-    An InputError becomes one line on stderr and 2, Ctrl-C becomes 130. SIGTERM and SIGUSR1 raise `signals.Requeue`,
-    which ends the program with 75.
+    An InputError, a path that the system does not accept, or memory that cannot be allocated becomes one line on
+    stderr and 2, Ctrl-C becomes 130. SIGTERM and SIGUSR1 raise `signals.Requeue`, which ends the program with 75.
     """
     signals.install_handlers()
+    # names of files may hold bytes that are not UTF-8; a stream that a test replaced may not have this method
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # a path that no check expects, such as a name of more than 255 bytes
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {one_line(error.strerror)}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        # torch's allocator of host memory raises a RuntimeError
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(f"error: not enough memory for these settings or files ({one_line(error)})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -34,6 +34,8 @@ BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "most": (operator.le, "at most"),
     "below": (operator.lt, "less than"),
 }
+# of a YAML file, aliases resolved
+MAX_DEPTH, MAX_VALUES = 50, 100_000
 
 
 # ---------------------------------------------------------------- declaring settings
@@ -273,7 +275,7 @@ def _bool(value: Any, kind: Any, where: str) -> bool:
 
 def _scalar(value: Any, kind: Any, where: str) -> Any:
     expected = {int: "a whole number", float: "a number", str: "text", Path: "a path"}[kind]
-    if value is None or isinstance(value, (bool, list, tuple, dict)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Path)):
         _refuse(value, expected, where)
     try:
         converted = kind(str(value) if kind is Path else value)
@@ -303,9 +305,26 @@ def load_yaml(path: str | Path) -> Any:
     """Return the plain content of a YAML file. InputError when it cannot be read or is not YAML."""
     try:
         with naming_errors(path, "cannot be read"):
-            return yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+            content = yaml.safe_load(Path(path).read_text())
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not YAML ({one_line(error)})") from None
+    _check_nesting(content, path)
+    return content
+
+
+def _check_nesting(content: Any, path: str | Path) -> None:
+    """Raise InputError for nested values that refer to themselves, or to each other so often that they grow without
+    end when they are printed or copied."""
+    waiting, count = [(content, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        count += 1
+        if depth > MAX_DEPTH or count > MAX_VALUES:
+            raise InputError(f"{path}: found more than {MAX_DEPTH} levels or {MAX_VALUES} values, expected settings")
+        inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+        waiting += [(item, depth + 1) for item in inner]
 
 
 def load_mapping(path: str | Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ class InputError(ValueError):
     """
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
+def one_line(error: BaseException | str, limit: int = 300) -> str:
     """Return a library's error message as one line of at most `limit` characters, for the end of an InputError."""
+    if isinstance(error, MemoryError):
+        return "not enough memory"
     return " ".join(str(error).split())[:limit] or type(error).__name__

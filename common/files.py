@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 import tempfile
 import time
 import uuid
@@ -114,8 +115,16 @@ def check_writable(folder: Path) -> None:
             pass
 
 
+def check_regular(path: str | Path) -> None:
+    """Raise OSError if `path` is a pipe or a device, whose content may have no end."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file")
+
+
 def file_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal. Raise OSError if it cannot be read."""
+    """Return the SHA-256 of a file in hexadecimal. Raise OSError if it cannot be read, or is not a regular file."""
+    check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

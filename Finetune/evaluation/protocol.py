@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, one_line
 from Finetune.presets import Preset
 
 # written by Finetune.predict beside its label maps
@@ -30,8 +30,8 @@ def read_protocol(folder: Path) -> dict[str, Any]:
         for member in content["checkpoints"]:
             _ = [member[key] for key in ("checkpoint", "sha256", "fold", "init")]
         _ = [str(name) for name in content["cases"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{error!r}; remove it, or predict again"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{'no ' * isinstance(error, KeyError)}{one_line(error)}; remove it, or predict again"
         raise InputError(f"{path}: not a protocol of Finetune.predict ({reason})") from None
     return content
 

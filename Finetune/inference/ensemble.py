@@ -1,22 +1,53 @@
 """Fine-tuned checkpoints as one predictor: which file a run reports, ensembles, mirror images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from common import checkpoint
-from common.config import to_dict
+from common.config import from_dict, setting, to_dict
 from common.errors import InputError
 from common.files import file_sha256
 from Finetune.architectures import load_finetuned
 from Finetune.heads import Architecture
 from Finetune.inference.sliding_window import Predictor, predictor
 from Finetune.presets import Preset
+
+# settings of the run that prediction uses
+CONFIG = ("fold", "seed", "overlap", "blending")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The part of a checkpoint's `args` that prediction uses."""
+
+    training_cases: list[str]
+    validation_cases: list[str]
+    fold: int
+    seed: int
+    overlap: float = setting(0.5, least=0, below=1)
+    blending: Literal["gaussian", "constant"] = "gaussian"
+    init: str | None = None
+    init_sha256: str | None = None
+    selected: str | None = None
+    step: int | None = None
+    leak: str | None = None
+
+
+def run_record(args: dict[str, Any], where: Path) -> RunRecord:
+    """Return the record in a checkpoint's `args`. InputError if it is incomplete or has values of another type."""
+    config = args.get("config")
+    if not isinstance(config, dict):
+        raise InputError(f"{where}: found {type(config).__name__} as 'config', expected the settings of its run")
+    names = [field.name for field in fields(RunRecord)]
+    values = {name: args[name] for name in names if name in args}
+    return from_dict(values | {name: config[name] for name in CONFIG if name in config}, RunRecord, f"{where}: args")
+
 
 # the checkpoint that --select best keeps
 BEST = "checkpoint-best.pth"
@@ -26,8 +57,8 @@ BEST = "checkpoint-best.pth"
 class Ensemble:
     """One network or several with the same classes, preprocessing and roi.
 
-    `training_cases` trained any of them, `validation_cases` validate for all of them. `config` holds the settings of
-    the run of the first one, `members` what the protocol records of each.
+    `training_cases` trained any of them, `validation_cases` validate for all of them. `run` is the record of
+    the first one, `members` what the protocol records of each.
     """
 
     models: list[nn.Module]
@@ -36,7 +67,7 @@ class Ensemble:
     training_cases: set[str]
     validation_cases: list[str]
     members: list[dict[str, Any]]
-    config: dict[str, Any]
+    run: RunRecord
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -69,17 +100,17 @@ def load_ensemble(paths: Sequence[Path]) -> Ensemble:
     for path, kind in zip(paths, kinds):
         if kind != kinds[0]:
             raise InputError(f"{path}: its classes, preprocessing or roi differ from those of {paths[0]}")
-    _, architecture, preset, first = loaded[0]
-    every_args = [args for *_, args in loaded]
-    validation = set.intersection(*(set(args["validation_cases"]) for args in every_args))
+    _, architecture, preset, _ = loaded[0]
+    records = [run_record(args, path) for path, (*_, args) in zip(paths, loaded)]
+    validation = set.intersection(*(set(record.validation_cases) for record in records))
     return Ensemble(
         models=[model for model, *_ in loaded],
         preset=preset,
         roi=architecture.roi,
-        training_cases={name for args in every_args for name in args["training_cases"]},
-        validation_cases=[name for name in first["validation_cases"] if name in validation],
-        members=[_member(path, architecture, args) for path, (_, architecture, _, args) in zip(paths, loaded)],
-        config=first["config"],
+        training_cases={name for record in records for name in record.training_cases},
+        validation_cases=[name for name in records[0].validation_cases if name in validation],
+        members=[_member(path, found[1], record) for path, found, record in zip(paths, loaded, records)],
+        run=records[0],
     )
 
 
@@ -90,15 +121,13 @@ def _kind(path: Path, preset: Preset, architecture: Architecture) -> tuple:
     return preset.labels, preset.regions, preset.preprocessing, preset.channels, architecture.roi
 
 
-def _member(path: Path, architecture: Architecture, args: dict[str, Any]) -> dict[str, Any]:
+def _member(path: Path, architecture: Architecture, record: RunRecord) -> dict[str, Any]:
     return {
         "checkpoint": str(path),
         "sha256": file_sha256(path),
         "architecture": to_dict(architecture),
-        **{key: args.get(key) for key in ("init", "init_sha256", "selected", "step", "leak")},
-        "fold": args["config"]["fold"],
-        "seed": args["config"]["seed"],
-        "labels": len(args["training_cases"]),
+        **{key: getattr(record, key) for key in ("init", "init_sha256", "selected", "step", "leak", "fold", "seed")},
+        "labels": len(record.training_cases),
     }
 
 

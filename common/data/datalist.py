@@ -1,5 +1,6 @@
 """Lists of volumes: a Decathlon JSON, a folder of NIfTI files or DICOM series, or a text file of paths."""
 
+import errno
 import json
 import os
 import re
@@ -78,6 +79,8 @@ def read_cases(source: str | Path, root: str | Path | None = None, section: str 
 def _read_text(source: Path) -> str:
     try:
         with naming_errors(source, "the data list cannot be read"):
+            if source.is_char_device():
+                raise OSError(errno.EINVAL, "a device, not a file")
             return source.read_text()
     except UnicodeDecodeError:
         raise InputError(f"{source}: found a binary file, expected a JSON or text list, or a folder") from None
@@ -189,6 +192,13 @@ def _json_case(item: Any, where: str, base: Path) -> Case:
 # ---------------------------------------------------------------- names
 
 
+def _is_encodable(path: Path | None) -> bool:
+    try:
+        return path is None or bool(os.fsencode(path))
+    except UnicodeEncodeError:
+        return False
+
+
 def _with_repeats_marked(cases: list[Case], source: Path) -> list[Case]:
     seen: set[Path] = set()
     marked = []
@@ -210,8 +220,10 @@ def _with_unique_names(cases: list[Case], source: Path) -> list[Case]:
         names = [f"{p.lstrip('.')}_{name}" if count[name] > 1 else name for p, name in zip(parents, names)]
     for name, case in zip(names, cases):
         for path in (case.image, case.label):
-            if "\0" in str(path):
-                raise InputError(f"{source}: found a NUL character in the path {str(path)!r}, expected that of a file")
+            # JSON may hold half of a surrogate pair
+            if "\0" in str(path) or not _is_encodable(path):
+                found = f"a NUL character or a surrogate in the path {str(path)!r}"
+                raise InputError(f"{source}: found {found}, expected the path of a file")
         # outputs are written to files of this name, which must not leave their folder
         if not name.isprintable() or not name or name[0] == "." or "/" in name or "\\" in name:
             expected = "without / or \\ or control characters, and not starting with a dot"

@@ -14,7 +14,15 @@ from pydicom.misc import is_dicom
 from common.data.geometry import check_size
 from common.errors import InputError, one_line
 
-REQUIRED = ["InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns"]
+# tag -> how many numbers it holds
+REQUIRED = {
+    "InstanceNumber": 1,
+    "ImagePositionPatient": 3,
+    "ImageOrientationPatient": 6,
+    "PixelSpacing": 2,
+    "Rows": 1,
+    "Columns": 1,
+}
 # modalities without an image to train on
 NOT_IMAGES = {
     "RTSTRUCT": "contours",
@@ -103,14 +111,18 @@ def check_series(folder: Path) -> list[pydicom.FileDataset]:
 
 def _header(path: Path) -> pydicom.FileDataset:
     try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
+        # decodes the values, which pydicom otherwise does when they are used
+        for _ in header:
+            pass
+        return header
     # pydicom raises what struct, its parsers and the file system raise
     except Exception as error:
         raise InputError(f"{path}: the DICOM header cannot be read ({one_line(error)})") from None
 
 
 def _check_kind(header: pydicom.FileDataset) -> None:
-    path, modality, frames = header.filename, str(header.get("Modality")), int(header.get("NumberOfFrames") or 1)
+    path, modality, frames = header.filename, str(header.get("Modality")), header.get("NumberOfFrames") or 1
     if modality in NOT_IMAGES:
         raise InputError(f"{path}: found {NOT_IMAGES[modality]} (modality {modality}), expected a series of images")
     if "LOCALIZER" in (header.get("ImageType") or ()):
@@ -124,8 +136,20 @@ def _check_slice(header: pydicom.FileDataset) -> None:
     absent = [tag for tag in REQUIRED if header.get(tag) is None]
     if absent:
         raise InputError(f"{header.filename}: found no {', '.join(absent)}, expected a slice of a CT or MR series")
-    if int(header.get("SamplesPerPixel") or 1) != 1:
+    if (header.get("SamplesPerPixel") or 1) != 1:
         raise InputError(f"{header.filename}: found a colour image, expected a slice of a CT or MR series")
+    for tag, count in REQUIRED.items():
+        try:
+            numbers = np.atleast_1d(np.asarray(header[tag].value, float))
+        except (ValueError, TypeError):
+            numbers = np.empty(0)
+        if numbers.shape != (count,) or not np.isfinite(numbers).all():
+            value = one_line(str(header[tag].value), 80)
+            raise InputError(f"{header.filename}: found the {tag} {value}, expected {count} finite number(s)")
+    if min(header.Rows, header.Columns) < 1:
+        raise InputError(
+            f"{header.filename}: found {header.Rows} rows and {header.Columns} columns, expected at least 1"
+        )
 
 
 def _check_equal(headers: list[pydicom.Dataset], folder: Path) -> None:
@@ -137,7 +161,8 @@ def _check_equal(headers: list[pydicom.Dataset], folder: Path) -> None:
 
 def _check_positions(folder: Path, headers: list[pydicom.Dataset]) -> None:
     """Check that slices in the order of their instance numbers are evenly spaced along the normal of the first."""
-    places = _places(folder, headers)
+    normal = np.cross(*np.asarray(headers[0].ImageOrientationPatient, float).reshape(2, 3))
+    places = np.stack([np.asarray(header.ImagePositionPatient, float) for header in headers]) @ normal
     ordered = np.sort(places)
     gaps = np.diff(ordered)
     usual = float(np.median(gaps))
@@ -154,15 +179,3 @@ def _check_positions(folder: Path, headers: list[pydicom.Dataset]) -> None:
     steps = np.diff(places)
     if not ((steps > 0).all() or (steps < 0).all()):
         raise InputError(f"{folder}: the instance numbers do not follow the positions of the slices")
-
-
-def _places(folder: Path, headers: list[pydicom.Dataset]) -> np.ndarray:
-    """Return the position of each slice along the normal of the first, in mm."""
-    try:
-        orientation = np.asarray(headers[0].ImageOrientationPatient, float)
-        positions = np.stack([np.asarray(h.ImagePositionPatient, float) for h in headers])
-    except ValueError as error:
-        raise InputError(f"{folder}: found positions that are not numbers ({one_line(error)})") from None
-    if orientation.shape != (6,) or positions.shape[1:] != (3,) or not np.isfinite(positions).all():
-        raise InputError(f"{folder}: found slices without a position, or one that is not finite")
-    return positions @ np.cross(orientation[:3], orientation[3:])

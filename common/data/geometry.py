@@ -18,9 +18,9 @@ MAX_VOXELS = 2**30
 
 def check_size(shape: Sequence[int], path: str | Path) -> None:
     """Raise InputError if a volume has more than `MAX_VOXELS` voxels."""
-    voxels = math.prod(int(n) for n in shape)
-    if voxels > MAX_VOXELS:
-        raise InputError(f"{path}: found the shape {tuple(shape)}, expected at most {MAX_VOXELS} voxels")
+    if math.prod(float(n) for n in shape) > MAX_VOXELS:
+        found = " x ".join(f"{float(n):.0f}" for n in shape)
+        raise InputError(f"{path}: found {found} voxels, expected at most {MAX_VOXELS} in all")
 
 
 def check_spacing(spacing: np.ndarray, path: str | Path) -> None:

@@ -33,6 +33,9 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
                 pass
     except InputError:
         raise
+    except MemoryError:
+        shape, kind = tuple(map(int, image.header.get_data_shape())), image.get_data_dtype()
+        raise InputError(f"{path}: found the shape {shape} of {kind}, expected a volume that fits in memory") from None
     # gzip, zlib, numpy and nibabel raise a different type for each kind of damage
     except Exception as error:
         raise InputError(f"{path}: not a NIfTI volume, or a damaged one ({one_line(error)})") from None

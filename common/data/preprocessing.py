@@ -25,7 +25,7 @@ class Preprocessing:
     high: float = setting(1000.0, "HU or percentile that becomes 1")
     foreground_threshold: float | None = setting(0.05, "crop to voxels above this, of the [0,1] scale; none: no crop")
     margin: int = setting(8, "voxels kept around the foreground", least=0)
-    channels: int = setting(1, "channels of a volume; more than one: 4D NIfTI, channels last", least=1)
+    channels: int = setting(1, "channels of a volume; more than one: 4D NIfTI, channels last", least=1, most=1024)
     modality: Literal["CT", "any"] = setting("CT", "DICOM series that a window in HU accepts; any: MR and PET as well")
     dtype: Literal["int16", "uint8"] = setting("int16", "int16 keeps whole HU; uint8: half the bytes, 255 steps")
 

@@ -6,6 +6,8 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import CropForeground, NormalizeIntensity, ScaleIntensityRangePercentiles, Spacing
 
+from common.config import shown
+from common.data.geometry import check_size
 from common.data.preprocessing import Preprocessing
 from common.errors import InputError
 
@@ -30,6 +32,8 @@ def preprocess(image: MetaTensor, label: MetaTensor | None, settings: Preprocess
             check_modality(image.meta.get("modality"), settings, where)
         check_hounsfield(image.as_tensor(), settings.low, settings.high, where)
     if settings.spacing is not None:
+        resampled = [n * float(mm) / new for n, mm, new in zip(image.shape[1:], image.pixdim, settings.spacing)]
+        check_size([max(1, n) for n in resampled], f"{where} at a spacing of {shown(settings.spacing)} mm")
         image = Spacing(settings.spacing, mode="bilinear", padding_mode="border", dtype=torch.float32)(image)
         if label is not None:
             nearest = Spacing(settings.spacing, mode="nearest", padding_mode="border", dtype=torch.float32)

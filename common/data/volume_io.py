@@ -15,6 +15,7 @@ from monai.transforms import LoadImage
 
 from common.data import dicom, geometry, nifti
 from common.errors import InputError, one_line
+from common.files import check_regular
 
 # an optional decoder of pydicom for GPUs
 warnings.filterwarnings("ignore", message=".*nvImageCodec.*")
@@ -64,8 +65,8 @@ def read_label(path: str | Path, image: MetaTensor) -> MetaTensor:
     if distance > allowed:
         raise InputError(f"{path}: found a label {distance:.3g} mm off its image, expected at most {allowed:.2g} mm")
     values = label.as_tensor()
-    # NaN is fractional as well
-    fractional = values != values.round()
+    # NaN and infinity are fractional as well
+    fractional = (values - values.round()) != 0
     if bool(fractional.any()):
         raise InputError(f"{path}: found the label value {float(values[fractional][0]):g}, expected whole numbers")
     low, high = int(values.min()), int(values.max())
@@ -119,6 +120,7 @@ def _contiguous(array: np.ndarray) -> np.ndarray:
 
 def _check_readable(path: Path) -> None:
     try:
+        check_regular(path)
         if path.is_dir():
             next(path.iterdir(), None)
         elif path.stat().st_size == 0:

@@ -17,16 +17,21 @@ class LoopSettings:
     """Settings of every training program. The defaults are those of pretraining."""
 
     out_dir: Path = setting(help="folder of the run: checkpoints, settings.yaml, logs, TensorBoard events, pictures")
-    epochs: int = setting(100, "passes over the data", least=1)
-    batch_size: int = setting(32, "volumes per update, over all processes together", least=1)
-    micro_batch_size: int | None = setting(None, "volumes per process and pass; none: batch_size / processes", least=1)
-    samples_per_epoch: int | None = setting(None, "volumes that make an epoch; none: as many as there are", least=1)
-    seed: int = setting(0, "seed of weights, data order, crops and masks")
-    workers: int = setting(4, "data loading processes per training process; 0: load in the training process", least=0)
+    epochs: int = setting(100, "passes over the data", least=1, most=10**9)
+    batch_size: int = setting(32, "volumes per update, over all processes together", least=1, most=65536)
+    micro_batch_size: int | None = setting(
+        None, "volumes per process and pass; none: no accumulation", least=1, most=65536
+    )
+    samples_per_epoch: int | None = setting(None, "volumes that make an epoch; none: all of them", least=1, most=10**9)
+    seed: int = setting(0, "seed of weights, data order, crops and masks", least=-(2**63), most=2**63 - 1)
+    workers: int = setting(4, "loading processes per training process; 0: load in that", least=0, most=1024)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where available")
     log_every: int = setting(10, "updates between two log entries", least=1)
     hang_minutes: float | None = setting(
-        30.0, "end the process if an update, window, cached volume or checkpoint takes longer; none: never", above=0
+        30.0,
+        "end the process if an update, window, cached volume or checkpoint takes longer; none: never",
+        above=0,
+        most=10**6,
     )
     optim: OptimSettings = group(OptimSettings, "Optimiser")
     precision: PrecisionSettings = group(PrecisionSettings, "Precision and memory")

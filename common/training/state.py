@@ -101,7 +101,8 @@ class TrainingState:
             self.method.load_checkpoint_state(content)
             self._load_optimizer(content["optimizer"])
             self._load_counters(content)
-        except (KeyError, RuntimeError, ValueError) as error:
+        # a value of another type, as in a checkpoint of another program
+        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path}: not a checkpoint of this run ({one_line(error)}); --resume none starts again"
             ) from None
@@ -116,13 +117,19 @@ class TrainingState:
 
     def _load_counters(self, content: dict[str, Any]) -> None:
         loop, progress = content["args"]["loop"], content.get("progress")
-        self.step, self.rollbacks = content["args"]["step"], loop["rollbacks"]
+        self.step, self.rollbacks = _count(content["args"], "step"), _count(loop, "rollbacks")
         # empty unless the run was in fp16
         if loop["scaler"]:
             self.scaler.load_state_dict(loop["scaler"])
         self.guard.load(loop["guard"])
-        self.epoch = content["epoch"] + (0 if progress else 1)
+        self.epoch = _count(content, "epoch") + (0 if progress else 1)
         self.epoch_means, self.interval_means = RunningMean(), RunningMean()
         if progress:
             self.epoch_means = RunningMean.from_state(progress["epoch"], self.run)
             self.interval_means = RunningMean.from_state(progress["recent"], self.run)
+
+
+def _count(content: dict[str, Any], name: str) -> int:
+    if type(content[name]) is not int or content[name] < 0:
+        raise ValueError(f"{name}: found {one_line(repr(content[name]), 50)}, expected a whole number of at least 0")
+    return content[name]

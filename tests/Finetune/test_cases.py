@@ -1,6 +1,7 @@
 """Cases in published layouts, folds, nested subsets, label values."""
 
 import json
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -153,3 +154,9 @@ def test_two_images_of_one_name_are_refused(tmp_path):
     touch(tmp_path, *[f"{kind}{part}/amos_0001.nii.gz" for kind in ("images", "labels") for part in ("Tr", "Va")])
     with pytest.raises(InputError, match="imagesVa/amos_0001.nii.gz.*amos_0001"):
         find_cases(load_preset("AMOS22_CT"), tmp_path)
+
+
+def test_more_folds_than_cases_need_no_memory(tmp_path):
+    cases = [Case(f"c{n}", tmp_path / f"c{n}.nii") for n in range(4)]
+    preset = replace(load_preset("sample_abdomen"), folds=10**12)
+    assert [len(split(cases, preset, fold)[1]) for fold in range(4)] == [1] * 4

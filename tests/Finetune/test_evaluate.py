@@ -10,6 +10,7 @@ import pytest
 
 from common.errors import InputError
 from Finetune.evaluate import main
+from Finetune.evaluation.protocol import read_protocol
 from tests.Finetune.scoring import AFFINE, run, save
 
 
@@ -81,3 +82,11 @@ def test_bad_settings_and_protocols_are_refused(two_cases):
     with pytest.raises(InputError, match="--labels: missing"):
         main(["--predictions", str(two_cases / "p"), "--out", str(two_cases / "x")])
     assert not (two_cases / "card").exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 5000, b"", b"{}", b"[" * 100_000])
+def test_a_file_that_is_no_protocol_is_named_in_one_line(tmp_path, content):
+    (tmp_path / "predictions.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"predictions\.json: not a protocol") as raised:
+        read_protocol(tmp_path)
+    assert len(str(raised.value)) < 600 and "\n" not in str(raised.value)

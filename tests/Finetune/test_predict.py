@@ -15,6 +15,8 @@ from common import checkpoint, files
 from common.data import volume_io
 from common.errors import InputError
 from Finetune.architectures import load_finetuned
+from Finetune.inference.ensemble import load_ensemble
+from Finetune.predict import main
 from Finetune.presets import load_preset
 from scripts.synthetic_ct import affine_of, phantom, write_dicom
 from tests.Finetune.predicting import AFFINES, run, save_checkpoint, write_ct
@@ -218,3 +220,37 @@ def test_full_disk_is_reported_before_inference(tmp_path, monkeypatch, preset, f
     assert "scan_probabilities.nii: cannot be written (No space left" in capsys.readouterr().out
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
     assert json.loads((tmp_path / "out/predictions.json").read_text())["failed"] == ["scan"]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: c["args"]["architecture"].update(embed_dim=10**9), "embed_dim.*65536"),
+        (lambda c: c["args"]["architecture"].update(embed_dim=65536, feature_size=4096), "does not fit"),
+        (lambda c: c["args"]["architecture"].update(num_heads=7), "cannot be built"),
+        (lambda c: c["args"]["preset"].update(labels={0: "a"}), "labels"),
+        (lambda c: c["args"].update(config=None), "config"),
+        (lambda c: c["args"]["config"].update(overlap=torch.zeros(2)), "overlap"),
+        (lambda c: c["args"].update(training_cases=[{}]), "training_cases"),
+        (lambda c: c["args"].update(leak=torch.zeros(1)), "leak"),
+        (lambda c: c["state_dict"].update({7: torch.zeros(1)}), "not dense tensors: 7"),
+        (lambda c: c.update(state_dict=[]), "found list"),
+    ],
+)
+def test_other_values_in_a_checkpoint_are_refused(tmp_path, change, words):
+    save_checkpoint(tmp_path / "a.pth", load_preset("MSD09_Spleen"))
+    content = checkpoint.load(tmp_path / "a.pth")
+    change(content)
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=f"a.pth.*({words})"):
+        load_ensemble([tmp_path / "a.pth"])
+
+
+def test_a_link_to_itself_among_the_images_is_reported(tmp_path, capsys):
+    save_checkpoint(tmp_path / "a.pth", load_preset("MSD09_Spleen"))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/x.nii.gz").symlink_to(tmp_path / "images/x.nii.gz")
+    words = ["--checkpoint", tmp_path / "a.pth", "--images", tmp_path / "images", "--out", tmp_path / "out"]
+    with pytest.raises(InputError, match="no label map: x"):
+        main(list(map(str, words)))
+    assert "x.nii.gz: cannot be read" in capsys.readouterr().out

@@ -244,3 +244,11 @@ def test_tensors_with_too_few_axes_are_refused(tmp_path, name):
     torch.save({"student": small().state_dict() | {name: torch.zeros(48)}}, tmp_path / "c.pth")
     with pytest.raises(ValueError, match=r"c\.pth.*\(48,\)"):
         small().load_pretrained_checkpoint(tmp_path / "c.pth")
+
+
+def test_expanded_tensors_are_refused_by_name(tmp_path):
+    """The file has one number, and the tensor would need 64 GB."""
+    state = small().state_dict() | {"pos_embed": torch.zeros(1).expand(1, 2**17, 2**17)}
+    torch.save({"student": state}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=r"c\.pth.*expanded.*pos_embed"):
+        small().load_pretrained_checkpoint(tmp_path / "c.pth")

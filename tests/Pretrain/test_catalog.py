@@ -72,3 +72,11 @@ def test_a_wrong_name_gets_a_hint_and_a_custom_yaml_is_read(tmp_path):
     (tmp_path / "own.yaml").write_text(json.dumps({"name": "own", "folders": ["here"], "count": 1} | own))
     touch(tmp_path, "here/a.nii")
     assert len(read_datasets([str(tmp_path / "own.yaml")], tmp_path)) == 1
+
+
+def test_a_list_that_contains_itself_is_refused(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        text = f"{{name: {name}, description: x, datasets: [{tmp_path / other}.yaml]}}"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"a\.yaml.*contains itself"):
+        load(str(tmp_path / "a.yaml"))

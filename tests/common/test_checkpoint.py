@@ -59,3 +59,9 @@ def test_damage_to_the_archives_directory_is_found(tmp_path, place):
     (tmp_path / "c.pth").write_bytes(data)
     with pytest.raises(InputError, match="c.pth: damaged"):
         checkpoint.verify(tmp_path / "c.pth")
+
+
+def test_an_empty_file_is_refused_in_words(tmp_path):
+    (tmp_path / "a.pth").touch()
+    with pytest.raises(InputError, match="a.pth: found the end of the file"):
+        checkpoint.load(tmp_path / "a.pth")

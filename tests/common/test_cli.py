@@ -228,3 +228,30 @@ def test_an_interrupt_is_exit_code_130(capsys):
 def test_the_command_line_is_read_without_importing_torch():
     code = "import sys, common.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (InputError("a\nb: found"), "error: a b: found"),
+        (OSError(36, "File name too long", "x" * 300), "xxx: File name too long"),
+        (MemoryError(), "error: not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "error: not enough memory"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(capsys, error, words):
+    def main():
+        raise error
+
+    assert run_program(main) == 2
+    printed = capsys.readouterr().err
+    assert words in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError("no file")])
+def test_other_errors_keep_their_traceback(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
+        run_program(main)

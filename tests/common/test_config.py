@@ -274,3 +274,18 @@ def test_a_required_setting_cannot_lie_in_an_unused_group():
 
     with pytest.raises(TypeError, match="out_dir"):
         settings_of(Needed)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{after}: &{after} [{', '.join([f'*{before}'] * 9)}]\n" for before, after in zip("abcdefgh", "bcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &x [*x]", "a: &x {b: *x}", BOMB, "a: " + "[" * 5000 + "]" * 5000, "a: 2020-99-99", "a: " + "9" * 5000]
+)
+def test_yaml_that_grows_without_end_is_refused(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(InputError, match="a.yaml") as raised:
+        load_yaml(tmp_path / "a.yaml")
+    assert len(str(raised.value)) < 600

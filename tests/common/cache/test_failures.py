@@ -140,7 +140,7 @@ KINDS = {
     _singular: "spacing|singular",
     _nan_affine: "not finite",
     _no_hu: "HU",
-    _too_large: "at most 1073741824 voxels",
+    _too_large: "at most 1073741824",
     _unknown_type: "data code",
     _air: "foreground|expected HU",
 }

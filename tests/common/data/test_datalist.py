@@ -77,8 +77,8 @@ def test_a_text_file_of_paths(tmp_path):
         ("{", "not JSON"),
         ("[" * 3000 + "]" * 3000, "nested too deeply"),
         ('{"training": [' + "[" * 900 + "]" * 900 + "]}", "expected a path or a mapping"),
-        ('{"training": ["a\\u0000b/c.nii"]}', "NUL character in the path"),
-        ('{"training": [{"image": "a.nii", "label": "b\\u0000/c.nii"}]}', "NUL character in the path"),
+        ('{"training": ["a\\u0000b/c.nii"]}', "NUL character.* in the path"),
+        ('{"training": [{"image": "a.nii", "label": "b\\u0000/c.nii"}]}', "NUL character.* in the path"),
         ("[]", "no list 'training'"),
         ('{"validation": []}', "expected one of the sections validation"),
         ('{"training": []}', "empty data list"),
@@ -148,3 +148,15 @@ def test_a_missing_list_and_an_empty_folder(tmp_path):
         read_cases(tmp_path / "none.json")
     with pytest.raises(InputError, match="empty"):
         read_cases(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["a\\ud800.nii", "a\\u0000.nii", "\\udfff/a.nii"])
+def test_a_path_that_no_system_accepts_is_refused(tmp_path, path):
+    (tmp_path / "a.json").write_text(f'{{"training": ["{path}"]}}')
+    with pytest.raises(InputError, match=r"a\.json.*(NUL|name)"):
+        read_cases(tmp_path / "a.json")
+
+
+def test_a_device_is_no_list():
+    with pytest.raises(InputError, match="/dev/zero.*device"):
+        read_cases("/dev/zero")

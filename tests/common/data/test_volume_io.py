@@ -14,6 +14,7 @@ from monai.transforms import LoadImage, Orientation
 from common.data.preprocessing import Preprocessing
 from common.data.volume_io import read_image, read_label
 from common.errors import InputError
+from common.files import file_sha256
 from scripts.synthetic_ct import affine_of, phantom, write_dicom
 from tests.common.made import SHAPE, SPACING, labelled, nifti
 
@@ -230,3 +231,59 @@ def test_no_permission(tmp_path):
     path.chmod(0)
     with pytest.raises(InputError, match="cannot be read"):
         read_image(path)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}.*a pipe or a device"):
+        read_image(tmp_path / name)
+    with pytest.raises(OSError, match="a pipe or a device"):
+        file_sha256(tmp_path / name)
+
+
+def test_a_label_with_infinity_is_refused(tmp_path):
+    image, label = labelled(tmp_path)
+    values = np.asarray(nib.load(label).dataobj, np.float32)
+    values[0, 0, 0] = np.inf
+    nifti(label, values)
+    with pytest.raises(InputError, match="a_label.*inf"):
+        read_label(label, read_image(image))
+
+
+def test_a_header_that_promises_too_much_names_the_shape(tmp_path, monkeypatch):
+    def full(_):
+        raise MemoryError
+
+    path = nifti(tmp_path / "a.nii.gz")
+    monkeypatch.setattr("common.data.nifti.np.asanyarray", full)
+    with pytest.raises(InputError, match=r"a\.nii.*40, 36, 34.*memory"):
+        read_image(path)
+
+
+def test_a_spacing_that_makes_a_volume_too_large_is_refused(tmp_path):
+    image = read_image(nifti(tmp_path / "a.nii.gz"))
+    with pytest.raises(InputError, match="a.nii.gz at a spacing of 0.001.*voxels"):
+        Preprocessing(spacing=(0.001,) * 3).apply(image)
+
+
+@pytest.mark.parametrize(
+    "tag, value",
+    [("Rows", [16, 16]), ("PixelSpacing", [2]), ("ImagePositionPatient", [0, 0]), ("InstanceNumber", None)],
+)
+def test_a_dicom_tag_with_other_numbers_is_named(tmp_path, tag, value):
+    write_dicom(tmp_path, phantom(SHAPE)[0][:, :, :3], affine_of(SHAPE, SPACING))
+    for path in tmp_path.iterdir():
+        ds = pydicom.dcmread(path)
+        setattr(ds, tag, value)
+        ds.save_as(path)
+    with pytest.raises(InputError, match=f"slice-000.*{tag}"):
+        read_image(tmp_path)
+
+
+def test_an_unknown_type_in_a_dicom_header_is_refused(tmp_path):
+    write_dicom(tmp_path, phantom(SHAPE)[0][:, :, :3], affine_of(SHAPE, SPACING))
+    path = tmp_path / "slice-000.dcm"
+    path.write_bytes(path.read_bytes().replace(b"\x28\0\x10\0US", b"\x28\0\x10\0U\x15"))
+    with pytest.raises(InputError, match="slice-000.*header"):
+        read_image(tmp_path)

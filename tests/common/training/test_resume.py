@@ -196,3 +196,23 @@ def test_a_stop_before_training_does_not_resume_an_older_run(tmp_path):
     write_requeue_marker(tmp_path)
     method, _ = run_toy(tmp_path, resume="none", epochs=1)
     assert method.calls[0][1] == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epoch": "3"},
+        {"epoch": {}},
+        {"epoch": torch.zeros(2)},
+        {"epoch": -1},
+        {"args": None},
+        {"optimizer": 1},
+        {"model": {None: 1}},
+    ],
+)
+def test_a_checkpoint_with_other_types_is_refused(tmp_path, change):
+    run_toy(tmp_path, epochs=1)
+    path = tmp_path / "checkpoint-last.pth"
+    torch.save(checkpoint.load(path) | change, path)
+    with pytest.raises(InputError, match="checkpoint-last.pth.*not a checkpoint of this run"):
+        run_toy(tmp_path, epochs=2)

@@ -1,0 +1,70 @@
+"""The fuzzer (fuzz.py): a tenth of its inputs in the fast tests, all of them in the slow ones."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.config import convert_setting, settings_of
+from common.errors import InputError
+from tests.helpers import ROOT
+from tests.reliability import fuzz, fuzz_inputs
+
+# every n-th input of each kind in the fast tests
+STEP = 24
+
+
+def test_changed_inputs_are_read_or_refused_with_a_reason(tmp_path):
+    results = fuzz.run_all(tmp_path, fuzz.every_input(STEP))
+    assert "\n".join(str(result) for result in results if result.fault) == ""
+    assert {result.outcome for result in results} == {"accepted", "refused"} and len(results) > 40
+
+
+@pytest.mark.slow
+def test_a_thousand_inputs_have_no_fault():
+    command = [sys.executable, "-m", "tests.reliability.fuzz", "--table"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    assert len(fuzz.every_input()) >= 1000
+
+
+@pytest.mark.parametrize(
+    "action, code, fault",
+    [
+        (lambda: 1 / 0, 1, "Traceback"),
+        (lambda: [b"x" * 2**31], 2, "not enough memory"),
+        (lambda: Path("ran").write_text("x"), 0, "code in the pickle"),
+        (lambda: [Path("out").mkdir(), Path("out/a.json").write_text("{")], 0, "half written"),
+        (lambda: [Path("in").mkdir(), Path("in/a").write_text("x")], 0, "input was changed"),
+        (lambda: sys.exit(3), 3, "exit code 3"),
+    ],
+)
+def test_a_fault_is_noticed(tmp_path, monkeypatch, action, code, fault):
+    monkeypatch.setitem(fuzz.PROGRAMS, "fault", lambda argv: action())
+    monkeypatch.setitem(fuzz.KINDS, "fault", (lambda *_: ["fault"], 1))
+    result = fuzz.try_input("fault", 0, tmp_path / "x", fuzz.Bench(tmp_path))
+    assert result.code == code and fault in result.fault + result.output
+
+
+def test_an_input_depends_on_kind_and_number_alone(tmp_path):
+    made = [fuzz_inputs.nifti_bytes(random.Random("0 NIfTI 5")) for _ in range(2)]
+    assert made[0] == made[1] and made[0] != fuzz_inputs.nifti_bytes(random.Random("0 NIfTI 6"))
+
+
+SIZES = (
+    "depth embed_dim embed_dims depths num_heads patch_size local_size global_size roi decoder_embed_dim decoder_depth "
+    "decoder_num_heads feature_size out_dim hidden_dim bottleneck_dim local_views global_views crops batch_size "
+    "micro_batch_size workers channels epochs samples_per_epoch seed hang_minutes"
+).split()
+
+
+@pytest.mark.parametrize("program", ["pretrain", "finetune", "cache"])
+def test_sizes_that_no_machine_can_hold_are_refused(program):
+    known = settings_of(fuzz_inputs.CLASSES[program])
+    tested = [name for name in SIZES if name in known]
+    for name in tested:
+        with pytest.raises(InputError, match=f"--{name} 9+.*at most"):
+            convert_setting("9" * 25, known[name], f"--{name}")
+    assert tested
