@@ -34,8 +34,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except InputError:
         raise
     except MemoryError:
-        shape, kind = tuple(map(int, image.header.get_data_shape())), image.get_data_dtype()
-        raise InputError(f"{path}: found the shape {shape} of {kind}, expected a volume that fits in memory") from None
+        raise InputError(f"{path}: found a header that asks for more memory than there is, expected a volume") from None
     # gzip, zlib, numpy and nibabel raise a different type for each kind of damage
     except Exception as error:
         raise InputError(f"{path}: not a NIfTI volume, or a damaged one ({one_line(error)})") from None

@@ -251,13 +251,13 @@ def test_a_label_with_infinity_is_refused(tmp_path):
         read_label(label, read_image(image))
 
 
-def test_a_header_that_promises_too_much_names_the_shape(tmp_path, monkeypatch):
+def test_a_header_that_asks_for_too_much_memory_is_refused(tmp_path, monkeypatch):
     def full(_):
         raise MemoryError
 
     path = nifti(tmp_path / "a.nii.gz")
     monkeypatch.setattr("common.data.nifti.np.asanyarray", full)
-    with pytest.raises(InputError, match=r"a\.nii.*40, 36, 34.*memory"):
+    with pytest.raises(InputError, match=r"a\.nii.*memory"):
         read_image(path)
 
 
