@@ -1,8 +1,8 @@
 """A run over days, shortened: a fault at a random update about every 100 updates, and the use of memory, open files and
 shared memory over the run.
 
-    python -m tests.reliability.long_run --table table.md                 5,000 updates, about 20 minutes on two cores
-    python -m tests.reliability.long_run --table table.md --updates 500   about 2 minutes
+    python -m tests.reliability.long_run --table table.md                 5,000 updates, about 20 minutes on two idle cores
+    python -m tests.reliability.long_run --table table.md --updates 600   as in CI, about 2 minutes
 
 The faults are SIGKILL, SIGTERM, a full disk, and a truncated or altered checkpoint. The run must end as the undisturbed
 one: the same weights, optimizer state, log lines and TensorBoard points, bit for bit. What a process uses is sampled in
@@ -292,6 +292,8 @@ def run_all(folder: Path, updates: int, seed: int, isolated: bool) -> dict[str, 
     targets = {name: folder / f"{name}.json" for name in RUNS}
     pids = [run_in_fork(Plan(bench, name, updates, seed), isolated, target) for name, target in targets.items()]
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    for name in RUNS if isolated else ():
+        subprocess.run(["umount", "-l", str(folder / f"disturbed/{name}")], capture_output=True)
     if any(codes):
         raise SystemExit("error: a run did not end as expected")
     return {name: json.loads(target.read_text()) for name, target in targets.items()}
