@@ -1,7 +1,7 @@
 """A run over days, shortened: a fault at a random update about every 100 updates, and the use of memory, open files and
 shared memory over the run.
 
-    python -m tests.reliability.long_run --table table.md                 5,000 updates, about 20 minutes on two idle cores
+    python -m tests.reliability.long_run --table table.md                 5,000 updates, about 20 minutes on two cores
     python -m tests.reliability.long_run --table table.md --updates 600   as in CI, about 2 minutes
 
 The faults are SIGKILL, SIGTERM, a full disk, and a truncated or altered checkpoint. The run must end as the undisturbed
