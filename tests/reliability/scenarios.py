@@ -300,7 +300,7 @@ def dead_rank(bench: Bench, out: Path, number: int, name: str, where: str, how: 
     more = ("--cache_dir", str(out / "cache")) if where == "cache" else ()
     job = bench.job(name, out, "--save_minutes", "none", *more, inject=partial(die_in, where, how, dies, hangs))
     codes, printed = job.wait(), job.output(1 - dies)
-    message = "died: MemoryError: no memory left" if how == "raise" else "died without a message"
+    message = "died: RuntimeError: a fault" if how == "raise" else "died without a message"
     repeated = f"error: rank {dies} {message}" in printed
     assert codes[dies] == (1 if how == "raise" else -signal.SIGKILL), (codes, job.output(dies)[-2000:])
     assert repeated or (not hangs and "by peer" in printed), (codes, printed[-2000:])
@@ -323,7 +323,7 @@ def die_in(where: str, how: str, dies: int, hangs: bool, rank: int) -> None:
         if rank != dies:
             threading.Event().wait()
         if how == "raise":
-            raise MemoryError("no memory left")
+            raise RuntimeError("a fault")
         os.kill(os.getpid(), signal.SIGKILL)
 
     inner = Trainer.save_or_stop
