@@ -215,7 +215,7 @@ def test_a_signalled_job_is_requeued_and_ends_as_undisturbed(pretraining, tmp_pa
     cluster = Cluster(tmp_path, out / "log.jsonl", nodes)
     first = cluster.start(template, OUT_DIR=out, **settings)
     assert first.returncode == 0 and cluster.requeued.exists(), first.stdout[-2000:] + first.stderr[-4000:]
-    assert cluster.requeued.read_text() == "requeue 4711\n" and "asked to stop: saved after" in first.stdout
+    assert cluster.requeued.read_text() == "requeue 4711\n" and "stopped by a signal: saved after" in first.stdout
     assert (out / "requeue").exists() and not (out / "checkpoint-7.pth").exists()
     second = cluster.start(template, restarts=1, OUT_DIR=out, **settings)
     assert second.returncode == 0 and "resuming from" in second.stdout, second.stdout[-2000:] + second.stderr[-4000:]
