@@ -43,6 +43,7 @@ FLAGS = f"--batch_size 1 --samples_per_epoch {PER_EPOCH} --workers 1 --log_every
 FAULTS = ("SIGKILL", "SIGKILL to the training process only", "SIGTERM", "full disk", "truncated file", "altered file")
 SAMPLE_EVERY = 10
 # share of the updates of a process before its use counts as steady
+LEAST_PROCESSES = 20  # a line through fewer samples mostly follows their noise
 WARM_UP = 0.2
 FILLER = "filler"
 CLONE_NEWNS = 0x20000
@@ -217,8 +218,10 @@ def within_a_process(samples: list[dict]) -> dict[str, Trend]:
 
 
 def across_processes(samples: list[dict]) -> dict[str, Trend]:
-    """Return the trend of each use over the processes of a run, each at its last sample."""
+    """Return the trend of each use over the processes of a run, each at its last sample; none over too few of them."""
     last = list({sample["process"]: sample for sample in samples}.values())
+    if len(last) < LEAST_PROCESSES:
+        return {}
     return {use: trend(list(range(len(last))), [s[use] for s in last]) for use in UNITS}
 
 
