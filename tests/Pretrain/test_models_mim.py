@@ -376,7 +376,7 @@ def test_a_checkpoint_round_trip_with_another_alignment(tmp_path):
     source = toy(align="published")
     torch.save(source.checkpoint_state(), tmp_path / "own.pth")
     twin = toy(seed=1, align="published")
-    twin.load_checkpoint_state(torch.load(tmp_path / "own.pth"))
+    twin.load_checkpoint_state(torch.load(tmp_path / "own.pth", weights_only=True))
     assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), twin.state_dict().values()))
     missing, dropped = toy(seed=1, align="none").load_pretrained_checkpoint(tmp_path / "own.pth")
     assert missing == [] and len(dropped) == 16 and all(name.startswith("aggregate_") for name in dropped)

@@ -102,7 +102,7 @@ def test_two_processes_equal_one(tmp_path, align):
     micro = [{k: v[n : n + 1] for k, v in batch_of(64, seed=i).items()} for i in range(3) for n in range(2)]
     one = train(method, micro, accum=2, optimizer=descent(method))
     for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, value in method.state_dict().items():
             torch.testing.assert_close(found["state"][name], value, atol=1e-5, rtol=1e-4)
         for ours, theirs in zip(one[rank::2], found["losses"], strict=True):

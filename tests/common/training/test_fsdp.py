@@ -121,7 +121,7 @@ def test_a_sharded_run_writes_the_checkpoint_of_a_plain_one(folder, plain, other
 
 @pytest.mark.slow
 def test_each_process_holds_its_share(folder):
-    first, second = (torch.load(folder / f"held-{rank}.pt") for rank in range(2))
+    first, second = (torch.load(folder / f"held-{rank}.pt", weights_only=True) for rank in range(2))
     assert first["held"] + second["held"] == first["all"] == second["all"]
     assert 0 < second["held"] <= first["held"] < first["all"]
 

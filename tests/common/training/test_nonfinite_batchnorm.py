@@ -59,7 +59,7 @@ def worker(rank, folder):
 @pytest.mark.slow
 def test_they_are_those_of_all_ranks(tmp_path):
     torch.multiprocessing.start_processes(worker, args=(tmp_path,), nprocs=2, start_method="spawn")
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     one, _ = run_toy(tmp_path / "one", Normed(), epochs=1)
     torch.testing.assert_close(first[0], statistics(one)[0], rtol=1e-2, atol=0)  # the means: of the same samples
