@@ -1,6 +1,7 @@
 """Losses of the pretraining methods, all computed in float32.
 
 B batch   N patches   P voxels of a patch (times channels)   p, s views of teacher, student   K prototypes
+R children (mid or down volumes)   n places in their parents   E width
 """
 
 import math
@@ -92,3 +93,36 @@ def entropy_of_mean(mean: Tensor) -> Tensor:
     Near 0: one prototype is assigned to everything.
     """
     return -(mean * mean.clamp_min(1e-12).log()).sum() / math.log(len(mean))
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Return 2 - 2 cos over the last axis, in float32."""
+    return 2.0 - 2.0 * F.cosine_similarity(a.float(), b.float(), dim=-1)
+
+
+def align_cosine(child: Tensor, keys: Tensor, labels: Tensor) -> Tensor:
+    """Mean cosine distance of children (R, E) to their places `labels` (R,) among their parents' features (R, n, E)."""
+    own = keys[torch.arange(len(labels), device=labels.device), labels]  # (R, E)
+    return cosine_distance(child, own).mean()
+
+
+def align_infonce(child: Tensor, keys: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of predicting the place `labels` (R,) of children (R, E) among the places (R, n, E) of parents."""
+    return F.cross_entropy(_cosines(child, keys) / temperature, labels)
+
+
+def align_chance(child: Tensor, keys: Tensor, temperature: float | None = None) -> Tensor:
+    """Return the mean alignment of children (R, E) with all places (R, n, E): that of guessing the place.
+
+    Args:
+        temperature: of `align_infonce`; None for `align_cosine`.
+    """
+    cosines = _cosines(child, keys)  # (R, n)
+    return (2.0 - 2.0 * cosines).mean() if temperature is None else -F.log_softmax(cosines / temperature, 1).mean()
+
+
+def _cosines(child: Tensor, keys: Tensor) -> Tensor:
+    """Return the cosines (R, n) of (R, E) with (R, n, E), in float32."""
+    child, keys = F.normalize(child.float(), dim=-1), F.normalize(keys.float(), dim=-1)
+    # a sum, because autocast would compute an einsum in bf16
+    return (child.unsqueeze(1) * keys).sum(dim=-1)

@@ -1,12 +1,14 @@
-"""Random masks of patches.   B batch   N patches   K kept.   In a mask 1 means removed.
+"""Random masks of patches and of units.   B batch   N patches (T tokens)   K kept.   In a mask 1 means removed.
 
 Randomness comes from a key per sample (int64, in the batch) instead of a generator per process. The mask of a sample is
 then the same on any number of ranks, in any micro-batch, on CPU and CUDA, and after a restart. Our choice.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -51,6 +53,28 @@ def random_masking(noise: Tensor, keep: int) -> Masking:
     ids_shuffle = noise.argsort(dim=1, stable=True)
     ids_restore = ids_shuffle.argsort(dim=1)
     return Masking(ids_shuffle[:, :keep], ids_restore, (ids_restore >= keep).float())
+
+
+def unit_masking(noise: Tensor, keep: int, grid: Sequence[int]) -> tuple[Masking, Tensor]:
+    """Keep the `keep` units of lowest noise (B, g^3), of the g^3 cubic units of a token grid (d, h, w).
+
+    Returns the masking of tokens, and the mask of units (B, g^3) with 1 = removed.
+    """
+    units = noise.shape[1]
+    group = round(units ** (1 / 3))
+    # ranks are never equal, noise may be
+    _, rank, unit_mask = random_masking(noise, keep)
+    blocks = rank.float().view(-1, 1, group, group, group)
+    tokens = F.interpolate(blocks, size=grid, mode="nearest-exact").flatten(1)  # (B, T)
+    return random_masking(tokens, keep * tokens.shape[1] // units), unit_mask
+
+
+def choose_removed(noise: Tensor, mask: Tensor, count: int) -> Tensor:
+    """Return (B, count) places of highest noise among the removed ones of (B, n).
+
+    Visible places are used only when fewer than `count` are removed.
+    """
+    return (mask + noise).topk(count, dim=1).indices
 
 
 def _signed(number: int) -> int:

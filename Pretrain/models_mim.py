@@ -35,8 +35,16 @@ from common.training.method import Batch, Method, Reconstruction
 from Finetune.models_3dvit import Grid, get_3d_sincos_pos_embed, take
 from Finetune.models_convvit3d import ConvViT3D, convvit3d_base_patch16, convvit3d_tiny_patch16, to_map, to_tokens
 from Finetune.pretrained import load_matching, read_checkpoint
-from Pretrain.losses import masked_mse, norm_pix, patchify
-from Pretrain.masking import Masking, derive, num_keep, random_masking, uniform
+from Pretrain.losses import (
+    align_chance,
+    align_cosine,
+    align_infonce,
+    cosine_distance,
+    masked_mse,
+    norm_pix,
+    patchify,
+)
+from Pretrain.masking import Masking, choose_removed, derive, num_keep, random_masking, uniform, unit_masking
 
 LEVELS = ("up", "mid", "down")
 Quadruple = tuple[int, int, int, int]
@@ -77,28 +85,6 @@ class MiMSettings:
 # ---------------------------------------------------------------- functions
 
 
-def unit_masking(noise: Tensor, keep: int, grid: Grid) -> tuple[Masking, Tensor]:
-    """Keep the `keep` units of lowest noise (B, g^3), of the g^3 cubic units of a token grid (d, h, w).
-
-    Returns the masking of tokens, and the mask of units (B, g^3) with 1 = removed.
-    """
-    units = noise.shape[1]
-    group = round(units ** (1 / 3))
-    # ranks are never equal, noise may be
-    _, rank, unit_mask = random_masking(noise, keep)
-    blocks = rank.float().view(-1, 1, group, group, group)
-    tokens = F.interpolate(blocks, size=grid, mode="nearest-exact").flatten(1)  # (B, T)
-    return random_masking(tokens, keep * tokens.shape[1] // units), unit_mask
-
-
-def choose_removed(noise: Tensor, mask: Tensor, count: int) -> Tensor:
-    """Return (B, count) places of highest noise among the removed ones of (B, n).
-
-    Visible places are used only when fewer than `count` are removed.
-    """
-    return (mask + noise).topk(count, dim=1).indices
-
-
 def cut_blocks(x: Tensor, block: Sequence[int], ids: Tensor) -> Tensor:
     """Return the blocks `ids` (B, k) of the volumes (B, C, D, H, W), numbered in raster order: (B*k, C, *block)."""
     batch, chans = x.shape[:2]
@@ -111,39 +97,6 @@ def cut_blocks(x: Tensor, block: Sequence[int], ids: Tensor) -> Tensor:
 def pool_units(tokens: Tensor, grid: Grid, group: int) -> Tensor:
     """Average over the cubic units of the grid: (B, T, E) -> (B, g^3, E), one row per place of a mid volume."""
     return to_tokens(F.avg_pool3d(to_map(tokens, grid), [n // group for n in grid]))
-
-
-def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return 2 - 2 cos over the last axis, in float32."""
-    return 2.0 - 2.0 * F.cosine_similarity(a.float(), b.float(), dim=-1)
-
-
-def align_cosine(child: Tensor, keys: Tensor, labels: Tensor) -> Tensor:
-    """Mean cosine distance of children (R, E) to their places `labels` (R,) among their parents' features (R, n, E)."""
-    own = keys[torch.arange(len(labels), device=labels.device), labels]  # (R, E)
-    return cosine_distance(child, own).mean()
-
-
-def align_infonce(child: Tensor, keys: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of predicting the place `labels` (R,) of children (R, E) among the places (R, n, E) of parents."""
-    return F.cross_entropy(_cosines(child, keys) / temperature, labels)
-
-
-def align_chance(child: Tensor, keys: Tensor, temperature: float | None = None) -> Tensor:
-    """Return the mean alignment of children (R, E) with all places (R, n, E): that of guessing the place.
-
-    Args:
-        temperature: of `align_infonce`; None for `align_cosine`.
-    """
-    cosines = _cosines(child, keys)  # (R, n)
-    return (2.0 - 2.0 * cosines).mean() if temperature is None else -F.log_softmax(cosines / temperature, 1).mean()
-
-
-def _cosines(child: Tensor, keys: Tensor) -> Tensor:
-    """Return the cosines (R, n) of (R, E) with (R, n, E), in float32."""
-    child, keys = F.normalize(child.float(), dim=-1), F.normalize(keys.float(), dim=-1)
-    # a sum, because autocast would compute an einsum in bf16
-    return (child.unsqueeze(1) * keys).sum(dim=-1)
 
 
 def level_factors(mode: str, progress: float) -> dict[str, float]:

@@ -2,10 +2,13 @@
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from Pretrain.losses import (
+    align_cosine,
+    align_infonce,
     collapse_monitors,
     cosine_pairs,
     entropy_of_mean,
@@ -83,3 +86,23 @@ def test_monitors_tell_the_two_collapses_apart():
     healthy = collapse_monitors(spread, uniform.log())
     assert healthy["entropy"] < 1e-5
     assert abs(entropy_of_mean(spread.mean(dim=(0, 1))) - math.log(16) / math.log(k)) < 1e-5
+
+
+def test_cosine_alignment_is_with_the_own_place_and_no_other():
+    child, keys, labels = torch.randn(4, 8), torch.randn(4, 5, 8, requires_grad=True), torch.tensor([2, 0, 4, 2])
+    align_cosine(child, keys, labels).backward()
+    touched = keys.grad.abs().sum(-1) > 0
+    assert torch.equal(touched, F.one_hot(labels, 5).bool())
+    keys = keys.detach()
+    own = keys[torch.arange(4), labels]
+    assert align_cosine(3 * own, keys, labels) == pytest.approx(0, abs=1e-5)
+    assert align_cosine(-own, keys, labels) == pytest.approx(4, abs=1e-5)
+
+
+def test_infonce_against_a_loop():
+    child, keys, labels = torch.randn(4, 8), torch.randn(4, 5, 8), torch.tensor([2, 0, 4, 2])
+    total = 0.0
+    for q, ks, label in zip(child, keys, labels):
+        logits = [float(q @ k / q.norm() / k.norm()) / 0.1 for k in ks]
+        total += math.log(sum(math.exp(v) for v in logits)) - logits[label]
+    assert align_infonce(child, keys, labels, 0.1).item() == pytest.approx(total / 4, rel=1e-4)

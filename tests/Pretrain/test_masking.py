@@ -1,8 +1,9 @@
 """Masks: counts, inverses, uniformity, and independence of who draws them."""
 
+import pytest
 import torch
 
-from Pretrain.masking import derive, num_keep, random_masking, uniform
+from Pretrain.masking import choose_removed, derive, num_keep, random_masking, uniform, unit_masking
 
 
 def test_counts_of_the_recipes_and_the_float_trap():
@@ -63,3 +64,32 @@ def test_derived_keys_differ_and_are_unrelated_to_the_noise():
     assert len(derived.unique()) == 4000
     a, b = uniform(keys, 1).flatten(), uniform(derived[0], 1).flatten()
     assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("group", [2, 3, 6])
+def test_unit_mask_removes_whole_cubes(group):
+    side = 6 // group
+    keep = num_keep(group**3, 0.5)
+    masking, units = unit_masking(uniform(torch.arange(5), group**3), keep, (6, 6, 6))
+    tokens = masking.mask.view(5, group, side, group, side, group, side)
+    cubes = tokens.mean(dim=(2, 4, 6)).flatten(1)  # the share of each cube that is removed: all or nothing
+    assert torch.equal(cubes, units) and set(cubes.unique().tolist()) == {0.0, 1.0}
+    assert (units.sum(1) == group**3 - keep).all()
+    assert torch.equal(masking.mask.scatter(1, masking.ids_keep, 7.0) == 7.0, masking.mask == 0)
+    assert len({tuple(row) for row in units.tolist()}) > 1
+
+
+def test_equal_noise_still_removes_whole_cubes():
+    masking, units = unit_masking(torch.zeros(1, 8), 4, (6, 6, 6))
+    cubes = masking.mask.view(2, 3, 2, 3, 2, 3).mean(dim=(1, 3, 5)).flatten()
+    assert torch.equal(cubes, units[0]) and units.sum() == 4
+
+
+def test_removed_places_are_chosen_first_and_uniformly():
+    mask = torch.tensor([1.0, 0, 1, 1, 0, 0, 1, 0]).expand(4000, -1)
+    chosen = choose_removed(uniform(torch.arange(4000), 8), mask, 2)
+    counts = chosen.flatten().bincount(minlength=8) / 8000
+    assert (counts[mask[0] == 0] == 0).all() and (counts[mask[0] == 1] - 0.25).abs().max() < 0.02
+    assert (chosen[:, 0] != chosen[:, 1]).all()
+    more = choose_removed(uniform(torch.arange(50), 8), mask[:50], 6)  # four are removed: two visible ones fill up
+    assert (mask[0][more].sum(1) == 4).all()

@@ -8,20 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from Finetune.models_convvit3d import ConvViT3D
-from Pretrain.losses import patchify
-from Pretrain.masking import num_keep, uniform
+from Pretrain.losses import cosine_distance, patchify
 from Pretrain.models_mim import (
     HEADS,
-    align_cosine,
-    align_infonce,
-    choose_removed,
-    cosine_distance,
     cut_blocks,
     level_factors,
     mim_convvit3d_base_patch16,
     mim_convvit3d_tiny_patch16,
     pool_units,
-    unit_masking,
 )
 from tests.Pretrain.toy_mim import batch_of, toy
 
@@ -42,26 +36,7 @@ def calls_of(method, batch):
     return up, mid, tuple(torch.cat(parts) for parts in zip(*down))
 
 
-# ---------------------------------------------------------------- units, octants, blocks
-
-
-@pytest.mark.parametrize("group", [2, 3, 6])
-def test_unit_mask_removes_whole_cubes(group):
-    side = 6 // group
-    keep = num_keep(group**3, 0.5)
-    masking, units = unit_masking(uniform(torch.arange(5), group**3), keep, (6, 6, 6))
-    tokens = masking.mask.view(5, group, side, group, side, group, side)
-    cubes = tokens.mean(dim=(2, 4, 6)).flatten(1)  # the share of each cube that is removed: all or nothing
-    assert torch.equal(cubes, units) and set(cubes.unique().tolist()) == {0.0, 1.0}
-    assert (units.sum(1) == group**3 - keep).all()
-    assert torch.equal(masking.mask.scatter(1, masking.ids_keep, 7.0) == 7.0, masking.mask == 0)
-    assert len({tuple(row) for row in units.tolist()}) > 1
-
-
-def test_equal_noise_still_removes_whole_cubes():
-    masking, units = unit_masking(torch.zeros(1, 8), 4, (6, 6, 6))
-    cubes = masking.mask.view(2, 3, 2, 3, 2, 3).mean(dim=(1, 3, 5)).flatten()
-    assert torch.equal(cubes, units[0]) and units.sum() == 4
+# ---------------------------------------------------------------- octants, blocks
 
 
 def test_octants_are_octants():
@@ -81,16 +56,6 @@ def test_blocks_are_cut_in_the_order_of_patches():
     patches = patchify(x, (16, 16, 16))  # (2, 24, 16*16*16*3), channels last
     expected = patches[torch.arange(2)[:, None], ids].view(14, 16, 16, 16, 3).movedim(-1, 1)
     assert torch.equal(cut_blocks(x, (16, 16, 16), ids), expected)
-
-
-def test_removed_places_are_chosen_first_and_uniformly():
-    mask = torch.tensor([1.0, 0, 1, 1, 0, 0, 1, 0]).expand(4000, -1)
-    chosen = choose_removed(uniform(torch.arange(4000), 8), mask, 2)
-    counts = chosen.flatten().bincount(minlength=8) / 8000
-    assert (counts[mask[0] == 0] == 0).all() and (counts[mask[0] == 1] - 0.25).abs().max() < 0.02
-    assert (chosen[:, 0] != chosen[:, 1]).all()
-    more = choose_removed(uniform(torch.arange(50), 8), mask[:50], 6)  # four are removed: two visible ones fill up
-    assert (mask[0][more].sum(1) == 4).all()
 
 
 # ---------------------------------------------------------------- the three levels
@@ -170,26 +135,6 @@ def test_draws_follow_the_key_alone():
 
 
 # ---------------------------------------------------------------- alignment
-
-
-def test_cosine_alignment_is_with_the_own_place_and_no_other():
-    child, keys, labels = torch.randn(4, 8), torch.randn(4, 5, 8, requires_grad=True), torch.tensor([2, 0, 4, 2])
-    align_cosine(child, keys, labels).backward()
-    touched = keys.grad.abs().sum(-1) > 0
-    assert torch.equal(touched, F.one_hot(labels, 5).bool())
-    keys = keys.detach()
-    own = keys[torch.arange(4), labels]
-    assert align_cosine(3 * own, keys, labels) == pytest.approx(0, abs=1e-5)
-    assert align_cosine(-own, keys, labels) == pytest.approx(4, abs=1e-5)
-
-
-def test_infonce_against_a_loop():
-    child, keys, labels = torch.randn(4, 8), torch.randn(4, 5, 8), torch.tensor([2, 0, 4, 2])
-    total = 0.0
-    for q, ks, label in zip(child, keys, labels):
-        logits = [float(q @ k / q.norm() / k.norm()) / 0.1 for k in ks]
-        total += math.log(sum(math.exp(v) for v in logits)) - logits[label]
-    assert align_infonce(child, keys, labels, 0.1).item() == pytest.approx(total / 4, rel=1e-4)
 
 
 @pytest.mark.parametrize("align", ["cosine", "infonce"])
