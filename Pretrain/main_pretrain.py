@@ -36,8 +36,7 @@ from common.watchdog import Watchdog
 from Pretrain.build import PretrainSettings, build_task, settings_class
 from Pretrain.data import ViewDataset, input_statistics
 from Pretrain.health import Health, by_hash, first_check, hold_out, read_log
-from Pretrain.health import draw as draw_health
-from Pretrain.visualize import picture
+from Pretrain.visualize import curves, picture
 
 
 def main() -> None:
@@ -174,7 +173,7 @@ class HealthLog:
         log.add_scalars(values, step)
         if draws_after(epoch, settings):
             lines = [*read_log(log.epochs_path), {"epoch": epoch, **means, **values}]
-            save_picture(settings.out_dir / "health.png", draw_health(lines))
+            save_picture(settings.out_dir / "health.png", curves(lines))
         return values
 
 

@@ -1,16 +1,31 @@
-"""Pictures of what an autoencoder reconstructs: the view, its visible patches, and the prediction."""
+"""Pictures of a run: what the autoencoder reconstructs, and the measures of learning over the epochs."""
 
-from collections.abc import Sequence
+import io
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from common.training.method import Reconstruction
 from Finetune.models_3dvit import grid_of
+from Pretrain.health import PREFIX
 from Pretrain.losses import patchify, undo_norm_pix, unpatchify
 
 PANELS = ("view", "visible", "reconstruction")
+# title and lines of each curve over epochs; a line is drawn when the log has it
+CURVES = {
+    "PSNR above the patch mean, dB": ("over_mean",),
+    "PSNR above position alone, dB": ("over_position",),
+    "shares after the norm": ("norm/constant", "norm/position", "norm/volume", "norm/content"),
+    "losses": ("rec_", "global_global", "global_local", "align_", "chance_"),
+    "monitors, update": ("monitor/entropy", "monitor/kl"),
+}
+
+
+# ---------------------------------------------------------------- reconstructions
 
 
 def panels(
@@ -64,3 +79,40 @@ def _strip(name: str, slices: np.ndarray, title: int = 18, gap: int = 4) -> np.n
     for number, panel in enumerate(PANELS):
         ImageDraw.Draw(image).text((number * framed.shape[2] + 3, 3), f"{name}: {panel}", fill=255)
     return np.asarray(image)
+
+
+# ---------------------------------------------------------------- measures of learning
+
+
+def curves(lines: Sequence[Mapping[str, float]]) -> bytes:
+    """Return a PNG of the measures over the epochs, and per block in the last one."""
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    axes = figure.subplots(2, 4).flatten()
+    for ax, (title, wanted) in zip(axes, CURVES.items()):
+        for name in lines[-1]:
+            short = name.removeprefix(PREFIX)
+            is_monitor = title.startswith("monitors")
+            if is_monitor != name.startswith(PREFIX) and any(_matches(short, word) for word in wanted):
+                ax.plot([line["epoch"] for line in lines], [line.get(name, math.nan) for line in lines], label=short)
+        _finish(ax, title, "epoch")
+    for ax, measure in zip(axes[len(CURVES) :], ("participation_ratio", "power", "content")):
+        stages = [name for name in lines[-1] if name.startswith(PREFIX) and name.endswith(f"/{measure}")]
+        for line, label in ((lines[0], "first"), (lines[-1], "last")):
+            ax.plot([line.get(name, math.nan) for name in stages], label=label)
+        ax.set_xticks(range(len(stages)), [name.split("/")[1].replace("block", "") for name in stages], fontsize=6)
+        _finish(ax, f"{measure.replace('_', ' ')} per block", "")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=70)
+    return content.getvalue()
+
+
+def _matches(name: str, word: str) -> bool:
+    return name == word or name.endswith(f"/{word}") or name.startswith(word)
+
+
+def _finish(ax, title: str, xlabel: str) -> None:
+    ax.set_title(title, fontsize=8)
+    ax.set_xlabel(xlabel, fontsize=7)
+    ax.tick_params(labelsize=6)
+    if ax.lines:
+        ax.legend(fontsize=6)
