@@ -19,8 +19,9 @@ from common import checkpoint
 from common.config import from_dict, setting, shown
 from common.errors import InputError, one_line
 from Finetune import models_3dvit, models_convvit3d
+from Finetune.encoder3d import triple
 from Finetune.heads import HEADS, Architecture, Head, Triple, find_head
-from Finetune.models_3dvit import VisionTransformer3D, triple
+from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.models_convvit3d import STRIDE, ConvViT3D
 from Finetune.presets import Preset, check
 from Finetune.pretrained import is_dense, read_checkpoint, shorten

@@ -15,7 +15,7 @@ from torch import nn
 
 from common.config import nearest, setting, shown
 from common.errors import InputError
-from Finetune.models_3dvit import grid_of
+from Finetune.encoder3d import grid_of
 from Finetune.models_classifier import Classifier
 from Finetune.models_light import LightDecoder, MAEDecoder
 from Finetune.models_unetr import UNETR, ConvViT3DUNETR, LinearProbe, num_levels

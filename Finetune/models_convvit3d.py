@@ -10,7 +10,7 @@ Three convolutional stages at strides 2, 4, 8, then a transformer on the tokens 
                      blocks with layer scale and relative position bias, a convolution to stride 32, no fusion or norm
 
 Architecture and parameter names are those of the weights released with MiM (arXiv 2404.15580, IEEE TMI 2025), so that
-these load. The masked convolutional stages are MCMAE's (arXiv 2205.03892). Needs models_3dvit.py and pretrained.py
+these load. The masked convolutional stages are MCMAE's (arXiv 2205.03892). Needs encoder3d.py and pretrained.py
 beside it.
 """
 
@@ -28,11 +28,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 if __package__:
-    from . import models_3dvit as vit
-    from . import pretrained
+    from . import encoder3d, pretrained
 else:
     # a notebook has Finetune/ itself on its path
-    import models_3dvit as vit
+    import encoder3d
     import pretrained
 
 # voxels per token: four embeddings of stride 2
@@ -46,7 +45,7 @@ SIZES = {
 # ---------------------------------------------------------------- functions
 
 
-def visible_mask(ids_keep: Tensor, grid: vit.Grid) -> Tensor:
+def visible_mask(ids_keep: Tensor, grid: encoder3d.Grid) -> Tensor:
     """Return the mask (B, 1, d, h, w) of kept tokens (B, K): 1 is kept, 0 is removed."""
     mask = torch.zeros(len(ids_keep), math.prod(grid), device=ids_keep.device)
     return mask.scatter_(1, ids_keep, 1.0).view(-1, 1, *grid)
@@ -57,7 +56,7 @@ def to_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-def to_map(tokens: Tensor, grid: vit.Grid) -> Tensor:
+def to_map(tokens: Tensor, grid: encoder3d.Grid) -> Tensor:
     """Return tokens (B, N, C) in raster order as a map (B, C, d, h, w)."""
     return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
 
@@ -69,7 +68,7 @@ def normalize_channels(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def relative_position_index(grid: vit.Grid) -> Tensor:
+def relative_position_index(grid: encoder3d.Grid) -> Tensor:
     """Return the row of the bias table for each pair of tokens, (N, N).
 
     Rows are the offsets coord_i - coord_j in raster order, shifted to start at 0.
@@ -81,11 +80,11 @@ def relative_position_index(grid: vit.Grid) -> Tensor:
     return ((offsets[0] + d - 1) * h_offsets + offsets[1] + h - 1) * w_offsets + offsets[2] + w - 1
 
 
-def _offsets(grid: vit.Grid) -> vit.Grid:
+def _offsets(grid: encoder3d.Grid) -> encoder3d.Grid:
     return tuple(2 * n - 1 for n in grid)
 
 
-def resample_bias_table(table: Tensor, source: vit.Grid, target: vit.Grid) -> Tensor:
+def resample_bias_table(table: Tensor, source: encoder3d.Grid, target: encoder3d.Grid) -> Tensor:
     """Resample a relative position bias (prod(2n-1), heads) trilinearly from one patch grid to another (our choice).
 
     The zero offset keeps its bias. The others stretch with the grid, as the position table does.
@@ -165,7 +164,7 @@ class ConvBlock(nn.Module):
 class RelativeBlock(Block):
     """timm's block with layer scale and relative position bias, with the names of MiM's segmentation network."""
 
-    def __init__(self, dim: int, num_heads: int, grid: vit.Grid, **kwargs):
+    def __init__(self, dim: int, num_heads: int, grid: encoder3d.Grid, **kwargs):
         super().__init__(dim, num_heads, **kwargs)
         self.grid = grid
         self.gamma_1 = nn.Parameter(torch.ones(dim))
@@ -173,12 +172,12 @@ class RelativeBlock(Block):
         self.attn.relative_position_bias_table = nn.Parameter(torch.zeros(math.prod(_offsets(grid)), num_heads))
         self.attn.register_buffer("relative_position_index", relative_position_index(grid).clone())
 
-    def forward(self, x: Tensor, grid: vit.Grid, ids_keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: encoder3d.Grid, ids_keep: Tensor | None = None) -> Tensor:
         """Map tokens (B, K, C) of the grid (d, h, w) to the same shape; `ids_keep` (B, K) if some were removed."""
         x = x + self.drop_path1(self.gamma_1 * self.attn(self.norm1(x), attn_mask=self.bias(grid, ids_keep)))
         return x + self.drop_path2(self.gamma_2 * self.mlp(self.norm2(x)))
 
-    def bias(self, grid: vit.Grid, ids_keep: Tensor | None) -> Tensor:
+    def bias(self, grid: encoder3d.Grid, ids_keep: Tensor | None) -> Tensor:
         """Return what is added to the attention logits: (1, heads, N, N), or (B, heads, K, K) for kept tokens."""
         table = resample_bias_table(self.attn.relative_position_bias_table, self.grid, grid)
         index = self.attn.relative_position_index
@@ -193,7 +192,7 @@ class RelativeBlock(Block):
 # ---------------------------------------------------------------- model
 
 
-class ConvViT3D(vit.Encoder3D):
+class ConvViT3D(encoder3d.Encoder3D):
     """Hybrid encoder.
 
     Inputs of any size that 16 divides are accepted (32 for level 4 of the pyramid): the tables are resampled for them.
@@ -230,14 +229,14 @@ class ConvViT3D(vit.Encoder3D):
         if len(embed_dims) != 4 or len(depths) != 4 or min(*embed_dims, *depths) < 1:
             found = f"embed_dims {tuple(embed_dims)} and depths {tuple(depths)}"
             raise ValueError(f"found {found}, expected four of each, at least 1")
-        vit.check_sizes(embed_dims[3], num_heads)
-        self.img_size, self.patch_size = vit.triple(img_size, "img_size"), (STRIDE,) * 3
-        self.grid_size = vit.grid_of(self.img_size, self.patch_size)
+        encoder3d.check_sizes(embed_dims[3], num_heads)
+        self.img_size, self.patch_size = encoder3d.triple(img_size, "img_size"), (STRIDE,) * 3
+        self.grid_size = encoder3d.grid_of(self.img_size, self.patch_size)
         self.in_chans, self.pyramid = in_chans, pyramid
         self.embed_dims, self.embed_dim = tuple(embed_dims), embed_dims[3]
         rates = iter([drop_path_rate * index / max(sum(depths) - 1, 1) for index in range(sum(depths))])
 
-        table = vit.get_3d_sincos_pos_embed(self.embed_dim, self.grid_size)
+        table = encoder3d.get_3d_sincos_pos_embed(self.embed_dim, self.grid_size)
         self.pos_embed = nn.Parameter(table, requires_grad=pyramid)
         widths = (in_chans, *embed_dims)
         for stage in (1, 2, 3, 4):
@@ -303,7 +302,7 @@ class ConvViT3D(vit.Encoder3D):
         fused = tokens if self.pyramid else self.norm(tokens + self._fuse(maps, ids_keep))
         if not len(return_layers):
             return fused
-        coarse = to_map(tokens, vit.grid_of(x.shape[2:], self.patch_size))
+        coarse = to_map(tokens, encoder3d.grid_of(x.shape[2:], self.patch_size))
         layers = [normalize_channels(m) if i in return_layers else m for i, m in enumerate((*maps, coarse))]
         if 4 in return_layers:
             layers.append(normalize_channels(self.fpn(coarse)))
@@ -321,9 +320,9 @@ class ConvViT3D(vit.Encoder3D):
                 x = self.run_block(block, x, visible)
             maps.append(x)
         x = self.patch_embed5(to_tokens(self.patch_embed4(x)))  # (B, N, C_4)
-        x = x + vit.resample_pos_embed(self.pos_embed, self.grid_size, grid, num_prefix_tokens=0)
+        x = x + encoder3d.resample_pos_embed(self.pos_embed, self.grid_size, grid, num_prefix_tokens=0)
         if ids_keep is not None:
-            x = vit.take(x, ids_keep)  # (B, K, C_4)
+            x = encoder3d.take(x, ids_keep)  # (B, K, C_4)
         for block in self.blocks4:
             x = self.run_block(block, x, *((grid, ids_keep) if self.pyramid else ()))
         return x, maps
@@ -332,7 +331,7 @@ class ConvViT3D(vit.Encoder3D):
         """Return the sum of the three convolutional stages on the token grid: (B, K, C_4)."""
         decodes = (self.stage1_output_decode, self.stage2_output_decode, self.stage3_output_decode)
         tokens = to_tokens(sum(decode(x) for decode, x in zip(decodes, maps)))
-        return tokens if ids_keep is None else vit.take(tokens, ids_keep)
+        return tokens if ids_keep is None else encoder3d.take(tokens, ids_keep)
 
     # ------------------------------------------------------------ for training
 
@@ -383,10 +382,10 @@ class ConvViT3D(vit.Encoder3D):
                     adapted[name] = resample_bias_table(table, source, self.grid_size)
         return adapted
 
-    def _bias_grid(self, rows: int, source_grid: Sequence[int] | None, where: object) -> vit.Grid:
+    def _bias_grid(self, rows: int, source_grid: Sequence[int] | None, where: object) -> encoder3d.Grid:
         """Return the token grid of a bias table with `rows` rows: the one given, else this model's, else a cube."""
         cube = ((round(rows ** (1 / 3)) + 1) // 2,) * 3
-        for grid in [vit.triple(source_grid, "source_grid")] if source_grid else [self.grid_size, cube]:
+        for grid in [encoder3d.triple(source_grid, "source_grid")] if source_grid else [self.grid_size, cube]:
             if math.prod(_offsets(grid)) == rows:
                 return grid
         raise ValueError(f"{where}: relative position bias: found {rows} rows, of no grid; pass source_grid=(d, h, w)")

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from Finetune.models_3dvit import Grid, VisionTransformer3D, grid_of
+from Finetune.encoder3d import Grid, grid_of
+from Finetune.models_3dvit import VisionTransformer3D
 
 
 def unfold_channels(x: Tensor, patch: Sequence[int]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.config import shown
 from common.errors import InputError
-from Finetune.models_3dvit import grid_of
+from Finetune.encoder3d import grid_of
 from Finetune.models_convvit3d import ConvViT3D, to_map
 
 BLOCK = {"kernel_size": 3, "norm_name": "instance", "res_block": True}

@@ -16,7 +16,7 @@ from common.training.loop import LossWeights
 from common.training.method import Method
 from common.training.schedules import cosine, linear
 from common.training.settings import BatchPlan, LoopSettings
-from Finetune import models_3dvit
+from Finetune import encoder3d, models_3dvit
 from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.models_convvit3d import ConvViT3D
 from Pretrain import models_mim
@@ -169,7 +169,7 @@ def glmae_specs(settings: Any, terms: set[str]) -> dict[str, ViewSpec]:
     needs_local = bool({"rec_local", "global_local"} & terms)
     if needs_local and views.local_views < 1:
         raise InputError(f"--local_views {views.local_views}: must be at least 1 for {names}")
-    models_3dvit.grid_of(glmae.global_size, settings.encoder.patch_size)
+    encoder3d.grid_of(glmae.global_size, settings.encoder.patch_size)
     global_spec = ViewSpec(glmae.global_views, glmae.global_size, views.global_scale, views.crop_mode, views.flip_prob)
     return {"global": global_spec} | ({"local": local_spec(views)} if needs_local else {})
 

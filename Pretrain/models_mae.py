@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from common.config import setting
 from common.training.method import Batch, Method, Reconstruction
-from Finetune.models_3dvit import VisionTransformer3D, grid_of
+from Finetune.encoder3d import grid_of
+from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain.losses import masked_mse, norm_pix, patchify
 from Pretrain.masking import checked_ratio, derive, num_keep, random_masking, uniform
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from common.config import setting
 from common.training.method import Batch, Method, Reconstruction
-from Finetune.models_3dvit import Grid, get_3d_sincos_pos_embed, take
+from Finetune.encoder3d import Grid, get_3d_sincos_pos_embed, take
 from Finetune.models_convvit3d import ConvViT3D, convvit3d_base_patch16, convvit3d_tiny_patch16, to_map, to_tokens
 from Finetune.pretrained import load_matching, read_checkpoint
 from Pretrain.losses import (

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from common.training.method import Reconstruction
-from Finetune.models_3dvit import grid_of
+from Finetune.encoder3d import grid_of
 from Pretrain.health import PREFIX
 from Pretrain.losses import patchify, undo_norm_pix, unpatchify
 

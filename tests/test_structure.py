@@ -30,7 +30,7 @@ ALLOWED = {
     "Pretrain": {*COMMON, "Pretrain", "Finetune"},
     **dict.fromkeys(PROGRAMS, {*COMMON, *PROGRAMS, "Finetune", "Pretrain"}),
 }
-ENCODERS = ("models_3dvit.py", "models_convvit3d.py", "pretrained.py")
+ENCODERS = ("models_3dvit.py", "models_convvit3d.py")
 HOOKS = ("probe", "num_parts", "before_step", "after_step", "schedule_values", "checkpoint_state", "reconstructions")
 # It lies in a package, so `import statistics` still finds the standard library.
 STANDARD_NAMES_IN_USE = {"statistics.py"}

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from Finetune.models_3dvit import take
+from Finetune.encoder3d import take
 from Finetune.models_convvit3d import (
     ConvBlock,
     convvit3d_base_patch16,
@@ -332,11 +332,11 @@ def test_other_architectures_are_refused_and_change_nothing(tmp_path):
 def test_importable_with_its_folder_on_the_path(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "Finetune"))
     # monkeypatch removes the second import of these modules afterwards
-    for name in ("models_convvit3d", "models_3dvit", "pretrained"):
+    for name in ("models_convvit3d", "encoder3d", "pretrained"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     module = importlib.import_module("models_convvit3d")
     assert module.convvit3d_tiny_patch16(img_size=32).grid_size == (2, 2, 2)
-    assert module.vit.__name__ == "models_3dvit"
+    assert module.encoder3d.__name__ == "encoder3d"
 
 
 def test_freezing_leaves_what_only_the_pyramid_has():

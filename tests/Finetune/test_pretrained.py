@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from Finetune.models_3dvit import VisionTransformer3D, resample_pos_embed
+from Finetune.encoder3d import resample_pos_embed
+from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.pretrained import clean_keys
 from tests.Finetune.test_models_3dvit import small
 
