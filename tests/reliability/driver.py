@@ -8,10 +8,8 @@ TensorBoard points, bit for bit. Otherwise the exit code is 1. The times and pla
 seed, but what a run is doing at a given time depends on the speed of the machine.
 """
 
-import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from tests.reliability.report import options, report
 from tests.reliability.scenarios import Bench, prepare
 from tests.reliability.trials import TRIALS, Trial
 
@@ -71,10 +70,8 @@ def table(results: list[dict]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--table", type=Path)
+    parser = options(__doc__)
     parser.add_argument("--only", default="", help="run the trials whose fault or run contains this text")
-    parser.add_argument("--keep", type=Path, help="folder to work in, which is kept")
     given = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
@@ -83,14 +80,7 @@ def main() -> int:
         trials = [t for t in TRIALS if given.only in t.fault or given.only in t.run]
         prepare(bench, {t.reference for t in trials})
         results = run_all(bench, trials)
-    text = table(results)
-    machine = (
-        f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}"
-    )
-    text += f"\n\n{len(results)} trials in {time.monotonic() - began:.0f} s on {machine}, no GPU.\n"
-    print(text)
-    if given.table:
-        given.table.write_text(text)
+    report(table(results), f"{len(results)} trials in ", began, given.table)
     return 0 if all(r["ok"] for r in results) else 1
 
 

@@ -35,7 +35,8 @@ from PIL import Image
 from common import checkpoint
 from common.cli import run_program
 from common.config import load_yaml
-from tests.reliability.fuzz_inputs import KINDS, PROGRAMS, RAN, Bench, Words
+from tests.reliability.fuzz_inputs import KINDS
+from tests.reliability.fuzz_inputs.bench import PROGRAMS, RAN, Bench, Words
 
 SECONDS = 30
 # that an input may need on top of the imported libraries

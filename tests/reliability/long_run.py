@@ -9,12 +9,10 @@ one: the same weights, optimizer state, log lines and TensorBoard points, bit fo
 the undisturbed run, which is a single process, and in every process of the disturbed one. Otherwise the exit code is 1.
 """
 
-import argparse
 import ctypes
 import json
 import multiprocessing
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -34,6 +32,7 @@ from common.signals import EXIT_REQUEUE
 from tests.helpers import ct, write_nifti
 from tests.reliability.difference import difference
 from tests.reliability.processes import Job
+from tests.reliability.report import options, report
 from tests.reliability.scenarios import Bench, check_exit, mount, updates_done
 
 # name of scenarios.RUNS -> more flags
@@ -303,11 +302,9 @@ def run_all(folder: Path, updates: int, seed: int, isolated: bool) -> dict[str, 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options(__doc__)
     parser.add_argument("--updates", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--table", type=Path)
-    parser.add_argument("--keep", type=Path, help="folder to work in, which is kept")
     given = parser.parse_args()
     torch.set_num_threads(1)
     began, isolated = time.monotonic(), own_mounts()
@@ -315,12 +312,7 @@ def main() -> int:
         print("warning: no permission to mount: no full disk, and other programs count in shared memory", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         results = run_all(given.keep or Path(scratch), given.updates, given.seed, isolated)
-    cores, python = f"{os.cpu_count()} cores ({platform.machine()})", f"Python {platform.python_version()}"
-    text = table(results, given.updates)
-    text += f"\n\n{time.monotonic() - began:.0f} s on {cores}, {python}, torch {torch.__version__}, no GPU.\n"
-    print(text)
-    if given.table:
-        given.table.write_text(text)
+    report(table(results, given.updates), "", began, given.table)
     flat = all(t["flat"] for r in results.values() for uses in r["trends"].values() for t in uses.values())
     return 0 if flat and not any(r["found"] for r in results.values()) else 1
 

@@ -1,4 +1,4 @@
-"""The fuzzer (fuzz.py): a tenth of its inputs in the fast tests, all of them in the slow ones."""
+"""The fuzzer (fuzz.py): every 24th of its inputs in the fast tests, all of them in the slow ones."""
 
 import random
 import subprocess
@@ -10,7 +10,9 @@ import pytest
 from common.config import convert_setting, settings_of
 from common.errors import InputError
 from tests.helpers import ROOT
-from tests.reliability import fuzz, fuzz_inputs
+from tests.reliability import fuzz
+from tests.reliability.fuzz_inputs import nifti
+from tests.reliability.fuzz_inputs.settings import CLASSES
 
 # every n-th input of each kind in the fast tests
 STEP = 24
@@ -49,8 +51,8 @@ def test_a_fault_is_noticed(tmp_path, monkeypatch, action, code, fault):
 
 
 def test_an_input_depends_on_kind_and_number_alone(tmp_path):
-    made = [fuzz_inputs.nifti_bytes(random.Random("0 NIfTI 5")) for _ in range(2)]
-    assert made[0] == made[1] and made[0] != fuzz_inputs.nifti_bytes(random.Random("0 NIfTI 6"))
+    made = [nifti.nifti_bytes(random.Random("0 NIfTI 5")) for _ in range(2)]
+    assert made[0] == made[1] and made[0] != nifti.nifti_bytes(random.Random("0 NIfTI 6"))
 
 
 SIZES = (
@@ -62,7 +64,7 @@ SIZES = (
 
 @pytest.mark.parametrize("program", ["pretrain", "finetune", "cache"])
 def test_sizes_that_no_machine_can_hold_are_refused(program):
-    known = settings_of(fuzz_inputs.CLASSES[program])
+    known = settings_of(CLASSES[program])
     tested = [name for name in SIZES if name in known]
     for name in tested:
         with pytest.raises(InputError, match=f"--{name} 9+.*at most"):

@@ -7,9 +7,7 @@ and the run, started again, must end as the undisturbed one, bit for bit. Otherw
 the machine permits no network namespaces.
 """
 
-import argparse
 import os
-import platform
 import random
 import re
 import signal
@@ -24,11 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from tests.helpers import ROOT, ct, write_nifti
 from tests.reliability.difference import difference
 from tests.reliability.hosts import ADDRESSES, INTERFACE, TwoHosts, why_unavailable
+from tests.reliability.report import options, report
 from tests.reliability.scenarios import GLMAE
 
 EXIT_UNAVAILABLE = 3
@@ -291,10 +288,8 @@ def table(results: list[tuple[str, bool, str]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--table", type=Path)
+    parser = options(__doc__)
     parser.add_argument("--only", default="", help="run the trials whose name contains this text")
-    parser.add_argument("--keep", type=Path, help="folder to work in, which is kept")
     given = parser.parse_args()
     if missing := why_unavailable():
         print(f"two hosts: not tested here: {missing}", file=sys.stderr)
@@ -302,12 +297,7 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         results = run_all(given.keep or Path(scratch), given.only)
-    cores, python = f"{os.cpu_count()} cores ({platform.machine()})", f"Python {platform.python_version()}"
-    text = table(results)
-    text += f"\n\n{time.monotonic() - began:.0f} s on {cores}, {python}, torch {torch.__version__}, no GPU.\n"
-    print(text)
-    if given.table:
-        given.table.write_text(text)
+    report(table(results), "", began, given.table)
     return 0 if all(passed for _, passed, _ in results) else 1
 
 
