@@ -32,6 +32,7 @@ State = dict[str, Tensor]
 Sizes = dict[str, Any]
 # the defaults of pretraining
 DECODER = {"decoder_embed_dim": 576, "decoder_depth": 8, "decoder_num_heads": 16}
+KEEP_CLASS_TOKEN = [name for name, head in HEADS.items() if head.class_token]
 DECODER_HELP = "none: the checkpoint's, else pretraining's default"
 
 
@@ -57,7 +58,7 @@ class ModelSettings:
     drop_path: float | None = setting(None, "stochastic depth; none: 0, or 0.2 for mim (authors)", least=0, below=1)
     class_token: Literal["auto", "keep", "drop"] = setting(
         "auto",
-        "CLS token of the ViT; auto: drop, as the authors do, but keep for mae_decoder and primus; "
+        f"CLS token of the ViT; auto: drop, as the authors do, but keep for {' and '.join(KEEP_CLASS_TOKEN)}; "
         "the classifier pools a token that is kept",
     )
 

@@ -17,7 +17,9 @@ from common.data.datalist import ENDINGS, Case, read_cases, stem
 from common.data.nifti import write_nifti
 from common.data.sampler import mix
 from common.errors import InputError
+from common.files import digest
 from common.runlog import print_main, progress
+from Finetune.evaluation.statistics import grouped
 from Finetune.presets import Layout, Preset
 
 
@@ -107,7 +109,7 @@ def split(cases: Sequence[Case], preset: Preset, fold: int) -> tuple[list[Case],
     Raises:
         InputError: there is no such fold, it has all cases, or none of the named cases is found.
     """
-    folds = _folds(cases, preset)
+    folds = folds_of(cases, preset)
     if fold not in folds:
         raise InputError(f"--fold {fold}: must be one of {shown(sorted(folds))} for these {len(cases)} cases")
     validation = folds[fold]
@@ -118,15 +120,17 @@ def split(cases: Sequence[Case], preset: Preset, fold: int) -> tuple[list[Case],
     return training, validation
 
 
-def _folds(cases: Sequence[Case], preset: Preset) -> dict[int, list[Case]]:
-    if any(case.fold is not None for case in cases):
-        numbers = sorted({case.fold for case in cases if case.fold is not None})
-        return {number: [case for case in cases if case.fold == number] for number in numbers}
+def folds_of(cases: Sequence[Case], preset: Preset) -> dict[int, list[Case]]:
+    """Return fold -> the cases that validate in it, as `split` divides them.
+
+    Raises:
+        InputError: none of the cases that the preset names is found.
+    """
+    if listed := [case for case in cases if case.fold is not None]:
+        return grouped(listed, lambda case: case.fold)
     if preset.validation:
         return _named_folds(cases, preset)
-    patients: dict[str, list[Case]] = {}
-    for case in sorted(cases, key=lambda case: case.name):
-        patients.setdefault(patient_of(case, preset), []).append(case)
+    patients = grouped(sorted(cases, key=lambda case: case.name), lambda case: patient_of(case, preset))
     if len(patients) == len(cases):
         patients = {case.name: [case] for case in cases}
     order, size = _shuffled(patients, f"folds of {preset.name}"), preset.validation_cases
@@ -231,7 +235,7 @@ def with_mapped_labels(cases: Sequence[Case], preset: Preset, folder: Path) -> l
             continue
         stat = case.label.stat()
         key = f"{os.path.realpath(case.label)} {stat.st_size} {stat.st_mtime_ns} {sorted(preset.label_values.items())}"
-        target = folder / f"{case.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.nii.gz"
+        target = folder / f"{case.name}-{digest([key])}.nii.gz"
         if not target.exists():
             label = volume_io.load(case.label, channels=1)
             ids = map_values(label[0].numpy(), preset, case.label)

@@ -129,7 +129,7 @@ def find_pairs(predictions: Sequence[Path], labels: Path, listed: dict[str, Case
             raise InputError(f"{path}: found as its own label, expected other files in --labels than in --predictions")
         pairs[name] = (path, label)
     if not pairs:
-        raise InputError(f"{', '.join(map(str, predictions))}: found no label map (NAME.nii.gz or .nii)")
+        raise InputError(f"{', '.join(map(str, predictions))}: found no label map (NAME.nii.gz, .nii, .mha, ...)")
     return pairs
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from monai.networks.nets import DynUNet, SwinUNETR
 from torch import nn
 
-from common.config import nearest, setting, shown
+from common.config import did_you_mean, setting, shown
 from common.errors import InputError
 from Finetune.encoder3d import grid_of
 from Finetune.models_classifier import Classifier
@@ -61,7 +61,7 @@ class Head:
     Args:
         build: returns the network, given its encoder and the architecture. It maps (B, in_chans, *roi) to logits
             (B, out_channels, *roi), or (B, out_channels) if it classifies, and keeps the encoder as `backbone`.
-        help: one phrase for `--help`.
+        help: one phrase for `--help`, which shows the heads that are registered before architectures.py is imported.
         encoder: the encoder that `build` is given and that checkpoints are loaded into. None: `build` is given None,
             and the network starts from random weights only.
         check: raises InputError for an architecture that cannot be built. Called before any data is read.
@@ -180,6 +180,7 @@ def find_head(name: str, where: str = "--model") -> Head:
         InputError: there is none; the nearest name is suggested. `where` is the setting in the message.
     """
     if name not in HEADS:
-        hint = f"did you mean '{near}'? " if (near := nearest(name, HEADS)) else ""
-        raise InputError(f"{where} {name}: unknown network; {hint}expected one of {', '.join(HEADS)}")
+        raise InputError(
+            f"{where} {name}: unknown network; {did_you_mean(name, HEADS)}expected one of {', '.join(HEADS)}"
+        )
     return HEADS[name]

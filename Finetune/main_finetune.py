@@ -43,6 +43,8 @@ from Finetune.losses import classification_losses
 from Finetune.presets import Preset, load_preset
 
 CROPS_AT_BLR = 16
+# heads whose encoder is never trained
+FROZEN = [name for name, head in HEADS.items() if head.frozen]
 
 
 # ---------------------------------------------------------------- settings
@@ -120,7 +122,7 @@ class FinetuneSettings(LoopSettings):
     optim: FinetuneOptimSettings = group(FinetuneOptimSettings, "Optimiser")
     checkpoints: FinetuneCheckpointSettings = group(FinetuneCheckpointSettings, "Checkpoints")
     validation: ValidationSettings = group(ValidationSettings, "Validation")
-    freeze: bool = setting(False, "train only the head; always so for --model linear")
+    freeze: bool = setting(False, f"train only the head; always so for --model {' or '.join(FROZEN)}")
     epochs: int = setting(3000, "passes over the data", least=1, most=10**9)
     batch_size: int = setting(4, "volumes per update, over all processes together", least=1, most=65536)
     micro_batch_size: int | None = setting(1, "volumes per pass and process; the rest accumulates", least=1, most=65536)
@@ -182,7 +184,7 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
     optim = config.optim
     peak = optim.peak_lr(plan.batch * config.crops, CROPS_AT_BLR)
     warmup = round(min(optim.warmup_epochs, config.epochs / 2) * plan.steps_per_epoch)
-    args = describe(config, preset, architecture, weights_from, [training, validation])
+    args = describe(config, preset, architecture, weights_from, training, validation)
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     fold, origin = f"fold {config.cases.fold}", weights_from or "random weights"
     network = f"{architecture.model}, roi {architecture.roi}, patch {architecture.patch_size}"
@@ -249,13 +251,14 @@ def build_method(
 
 
 def describe(
-    config: FinetuneSettings, preset: Preset, architecture: Architecture, init: Path | None, volumes: list[Volumes]
+    config: FinetuneSettings,
+    preset: Preset,
+    architecture: Architecture,
+    init: Path | None,
+    training: Volumes,
+    validation: Volumes,
 ) -> dict[str, Any]:
-    """Return what the checkpoint stores for Finetune.predict and the score card, in plain types.
-
-    `volumes` are those of training and of validation.
-    """
-    training, validation = volumes
+    """Return what the checkpoint stores for Finetune.predict and the score card, in plain types."""
     return {
         "config": to_dict(config),
         "preset": to_dict(preset),
@@ -277,7 +280,8 @@ def leak_of(fold: int, preset: Preset, init: Path | None, validation: Volumes) -
     """
     if init is None:
         return ""
-    seen = leakage.seen_cases(checkpoint.load(init), validation)
+    # resolve and load_encoder have verified the file
+    seen = leakage.seen_cases(checkpoint.load(init, check=False), validation)
     if seen is not None:
         found = f"{len(seen)} of {len(validation)} validation cases were seen in pretraining: {', '.join(seen)}"
         return found if seen else ""
@@ -308,8 +312,8 @@ class Validation:
 
     def __call__(self, epoch: int, log: RunLog, method: Finetuning) -> dict[str, float]:
         """Return the scores to log for this epoch, {} if no validation is due."""
-        every, done = self.config.validation.validate_every, epoch + 1
-        if not self.volumes or not every or (done % every and done != self.config.epochs):
+        done = epoch + 1
+        if not self.volumes or not self.config.is_due(epoch, self.config.validation.validate_every):
             return {}
         name, scores = self.scores(method.model, last=done == self.config.epochs)
         log.add_scalars(scores, done * self.plan.steps_per_epoch - 1)

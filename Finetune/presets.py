@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.config import nearest, read_yaml, setting
+from common.config import did_you_mean, read_yaml, setting
 from common.data.preprocessing import Preprocessing
 from common.errors import InputError, one_line
 
@@ -77,7 +77,7 @@ class Preset:
     folds: int = setting(5, "number of folds, unless the list has folds", least=2)
     validation: tuple[str, ...] = setting((), "cases of fold 0; the others fill the other folds in order")
     validation_cases: int | None = setting(None, "size of fold 0 if its cases are not named; none: equal", least=1)
-    clean_folds: tuple[int, ...] = setting((), "folds that no published pretraining list has seen; (): all")
+    clean_folds: tuple[int, ...] = setting((), "folds that no published pretraining list has seen; (): none is known")
     leak: str = setting("", "what is wrong with the other folds; printed by runs from a checkpoint, and on their card")
     label_order: tuple[str, ...] = setting((), "training cases in the order in which --label_count takes them")
 
@@ -117,7 +117,7 @@ def load_preset(name_or_path: str | Path) -> Preset:
     path = DATASETS / f"{text}.yaml" if text in available() else Path(text)
     if path.suffix in (".yaml", ".yml"):
         return check(read_yaml(path, Preset), path)
-    hint = f"did you mean '{near}'? " if (near := nearest(text, available())) else ""
+    hint = did_you_mean(text, available())
     raise InputError(f"--preset {text}: unknown preset; {hint}expected a YAML or one of {', '.join(available())}")
 
 

@@ -70,7 +70,7 @@ class SweepRun:
 
     @property
     def title(self) -> str:
-        return f"{Path(self.init).name}, {self.count} labels, seed {self.seed}"
+        return f"{short_name(self.init)}, {self.count} labels, seed {self.seed}"
 
     @property
     def done(self) -> bool:

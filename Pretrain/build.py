@@ -16,7 +16,7 @@ from common.training.loop import LossWeights
 from common.training.method import Method
 from common.training.schedules import cosine, linear
 from common.training.settings import BatchPlan, LoopSettings
-from Finetune import encoder3d, models_3dvit
+from Finetune import encoder3d, models_3dvit, models_convvit3d
 from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.models_convvit3d import ConvViT3D
 from Pretrain import models_mim
@@ -33,7 +33,7 @@ from Pretrain.views import ViewSettings, ViewSpec
 class EncoderSettings:
     """Settings of encoder and decoder that all methods share."""
 
-    model: Literal["tiny", "small", "base", "large", "huge"] = setting("base", "size; MiM has tiny and base")
+    model: Literal[tuple(models_3dvit.SIZES)] = setting("base", "size; MiM has tiny and base")
     patch_size: tuple[int, int, int] = setting((16, 16, 16), "voxels of a patch (D H W)", least=1, most=1024)
     num_heads: int | None = setting(None, "attention heads; none: those of the model", least=1, most=1024)
     decoder_embed_dim: int = setting(576, "width of the decoder", least=1, most=65536)
@@ -118,12 +118,12 @@ def arguments_of(function: Callable, *groups: Any) -> dict[str, Any]:
 
 def build_vit(settings: Any, inputs: InputStatistics | None = None) -> VisionTransformer3D:
     """Return the ViT with its decoder. Its position table is that of a local view, the size used in fine-tuning."""
-    factory = getattr(models_3dvit, f"vit_{settings.encoder.model}_patch16_3d")
-    vit = factory(
+    arguments = arguments_of(VisionTransformer3D, settings.encoder, settings.vit)
+    vit = VisionTransformer3D(
         img_size=settings.views.local_size,
         in_chans=settings.data.preprocessing.channels,
         encoder_only=False,
-        **arguments_of(VisionTransformer3D, settings.encoder, settings.vit),
+        **(models_3dvit.SIZES[settings.encoder.model] | arguments),
     )
     if inputs:
         vit.standardize_input(inputs.mean, inputs.std)
@@ -179,8 +179,8 @@ def glmae_specs(settings: Any, terms: set[str]) -> dict[str, ViewSpec]:
 
 def build_mim(settings: Any, plan: BatchPlan, inputs: InputStatistics | None = None) -> Task:
     mim, views, encoder = settings.mim, settings.views, settings.encoder
-    if encoder.model not in ("tiny", "base"):
-        raise InputError(f"--model {encoder.model}: --method mim has tiny and base")
+    if encoder.model not in models_convvit3d.SIZES:
+        raise InputError(f"--model {encoder.model}: --method mim has {' and '.join(models_convvit3d.SIZES)}")
     if encoder.patch_size != (16, 16, 16):
         raise InputError(f"--patch_size {encoder.patch_size}: --method mim has patches of 16 voxels")
     arguments = arguments_of(ConvViT3D, mim, encoder)

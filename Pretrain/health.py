@@ -1,6 +1,7 @@
 """Does the encoder learn? Measures that need no labels, on a fixed batch, and warnings when one leaves its range.
 
-The batch consists of at most 16 volumes that are not trained on (`--holdout`). What is measured:
+The batch consists of at most 16 volumes that are not trained on (`--holdout`), or of training volumes where none is
+held out. What is measured:
 
     reconstruction, features   see measures.py
     method                     its losses. GL-MAE: the teacher's entropy and kl. MiM: alignment of each level, and that
@@ -293,8 +294,7 @@ def report(method: Method, batch: Batch, step: int) -> dict[str, Tensor]:
 
 def complete_views(batch: Batch) -> dict[str, Reconstruction]:
     """Return the views of a batch for a method that reconstructs nothing."""
-    kinds = [kind for kind, views in batch.items() if views.ndim == 6]
-    return {kind: Reconstruction(batch[kind].flatten(0, 1), None, None) for kind in kinds}
+    return {kind: Reconstruction(views.flatten(0, 1), None, None) for kind, views in batch.items() if views.ndim == 6}
 
 
 def joined(rows: Sequence[Reconstruction]) -> Reconstruction:

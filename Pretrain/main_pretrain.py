@@ -71,7 +71,8 @@ def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
     health = make_health(settings, run, plan, samples, bool(held_out))
 
     def after_epoch(epoch: int, log: RunLog, method: Method) -> dict[str, float]:
-        return draw(epoch, log, method) | health(epoch, log, method, trainer.means)
+        draw(epoch, log, method)
+        return health(epoch, log, method, trainer.means)
 
     trainer = Trainer(
         task.method,
@@ -134,9 +135,9 @@ class Reconstructions:
     dataset: ViewDataset
     patch_size: tuple[int, int, int]
 
-    def __call__(self, epoch: int, log: RunLog, method: Method) -> dict[str, float]:
+    def __call__(self, epoch: int, log: RunLog, method: Method) -> None:
         if not draws_after(epoch, self.settings):
-            return {}
+            return
         sample = torch.utils.data.default_collate([self.dataset[(0, 0)]])
         method.eval()
         with torch.no_grad():
@@ -148,12 +149,11 @@ class Reconstructions:
             Image.fromarray(pixels).save(content, format="PNG")
             save_picture(self.settings.out_dir / f"reconstruction-{epoch}.png", content.getvalue())
             log.add_image("reconstruction", pixels, (epoch + 1) * self.plan.steps_per_epoch - 1)
-        return {}
 
 
 def draws_after(epoch: int, settings: PretrainSettings) -> bool:
     """Return whether pictures are drawn after an epoch: when a numbered checkpoint is written."""
-    return (epoch + 1) % settings.checkpoints.save_every == 0 or epoch + 1 == settings.epochs
+    return settings.is_due(epoch, settings.checkpoints.save_every)
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ class HealthLog:
     health: Health
 
     def __call__(self, epoch: int, log: RunLog, method: Method, means: dict[str, float]) -> dict[str, float]:
-        settings, every = self.settings, self.settings.health.health_every
-        if not every or ((epoch + 1) % every and epoch + 1 != settings.epochs):
+        settings = self.settings
+        if not settings.is_due(epoch, settings.health.health_every):
             return {}
         step = (epoch + 1) * self.plan.steps_per_epoch - 1
         values = self.health(epoch, step, method, means)

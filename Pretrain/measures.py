@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from common.training.method import Reconstruction
 from common.training.parallel import eager_blocks
+from Finetune.encoder3d import grid_of
 from Pretrain.losses import patchify, undo_norm_pix
 
 # views that are encoded at once
@@ -85,10 +86,10 @@ def reconstruction_measures(made: Reconstruction, patch_size: Sequence[int], nor
     patches, mask = patchify(made.view, patch_size).float(), made.mask.unsqueeze(-1)  # (M, N, P), (M, N, 1)
     prediction = made.prediction.float()
     removed = prediction * mask
-    others = (mask.sum(dim=0) - mask).clamp(min=1)  # (M, N, 1)
-    from_position = (removed.sum(dim=0) - removed) / others
+    others = mask.sum(dim=0) - mask  # (M, N, 1)
+    from_position = (removed.sum(dim=0) - removed) / others.clamp(min=1)
     # predicted in another view too
-    paired = mask * ((mask.sum(dim=0) - mask) > 0)
+    paired = mask * (others > 0)
 
     def error(predicted: Tensor, weight: Tensor) -> Tensor:
         if norm_pix_eps is not None:
@@ -129,12 +130,12 @@ def captured(encoder: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 def encoder_measures(encoder: nn.Module, views: Tensor) -> dict[str, Tensor]:
     """Return `feature_measures` of complete views (M, C, D, H, W): of their patches, embedded, after each block and
     after the norm; and `growth`, the power of the residual stream after the last block over that of the embedding."""
-    patches = math.prod(size // p for size, p in zip(views.shape[2:], encoder.patch_size))
+    patches = math.prod(grid_of(views.shape[2:], encoder.patch_size))
+    if len(views) < 2 or patches < 2:
+        return {}
     with captured(encoder) as found:
         for part in views.split(VIEWS_AT_ONCE):
             encoder(part)
-    if len(views) < 2 or patches < 2:
-        return {}
     # without a CLS token
     tokens = {name: torch.cat(parts)[:, -patches:] for name, parts in found.items()}
     tokens = {"patches": patchify(views, encoder.patch_size)} | tokens

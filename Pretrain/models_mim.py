@@ -350,11 +350,12 @@ class MiM(Method):
         """Return input and prediction of each level; of the down level only the first part."""
         self._seen = []
         try:
-            for part in range(self.num_parts):
+            # up, mid and the first part of down
+            for part in range(len(LEVELS)):
                 self(batch, part=part)
             return dict(zip(LEVELS, self._seen))
         finally:
-            self._seen = None
+            self._seen, self._carry = None, {}
 
     # ------------------------------------------------------------ checkpoint
 

@@ -107,7 +107,7 @@ def curves(lines: Sequence[Mapping[str, float]]) -> bytes:
 
 
 def _matches(name: str, word: str) -> bool:
-    return name == word or name.endswith(f"/{word}") or name.startswith(word)
+    return name.startswith(word) or name.endswith(f"/{word}")
 
 
 def _finish(ax, title: str, xlabel: str) -> None:

@@ -44,6 +44,7 @@ import torch
 from common.cache import storage
 from common.cli import parse, run_program
 from common.config import setting
+from common.data.loader import disk_bytes
 from common.data.preprocessing import Preprocessing
 from common.data.volume_io import read_image
 from common.runlog import print_main
@@ -117,9 +118,9 @@ def draw_boxes(shape: Sequence[int], edge: int, count: int) -> list[tuple[slice,
 
 def timed(function: Callable, *args) -> tuple[float, int]:
     """Return the seconds that a call takes, and the bytes that it reads from disk."""
-    before, start = bytes_read(), time.perf_counter()
+    before, start = disk_bytes(), time.perf_counter()
     function(*args)
-    return time.perf_counter() - start, bytes_read() - before
+    return time.perf_counter() - start, disk_bytes() - before
 
 
 def files(path: Path) -> list[Path]:
@@ -132,12 +133,6 @@ def drop(path: Path) -> None:
     for file in files(path):
         with open(file, "rb") as handle:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def bytes_read() -> int:
-    """Return the bytes that the kernel has read from disk for this process."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
 
 
 def check(crop: torch.Tensor, numbers: np.ndarray, box: tuple[slice, ...]) -> None:

@@ -9,7 +9,7 @@ GL-MAE         `student`: `module.backbone.*` (encoder and decoder), `module.hea
                `backbone.*`, `head.*`; `dino_loss`: {`center`}. The prefix `module.` is there without DDP too, because
                the authors' loaders expect it
 MiM            `model`: encoder and decoder, with the encoder's names of `Finetune/models_convvit3d.py`
-fine-tuning    `state_dict`: the segmentation model, with the encoder under `backbone.`
+fine-tuning    `state_dict`: the segmentation or classification model, with the encoder under `backbone.`
 all            `optimizer`; `epoch`: the last epoch that was started, 0-based; `args`: the settings as plain types, and
                with them `step` (updates done), `loop` (state of the training loop: scaler, check for bad updates, data
                seed) and `grid_size` (the patch grid of the position embedding, which a token count does not determine)
@@ -17,8 +17,9 @@ mid-epoch      `progress`: the running means of the epoch and of the log interva
 =============  =======================================================================================================
 
 Files are named `checkpoint-{epoch}.pth` (no zero padding), `checkpoint-last.pth` and `checkpoint-previous.pth`, the one
-before the last. Each record of a file (a zip archive) has a CRC32, which is verified when the file is read. When a run
-writes its checkpoints: common/training/checkpointing.py.
+before the last. Fine-tuning may also write `checkpoint-best.pth`, without `optimizer` and `loop`: no run resumes from
+it. Each record of a file (a zip archive) has a CRC32, which is verified when the file is read. When a run writes its
+checkpoints: common/training/checkpointing.py.
 """
 
 import argparse

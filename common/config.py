@@ -168,6 +168,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), "")
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint with the known name that is most like `name`; "" where none is."""
+    near = nearest(name, known)
+    return f"did you mean '{near}'? " if near else ""
+
+
 def missing(values: Mapping[str, Any], cls: type) -> list[str]:
     """Names of the required settings of `cls` that have no value."""
     return [name for name, entry in settings_of(cls).items() if entry.required and name not in values]

@@ -29,6 +29,18 @@ def naming_errors(path: str | Path, problem: str = "cannot be written") -> Itera
 
 
 @contextlib.contextmanager
+def naming_read_errors(path: str | Path) -> Iterator[None]:
+    """Turn an OSError within the block into an InputError: `path` does not exist, or cannot be read."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file or folder") from None
+    # no permission, a loop of symbolic links, a name that is too long
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+@contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`, and rename the file written there to `path` at the end of the block.
 
@@ -129,6 +141,6 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest(parts: Iterable[Any]) -> str:
-    """Return 16 hexadecimal digits that depend on the text of every part and on their order."""
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+def digest(parts: Iterable[Any], digits: int = 16) -> str:
+    """Return hexadecimal digits that depend on the text of every part and on their order."""
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:digits]

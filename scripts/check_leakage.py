@@ -8,20 +8,22 @@ Hashes of the voxels are compared, so a scan that was resampled, cropped or resc
 not found. Volumes that are in the cache are not read again. The exit code is 0 with and without an overlap.
 """
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import checkpoint
+from common.cache import hashing
 from common.cli import parse, run_program
 from common.config import setting
+from common.data import volume_io
 from common.data.datalist import DATA_ROOT_HELP, Case, read_cases
 from common.errors import InputError
 from common.files import save_bytes
 from common.runlog import print_main, progress
-from Finetune.cases import find_cases, split
+from Finetune.cases import find_cases, folds_of
+from Finetune.evaluation.statistics import grouped
 from Finetune.leakage import overlap_report, pretrained_hashes
 from Finetune.presets import load_preset
 from Pretrain.catalog import read_datasets
@@ -45,9 +47,6 @@ def content_hashes(cases: Sequence[Case], cache_dir: Path, channels: int = 1) ->
 
     A case that cannot be read is printed and left out. It cannot have been trained on either.
     """
-    from common.cache import hashing
-    from common.data.volume_io import read_image
-
     cache_dir.mkdir(parents=True, exist_ok=True)
     index = hashing.HashIndex(cache_dir / "index.jsonl")
     hashes = {}
@@ -58,7 +57,7 @@ def content_hashes(cases: Sequence[Case], cache_dir: Path, channels: int = 1) ->
         record = index.get(case.image)
         if record is None or record.content is None:
             try:
-                content = hashing.content_hash(read_image(case.image, channels))
+                content = hashing.content_hash(volume_io.read_image(case.image, channels))
                 record = replace(hashing.file_record(case.image), content=content)
             except InputError as error:
                 print_main(f"  not compared: {error}")
@@ -102,20 +101,14 @@ def finetuning_folds(settings: LeakSettings) -> tuple[list[Case], dict[int, list
     """Return (cases, fold -> names, channels) of a Decathlon JSON, or of a preset."""
     if settings.finetune.endswith(".json"):
         cases = read_cases(settings.finetune, settings.data)
-        folds: dict[int, list[str]] = {}
-        for case in cases:
-            folds.setdefault(-1 if case.fold is None else case.fold, []).append(case.name)
-        return cases, folds, 1
-    if settings.data is None:
-        raise InputError(f"--finetune {settings.finetune}: expected --data, the folder of this preset's data")
-    preset = load_preset(settings.finetune)
-    cases = find_cases(preset, settings.data)
-    folds = {}
-    for fold in range(preset.folds):
-        # fewer cases than folds
-        with contextlib.suppress(InputError):
-            folds[fold] = [case.name for case in split(cases, preset, fold)[1]]
-    return cases, folds, preset.channels
+        folds, channels = grouped(cases, lambda case: -1 if case.fold is None else case.fold), 1
+    else:
+        if settings.data is None:
+            raise InputError(f"--finetune {settings.finetune}: expected --data, the folder of this preset's data")
+        preset = load_preset(settings.finetune)
+        cases = find_cases(preset, settings.data)
+        folds, channels = folds_of(cases, preset), preset.channels
+    return cases, {fold: [case.name for case in part] for fold, part in folds.items()}, channels
 
 
 if __name__ == "__main__":

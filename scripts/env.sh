@@ -73,8 +73,8 @@ launch() {
 # The paths of a --datalist start from the list's folder, so it gets no --data_root.
 pretraining_data() {
   case " $* " in
-    *" --datasets "*) echo --data_root data ;;
-    *" --datalist "*) ;;
+    *" --datasets "* | *" --datasets="*) echo --data_root data ;;
+    *" --datalist "* | *" --datalist="*) ;;
     *) echo --datasets 1k --data_root data ;;
   esac
 }

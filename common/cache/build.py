@@ -13,7 +13,6 @@ folder and renamed, so it is complete or absent. Any number of processes may bui
 that no other process is building.
 """
 
-import hashlib
 import json
 import resource
 import sys
@@ -42,7 +41,7 @@ from common.data.datalist import Case
 from common.data.preprocessing import Preprocessing
 from common.data.volume_io import read_image, read_label
 from common.errors import InputError, one_line
-from common.files import naming_errors, try_lock
+from common.files import digest, naming_errors, try_lock
 from common.runlog import print_main, progress
 
 # sampled voxels per label class
@@ -185,7 +184,7 @@ def _state_key(case: Case, preprocessing: Preprocessing) -> str:
             state = "unreadable"
         states.append([str(path.absolute()), state])
     text = json.dumps([states, preprocessing.key(), FORMAT])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return digest([text], 32)
 
 
 def _without_repeats(outcomes: Sequence[Built | Failure]) -> list[Built | Failure]:
@@ -302,13 +301,14 @@ def _build_locked(job: Job) -> Built | Failure:
     records = [hashing.file_record(path) for path in _files(case)]
     hashes = [record.hash for record in records]
     folder = job.cache_dir / volume_key(hashes, job.preprocessing)
-    fresh = open_volume(folder, case) is None
+    volume = open_volume(folder, case)
+    fresh = volume is None
     if fresh:
         try:
             _write_volume(case, job.preprocessing, folder, hashes)
         except InputError as error:
             return Failure(case, str(error), lasting=True)
-    volume = open_volume(folder, case)
+        volume = open_volume(folder, case)
     records[0] = replace(records[0], content=volume.content_hash)
     return Built(case, volume, records, fresh, peak_memory())
 

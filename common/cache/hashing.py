@@ -10,8 +10,7 @@ import torch
 
 from common.cache.jsonlines import JsonLines
 from common.data import dicom
-from common.errors import InputError
-from common.files import file_sha256
+from common.files import digest, file_sha256, naming_read_errors
 
 # voxels that are hashed at a time
 CHUNK = 2**20
@@ -33,12 +32,8 @@ class FileRecord:
 
 def file_record(path: Path) -> FileRecord:
     """Return the record of a file. InputError if it cannot be read."""
-    try:
+    with naming_read_errors(path):
         return FileRecord(str(path.absolute()), file_state(path), file_hash(path))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file or folder") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def file_state(path: Path) -> str:
@@ -46,7 +41,7 @@ def file_state(path: Path) -> str:
     if path.is_dir():
         entries = sorted((entry.name, entry.stat()) for entry in os.scandir(path) if entry.is_file())
         text = json.dumps([(name, state.st_size, state.st_mtime_ns) for name, state in entries])
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return digest([text], 32)
     state = path.stat()
     return f"{state.st_size}-{state.st_mtime_ns}"
 
@@ -65,13 +60,13 @@ def content_hash(image: torch.Tensor) -> str:
     Whole numbers are hashed as int32, so that the type they were stored in does not matter either.
     """
     values = torch.as_tensor(image).contiguous()
-    digest = hashlib.sha256(str(tuple(values.shape)).encode())
+    voxels = hashlib.sha256(str(tuple(values.shape)).encode())
     # in parts, which need no memory for another volume
     parts = values.flatten().split(CHUNK)
     whole = all(map(_is_whole, parts))
     for part in parts:
-        digest.update((part.round().to(torch.int32) if whole else part).numpy().data)
-    return digest.hexdigest()
+        voxels.update((part.round().to(torch.int32) if whole else part).numpy().data)
+    return voxels.hexdigest()
 
 
 def _is_whole(values: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.data.preprocessing import Preprocessing
+from common.data.preprocessing import Preprocessing, is_hounsfield
 from common.errors import InputError, one_line
 from common.files import sync
 
@@ -53,7 +53,7 @@ def quantisation_of(preprocessing: Preprocessing) -> tuple[float, float]:
         return (1 / 512, 0.0) if preprocessing.dtype == "int16" else (6 / 127, -128 * 6 / 127)
     if preprocessing.dtype == "uint8":
         return 1 / 255, 0.0
-    if preprocessing.intensity == "window" and wide >= 100:
+    if preprocessing.intensity == "window" and is_hounsfield(preprocessing.low, preprocessing.high):
         return max(1.0, wide / 32767) / wide, 0.0
     return 1 / 4095, 0.0
 

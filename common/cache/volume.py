@@ -1,6 +1,5 @@
 """A cached volume as its readers see it. See common/cache/build.py for the layout of its folder."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from common.cache import storage
 from common.data.datalist import Case
 from common.data.preprocessing import Preprocessing
 from common.errors import InputError
+from common.files import digest
 
 FORMAT = 2
 
@@ -100,7 +100,7 @@ def _points(folder: Path) -> dict[int, np.ndarray]:
 def volume_key(hashes: Sequence[str], preprocessing: Preprocessing) -> str:
     """Return the folder name of a volume: a hash of the files (image, then label), the settings and the format."""
     text = json.dumps({"files": list(hashes), "preprocessing": preprocessing.key(), "format": FORMAT}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return digest([text], 32)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -108,13 +108,13 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "meta.json").read_text())
 
 
-def open_volume(folder: Path, case: Case | None = None) -> CachedVolume | None:
+def open_volume(folder: Path, case: Case) -> CachedVolume | None:
     """Return the volume in `folder`, named after `case`; None, and an empty place, if it is missing or incomplete."""
     try:
         meta = read_meta(folder)
         return CachedVolume(
-            name=case.name if case else meta["name"],
-            source=case.image if case else Path(meta["source"]),
+            name=case.name,
+            source=case.image,
             folder=folder,
             content_hash=meta["content_hash"],
             channels=meta["channels"],

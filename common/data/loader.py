@@ -1,4 +1,4 @@
-"""The data loader, and a measurement of its speed without a model (`--loader_only` of the training programs)."""
+"""The data loader, and a measurement of its speed without a model (`--loader_only` of Pretrain.main_pretrain)."""
 
 import os
 import signal
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.data.sampler import StreamSampler
 from common.runlog import progress
+from common.signals import SIGNALS
 
 
 def measure_loader(loader: Iterable[Any], volumes_in: Callable[[Any], int], crops: int) -> str:
@@ -56,14 +57,14 @@ def build_loader(dataset: Dataset, sampler: StreamSampler, workers: int, device:
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_start_worker if workers else None,
+        worker_init_fn=_start_worker,
     )
 
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     # these are meant for the training process, which still needs its data
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

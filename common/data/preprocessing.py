@@ -59,3 +59,8 @@ class Preprocessing:
         from common.data.transforms import preprocess
 
         return preprocess(image, label, self, overwrite)
+
+
+def is_hounsfield(low: float, high: float) -> bool:
+    """Return whether a window is in HU: it is at least 100 wide. Our choice."""
+    return high - low >= 100

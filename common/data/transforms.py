@@ -8,7 +8,7 @@ from monai.transforms import CropForeground, NormalizeIntensity, ScaleIntensityR
 
 from common.config import shown
 from common.data.geometry import check_size
-from common.data.preprocessing import Preprocessing
+from common.data.preprocessing import Preprocessing, is_hounsfield
 from common.errors import InputError
 
 # image, and label if there is one
@@ -71,11 +71,6 @@ def check_modality(modality: str | None, settings: Preprocessing, where: str | P
         raise InputError(
             f"{where}: found modality {modality}, expected CT for a window in HU; --modality any accepts others"
         )
-
-
-def is_hounsfield(low: float, high: float) -> bool:
-    """Return whether a window is in HU: it is at least 100 wide. Our choice."""
-    return high - low >= 100
 
 
 def check_hounsfield(image: torch.Tensor, low: float, high: float, where: str | Path) -> None:

@@ -15,7 +15,7 @@ from monai.transforms import LoadImage
 
 from common.data import dicom, geometry, nifti
 from common.errors import InputError, one_line
-from common.files import check_regular
+from common.files import check_regular, naming_read_errors
 
 # an optional decoder of pydicom for GPUs
 warnings.filterwarnings("ignore", message=".*nvImageCodec.*")
@@ -119,7 +119,7 @@ def _contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def _check_readable(path: Path) -> None:
-    try:
+    with naming_read_errors(path):
         check_regular(path)
         if path.is_dir():
             next(path.iterdir(), None)
@@ -127,11 +127,6 @@ def _check_readable(path: Path) -> None:
             raise InputError(f"{path}: found an empty file (0 bytes)")
         else:
             open(path, "rb").close()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file or folder") from None
-    # no permission, a loop of symbolic links, a name that is too long
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _check_array(array: np.ndarray, channels: int, path: Path) -> None:

@@ -32,7 +32,16 @@ from common.training.fsdp import full_tensor
 
 SETTINGS = "settings.yaml"
 # what `--resume none` moves away; files that other programs wrote stay
-RESULTS = ("checkpoint-*.pth", "log.jsonl", "anomalies.jsonl", "anomalies", "events.*", "reconstruction-*.png")
+RESULTS = (
+    "checkpoint-*.pth",
+    "log.jsonl",
+    "anomalies.jsonl",
+    "anomalies",
+    "events.*",
+    "reconstruction-*.png",
+    "health.png",
+    "classification.*",
+)
 
 
 @dataclass(kw_only=True)
@@ -167,24 +176,25 @@ def load_first_intact(paths: list[Path], run: Run) -> tuple[Path, dict[str, Any]
         InputError: none of them is intact.
     """
     # rank 0's result: the path, or why there is none
-    found = [None, ""]
+    found, content = [None, ""], None
     if run.rank == 0 and paths:
-        path, reasons = find_intact(paths)
+        path, content, reasons = find_intact(paths)
         found = [str(path) if path else None, reasons]
     if distributed.active():
         dist.broadcast_object_list(found, src=0)
     path, reasons = found
     if reasons:
         raise InputError(f"no readable checkpoint ({reasons}); --resume none starts again")
-    return None if path is None else (Path(path), checkpoint.load(path, check=False))
+    # rank 0 has read it already
+    return None if path is None else (Path(path), content or checkpoint.load(path, check=False))
 
 
-def find_intact(paths: list[Path]) -> tuple[Path | None, str]:
-    """Return the first path that holds an intact checkpoint, or None and what is wrong with each."""
+def find_intact(paths: list[Path]) -> tuple[Path | None, dict[str, Any] | None, str]:
+    """Return the first path that holds an intact checkpoint and its content, or what is wrong with each."""
     damaged = {}
     for path in paths:
         try:
-            checkpoint.load(path)
+            content = checkpoint.load(path)
         except InputError as error:
             damaged[path] = str(error)
         else:
@@ -192,5 +202,5 @@ def find_intact(paths: list[Path]) -> tuple[Path | None, str]:
                 print_main(f"warning: {reason}; using {path} instead")
                 if before.name == checkpoint.LAST:
                     os.replace(before, before.with_suffix(".damaged"))
-            return path, ""
-    return None, "; ".join(damaged.values())
+            return path, content, ""
+    return None, None, "; ".join(damaged.values())

@@ -9,17 +9,17 @@ Batch = dict[str, Tensor]
 
 
 class Reconstruction(NamedTuple):
-    """Views and what an autoencoder predicts for them, to be drawn.
+    """Views and what an autoencoder predicts for them, to be drawn and measured.
 
     M views   N patches   P voxels of a patch (times channels)
     """
 
     # (M, C, D, H, W) in [0, 1]
     view: Tensor
-    # (M, N), 1 = removed
-    mask: Tensor
-    # (M, N, P)
-    prediction: Tensor
+    # (M, N), 1 = removed; None when nothing is reconstructed
+    mask: Tensor | None
+    # (M, N, P); None when nothing is reconstructed
+    prediction: Tensor | None
 
 
 class Method(nn.Module, ABC):

@@ -15,11 +15,11 @@ def cosine(step: int, total: int, start: float, end: float) -> float:
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
-def warmup_cosine(step: int, total: int, warmup: int, peak: float, final: float = 0.0) -> float:
-    """Linear warm-up to `peak`, then half a cosine to `final` at `total`.
+def warmup_cosine(step: int, total: int, warmup: int, peak: float) -> float:
+    """Linear warm-up to `peak`, then half a cosine to 0 at `total`.
 
     The first update already moves (peak/warmup rather than 0, as the published code has it): our choice.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
-    return cosine(step - warmup, total - warmup, peak, final)
+    return cosine(step - warmup, total - warmup, peak, 0.0)

@@ -38,6 +38,10 @@ class LoopSettings:
     checkpoints: CheckpointSettings = group(CheckpointSettings, "Checkpoints")
     nonfinite: NonFiniteSettings = group(NonFiniteSettings, "Updates that are not finite")
 
+    def is_due(self, epoch: int, every: int) -> bool:
+        """Return whether what is done every `every` epochs and after the last one follows an epoch; 0: never."""
+        return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == self.epochs)
+
 
 @dataclass(frozen=True)
 class BatchPlan:

@@ -287,7 +287,7 @@ class Trainer:
 
     def save(self, within_epoch: bool) -> None:
         """Start to write `checkpoint-last.pth`, and the numbered one after its epoch. All ranks must call it."""
-        state, every = self.state, self.settings.checkpoints.save_every
+        state = self.state
         state.weight_norm()
         content = state.checkpoint_entries(within_epoch)
         content["args"] = self.args | {"step": state.step, "loop": self.invariants | content.pop("loop")}
@@ -296,7 +296,7 @@ class Trainer:
             self.log.flush()
         if self.run.rank == 0 or self.unsharded is not None:
             content |= self.method.checkpoint_state() | {"optimizer": state.optimizer.state_dict()}
-            numbered = not within_epoch and ((state.epoch + 1) % every == 0 or state.epoch + 1 == self.settings.epochs)
+            numbered = not within_epoch and self.settings.is_due(state.epoch, self.settings.checkpoints.save_every)
             name = f"checkpoint-{state.epoch}.pth" if numbered else None
             self.writer.save(content, keep=name, write=self.run.rank == 0)
 

@@ -1,6 +1,7 @@
-"""The inputs of the fuzzer: each function changes a valid input at random and returns the program to run on it.
+"""The inputs of the fuzzer, a file for each kind. Its `make` changes a valid input at random and returns the program
+to run on it.
 
-Every function is `make(rng, folder, bench, number)`. It writes its input to `folder / "in"`, and returns the arguments
+`make(rng, folder, bench, number)` writes its input to `folder / "in"`, and returns the arguments
 of a program (the first is a key of PROGRAMS), whose output goes to `folder / "out"` and `folder / "cache"`.
 """
 
@@ -8,23 +9,17 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.reliability.fuzz_inputs import checkpoints, dicom, labels, lists, nifti, presets, settings
 from tests.reliability.fuzz_inputs.bench import Bench, Words
-from tests.reliability.fuzz_inputs.checkpoints import checkpoints
-from tests.reliability.fuzz_inputs.dicom import dicom
-from tests.reliability.fuzz_inputs.labels import labels
-from tests.reliability.fuzz_inputs.lists import lists
-from tests.reliability.fuzz_inputs.nifti import nifti
-from tests.reliability.fuzz_inputs.presets import presets
-from tests.reliability.fuzz_inputs.settings import NUMERIC, settings
 
 Make = Callable[[random.Random, Path, Bench, int], Words]
 # kind -> function and number of inputs
 KINDS: dict[str, tuple[Make, int]] = {
-    "NIfTI": (nifti, 160),
-    "DICOM": (dicom, 100),
-    "checkpoint": (checkpoints, 120),
-    "list": (lists, 100),
-    "label map": (labels, 80),
-    "preset": (presets, 98),
-    "setting": (settings, 3 * len(NUMERIC)),
+    "NIfTI": (nifti.make, 160),
+    "DICOM": (dicom.make, 100),
+    "checkpoint": (checkpoints.make, 120),
+    "list": (lists.make, 100),
+    "label map": (labels.make, 80),
+    "preset": (presets.make, 98),
+    "setting": (settings.make, 3 * len(settings.NUMERIC)),
 }

@@ -46,7 +46,7 @@ def changed_checkpoint(rng: random.Random, source: Path, target: Path, ran: Path
     torch.save(content, target, _use_new_zipfile_serialization=rng.random() < 0.8)
 
 
-def checkpoints(rng: random.Random, folder: Path, bench: Bench, number: int) -> Words:
+def make(rng: random.Random, folder: Path, bench: Bench, number: int) -> Words:
     """A checkpoint: bytes, values, shapes, sparse and expanded tensors, NaN, pickled code; every reader."""
     program = ("init", "predict", "predict", "resume", "init", "resume_finetuning", "leakage")[number % 7]
     (folder / "in").mkdir()

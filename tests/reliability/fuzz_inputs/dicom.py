@@ -115,7 +115,7 @@ def change_syntax(rng: random.Random, path: Path) -> None:
         path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0"))
 
 
-def dicom(rng: random.Random, folder: Path, bench: Bench, number: int) -> Words:
+def make(rng: random.Random, folder: Path, bench: Bench, number: int) -> Words:
     """A DICOM series: tags, mixed, missing and doubled slices, transfer syntaxes, bytes; cached or predicted."""
     series = shutil.copytree(bench.series, folder / "in/series")
     files = sorted(series.iterdir())

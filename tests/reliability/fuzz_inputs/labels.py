@@ -41,7 +41,7 @@ def changed_label(rng: random.Random, label: np.ndarray) -> tuple[np.ndarray, np
     return values, affine
 
 
-def labels(rng: random.Random, folder: Path, bench: Bench, number: int) -> Words:
+def make(rng: random.Random, folder: Path, bench: Bench, number: int) -> Words:
     """A label map: ids, fractions, NaN, types, shape, geometry, bytes; scored, cached or trained on."""
     data = bench.copy_data(folder)
     predictions = shutil.copytree(bench.folder / "predicted/out", folder / "in/predictions")

@@ -54,7 +54,7 @@ def changed_list(rng: random.Random, content: Any) -> bytes:
     return json.dumps(plain(content)).encode()
 
 
-def lists(rng: random.Random, folder: Path, bench: Bench, number: int) -> Words:
+def make(rng: random.Random, folder: Path, bench: Bench, number: int) -> Words:
     """A JSON or text list: paths (NUL, surrogates, devices), types, nesting, encodings, names, folds."""
     data = bench.copy_data(folder)
     if number % 4 == 3:

@@ -116,7 +116,7 @@ def nifti_bytes(rng: random.Random) -> bytes:
     return damaged(rng, content) if change == "bytes" else content
 
 
-def nifti(rng: random.Random, folder: Path, bench: Bench, number: int) -> Words:
+def make(rng: random.Random, folder: Path, bench: Bench, number: int) -> Words:
     """A NIfTI file: header fields, affine, extension, voxels, gzip stream; cached or predicted."""
     content = nifti_bytes(rng)
     zipped = rng.random() < 0.6

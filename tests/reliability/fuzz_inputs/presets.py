@@ -85,7 +85,7 @@ def changed_yaml(rng: random.Random, content: dict) -> bytes:
     return yaml.safe_dump(plain(content), allow_unicode=True).encode(errors="replace")
 
 
-def presets(rng: random.Random, folder: Path, bench: Bench, number: int) -> Words:
+def make(rng: random.Random, folder: Path, bench: Bench, number: int) -> Words:
     """A preset, a list of data sets or a file of settings: values, keys, nesting, references; read, trained, scored."""
     (folder / "in").mkdir()
     place = folder / "in/mine.yaml"

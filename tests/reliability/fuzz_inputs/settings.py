@@ -60,7 +60,7 @@ LONG = {
 }
 
 
-def settings(rng: random.Random, folder: Path, bench: Bench, number: int) -> Words:
+def make(rng: random.Random, folder: Path, bench: Bench, number: int) -> Words:
     """A numeric setting: 0, -1, nan, inf, huge, wrong type; the run is then made, if it is short."""
     (folder / "in").mkdir()
     program, name = NUMERIC[number % len(NUMERIC)]
