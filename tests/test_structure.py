@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from common.training.method import Method
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("common", "Finetune", "Pretrain", "benchmarks", "scripts", "tests")
 ROOMS = {"common.data", "common.cache", "common.training"}
@@ -31,7 +33,7 @@ ALLOWED = {
     **dict.fromkeys(PROGRAMS, {*COMMON, *PROGRAMS, "Finetune", "Pretrain"}),
 }
 ENCODERS = ("models_3dvit.py", "models_convvit3d.py")
-HOOKS = ("probe", "num_parts", "before_step", "after_step", "schedule_values", "checkpoint_state", "reconstructions")
+HOOKS = tuple(name for name in vars(Method) if not name.startswith("_"))
 # It lies in a package, so `import statistics` still finds the standard library.
 STANDARD_NAMES_IN_USE = {"statistics.py"}
 

@@ -6,7 +6,8 @@ shared memory over the run.
 
 The faults are SIGKILL, SIGTERM, a full disk, and a truncated or altered checkpoint. The run must end as the undisturbed
 one: the same weights, optimizer state, log lines and TensorBoard points, bit for bit. What a process uses is sampled in
-the undisturbed run, which is a single process, and in every process of the disturbed one. Otherwise the exit code is 1.
+the undisturbed run, which is a single process, and in every process of the disturbed one, and must not grow. Otherwise
+the exit code is 1.
 """
 
 import ctypes
@@ -41,8 +42,9 @@ PER_EPOCH = 100
 FLAGS = f"--batch_size 1 --samples_per_epoch {PER_EPOCH} --workers 1 --log_every 10 --save_every 10 --save_minutes 0.01"
 FAULTS = ("SIGKILL", "SIGKILL to the training process only", "SIGTERM", "full disk", "truncated file", "altered file")
 SAMPLE_EVERY = 10
+# a line through fewer samples mostly follows their noise
+LEAST_PROCESSES = 20
 # share of the updates of a process before its use counts as steady
-LEAST_PROCESSES = 20  # a line through fewer samples mostly follows their noise
 WARM_UP = 0.2
 FILLER = "filler"
 CLONE_NEWNS = 0x20000

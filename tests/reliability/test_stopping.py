@@ -36,8 +36,10 @@ def while_the_cache_is_filled(bench: Bench, out: Path, name: str) -> None:
     while not (bench.folder / "filling").exists():
         assert not job.poll(), job.output()
         time.sleep(0.02)
+    began = time.monotonic()
     job.signal(signal.SIGUSR1)
     check_exit(job, EXIT_REQUEUE)
+    assert time.monotonic() - began < 10
     assert (out / MARKER).exists() and not saved_when_stopped(out) and updates_done(out) == 0
     resume(bench, name, out)
 

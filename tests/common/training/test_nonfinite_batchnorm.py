@@ -21,7 +21,7 @@ class Normed(Poisoned):
         self.layers.insert(0, nn.BatchNorm1d(4))
 
     @property
-    def probe(self):
+    def grad_norm_parameter(self):
         return self.layers[1].weight
 
     def forward(self, batch, step=0, part=0):
