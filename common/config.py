@@ -41,15 +41,15 @@ MAX_DEPTH, MAX_VALUES = 50, 100_000
 # ---------------------------------------------------------------- declaring settings
 
 
-def setting(default: Any = dataclasses.MISSING, help: str = "", *, finite: bool = True, **bounds: float) -> Any:
+def setting(default: Any = dataclasses.MISSING, help: str = "", **bounds: float) -> Any:
     """Return a dataclass field with a line of help. Without `default` the setting is required.
 
     `bounds` are `least`, `above`, `most` and `below`: a number, or each of several, is >=, >, <=, < it. NaN and
-    infinity are refused unless `finite` is False. A dict or list as default is copied for every instance.
+    infinity are always refused. A dict or list as default is copied for every instance.
     """
     if unknown := bounds.keys() - BOUNDS.keys():
         raise TypeError(f"setting() has no bound {', '.join(unknown)}")
-    metadata = {"help": help, "finite": finite, **bounds}
+    metadata = {"help": help, **bounds}
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -196,7 +196,7 @@ def check_bounds(value: Any, bounds: Mapping[str, Any], where: str) -> None:
     for number in value if isinstance(value, (tuple, list)) else (value,):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue
-        if not math.isfinite(number) and bounds.get("finite", True):
+        if not math.isfinite(number):
             raise InputError(f"{where}: must be finite")
         for name, (holds, words) in BOUNDS.items():
             if name in bounds and not holds(number, bounds[name]):

@@ -83,7 +83,9 @@ def test_a_registered_head_is_trained_and_loaded(tmp_path, monkeypatch):
         load_finetuned(path)
 
 
-@pytest.mark.parametrize("args", [["not a mapping"], {"num_heads": 2}, {"architecture": {"num_heads": 2}}])
+@pytest.mark.parametrize(
+    "args", [["not a mapping"], {"num_heads": 2}, {"num_heads": "two"}, {"architecture": {"num_heads": 2}}]
+)
 def test_sizes_are_read_from_the_checkpoint(tmp_path, args):
     vit_file(tmp_path / "vit.pth", num_heads=2)
     content = torch.load(tmp_path / "vit.pth", weights_only=True)

@@ -199,6 +199,15 @@ def test_a_flipped_bit_is_refused(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_entries_that_are_no_named_tensors_are_left_out(tmp_path):
+    model = small()
+    torch.save(
+        {"model": model.state_dict() | {7: torch.zeros(2), None: torch.zeros(2), "note": "x"}}, tmp_path / "c.pth"
+    )
+    missing, unexpected = model.load_pretrained_checkpoint(tmp_path / "c.pth")
+    assert missing == [] and unexpected == []
+
+
 def test_prefixes_are_removed_at_the_start_only():
     assert list(clean_keys({"module.module.backbone.a": 0, "x.module.b": 0})) == ["a", "x.module.b"]
     with pytest.raises(ValueError, match="'a'"):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_failed_run_is_reported_and_the_others_continue(small, capsys):
     # the run from scratch is the twin of a file that is no checkpoint
     with pytest.raises(InputError, match="2 of 2 runs failed"):
         sweep.main(flags)
-    assert re.search("mae.pth.* ViT", read(small)["failed"]["mae.pth, 2 labels, seed 0"])
+    assert re.search("mae.pth.* ViT", read(small)["failed"][f"{small.path.name}-mae, 2 labels, seed 0"])
     vit = VisionTransformer3D(img_size=32, patch_size=16, embed_dim=24, depth=4, num_heads=2)
     torch.save({"model": vit.state_dict(), "args": {"num_heads": 2}}, small.path / "mae.pth")
     torch.save({"model": {"w": torch.zeros(2)}}, small.path / "bad.pth")
@@ -137,7 +138,7 @@ def test_failed_run_is_reported_and_the_others_continue(small, capsys):
         sweep.main(flags)
     result = read(small)
     assert [row["missing"] for row in result["rows"]] == [0, 0, 1]
-    assert "FAILED: bad.pth" in capsys.readouterr().out
+    assert f"FAILED: {small.path.name}-bad, " in capsys.readouterr().out
 
 
 def test_run_of_another_process_is_left_alone(small):
@@ -163,6 +164,13 @@ def test_run_of_another_process_is_left_alone(small):
     child.communicate(b"\n")
     with lock_folder(first.folder) as lock:
         assert lock is not None
+
+
+def test_checkpoints_of_one_name_have_titles_of_their_own():
+    """Failures are listed by title."""
+    inits = ("runs/mae/checkpoint-last.pth", "runs/glmae/checkpoint-last.pth")
+    one, other = (sweep.SweepRun(init, 2, 0, (), Path("out"), ()) for init in inits)
+    assert one.title != other.title and "glmae" in other.title
 
 
 def test_slurm_array_has_one_task_per_run(small):

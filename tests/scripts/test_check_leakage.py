@@ -8,6 +8,7 @@ from common import checkpoint
 from common.cache import build
 from common.data.datalist import Case, read_cases
 from common.data.preprocessing import Preprocessing
+from common.errors import InputError
 from Finetune import leakage
 from scripts import check_leakage
 from scripts.synthetic_ct import affine_of, phantom, write_dicom
@@ -64,6 +65,14 @@ def test_a_preset_is_compared_fold_by_fold(data, monkeypatch, capsys):
     flags = ["--finetune", "sample_abdomen", "--data", data / "tune", "--cache_dir", data / "cache"]
     run(monkeypatch, "--pretrain", data / "pretrain", *flags)
     assert "fold 0: 1 of 2" in capsys.readouterr().out
+
+
+def test_a_preset_whose_cases_are_missing_is_no_clean_result(data, monkeypatch):
+    for kind in ("img", "label"):
+        nifti(data / f"btcv/{kind}/{kind}0099.nii.gz")
+    flags = ["--finetune", "BTCV", "--data", data / "btcv", "--cache_dir", data / "cache"]
+    with pytest.raises(InputError, match="found 0 of the .* validation cases that preset BTCV names"):
+        run(monkeypatch, "--pretrain", data / "pretrain", *flags)
 
 
 def test_a_file_that_cannot_be_read_is_printed(data, capsys):

@@ -130,8 +130,12 @@ def test_a_run_from_a_file_killed_early_keeps_its_start(tmp_path):
 
 def test_a_run_that_starts_anew_sets_the_old_one_aside(tmp_path):
     run_toy(tmp_path, epochs=1)
+    pictures = {"health.png", "reconstruction-0.png"}
+    for name in pictures | {"notes.txt"}:
+        (tmp_path / name).touch()
     with pytest.raises(SystemExit):
         run_toy(tmp_path, Asked(1), resume="none", save_minutes=0)
+    assert pictures <= {path.name for path in (tmp_path / "earlier-1").iterdir()} and (tmp_path / "notes.txt").exists()
     assert checkpoint.load(tmp_path / "earlier-1" / checkpoint.LAST)["args"]["step"] == 3
     assert len(lines(tmp_path / "earlier-1")) == 1
     method, _ = run_toy(tmp_path, resume="none")  # it was asked to stop: the same command goes on
