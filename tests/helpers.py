@@ -1,5 +1,6 @@
 """Small volumes, and a function that runs a program, for tests."""
 
+import json
 import os
 import subprocess
 import sys
@@ -26,6 +27,11 @@ def write_nifti(path: Path, data: np.ndarray, spacing=(2.0, 2.0, 2.0)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(data, np.diag([*spacing, 1.0])), path)
     return path
+
+
+def read_log(out_dir: str | Path) -> list[dict]:
+    """Return the lines of the log.jsonl of a run."""
+    return [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
 
 
 def run_module(*args, nproc: int = 1, cwd: Path = ROOT, check: bool = True, **env) -> subprocess.CompletedProcess:

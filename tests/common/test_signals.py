@@ -19,8 +19,8 @@ from common.signals import (
 )
 from common.training import preemption
 from common.training.preemption import Stopped, until_stopped
-from tests.common.training.toy import CPU, lines, points, run_toy, same_logs, same_weights
-from tests.helpers import ROOT
+from tests.common.training.toy import CPU, points, run_toy, same_logs, same_weights
+from tests.helpers import ROOT, read_log
 
 PROGRAM = """
 import sys, time
@@ -146,7 +146,7 @@ def test_training_stopped_in_a_validation_resumes_there(tmp_path, monkeypatch):
             run_toy(tmp_path / "stopped", after_epoch=validate)
         assert caught.value.agreed and seen[-1] == at, "no further case starts"
         assert f"after update {updates};" in (tmp_path / "stopped" / MARKER).read_text()
-        assert len(lines(tmp_path / "stopped")) == at[0]
+        assert len(read_log(tmp_path / "stopped")) == at[0]
     at = None
     seen.clear()
     resumed, _ = run_toy(tmp_path / "stopped", after_epoch=validate)

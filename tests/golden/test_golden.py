@@ -59,7 +59,7 @@ import torch
 
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset, make_scans
-from tests.helpers import ct, run_module, write_nifti
+from tests.helpers import ct, read_log, run_module, write_nifti
 
 # Where another test has imported the program, runpy says so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -148,7 +148,7 @@ def run(name: str, nproc: int, data: Path, extra: Sequence[str] = ()) -> Numbers
             with as_program(program, words), pytest.raises(SystemExit) as end:
                 runpy.run_module(program, run_name="__main__", alter_sys=True)
             assert not end.value.code, f"{name} ended with code {end.value.code}"
-        lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+        lines = read_log(out)
     assert len(lines) == UPDATES
     return {key: [float(f"{line[key]:.9g}") for line in lines] for key in lines[0] if key not in NOT_RECORDED}
 
