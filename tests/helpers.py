@@ -29,6 +29,13 @@ def write_nifti(path: Path, data: np.ndarray, spacing=(2.0, 2.0, 2.0)) -> Path:
     return path
 
 
+def write_scans(folder: Path) -> Path:
+    """Write three CT-like volumes of different depth, and return their folder."""
+    for i in range(3):
+        write_nifti(folder / f"scan{i}.nii.gz", ct((40, 36, 30 + 4 * i), seed=i))
+    return folder
+
+
 def read_log(out_dir: str | Path) -> list[dict]:
     """Return the lines of the log.jsonl of a run."""
     return [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]

@@ -18,7 +18,7 @@ from common.peers import EXIT_PEER_DIED
 from common.signals import EXIT_REQUEUE
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset
-from tests.helpers import ct, read_log, write_nifti
+from tests.helpers import read_log, write_scans
 from tests.reliability.difference import difference
 from tests.reliability.processes import Inject, Job
 
@@ -84,8 +84,7 @@ class Bench:
 
 def prepare(bench: Bench, names: set[str]) -> None:
     """Write scans, and make one undisturbed run per name, which also fills the cache."""
-    for number in range(3):
-        write_nifti(bench.folder / f"scans/scan{number}.nii.gz", ct((40, 36, 30 + 4 * number), seed=number))
+    write_scans(bench.folder / "scans")
     make_dataset(load_preset("MSD09_Spleen"), bench.folder / "spleen")
     for name in sorted(names):
         began = time.monotonic()
