@@ -41,15 +41,18 @@ def read_log(out_dir: str | Path) -> list[dict]:
     return [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
 
 
-def run_module(*args, nproc: int = 1, cwd: Path = ROOT, check: bool = True, **env) -> subprocess.CompletedProcess:
+def run_module(
+    *args, nproc: int = 1, cwd: Path = ROOT, check: bool = True, timeout: float | None = None, **env
+) -> subprocess.CompletedProcess:
     """Run one of this repository's programs as a user would, through torchrun if `nproc` > 1.
 
-    With `check`, an exit code other than 0 fails the test with the program's output.
+    With `check`, an exit code other than 0 fails the test with the program's output. After `timeout` seconds the
+    program is killed and the test fails.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
     command = [sys.executable, *launcher, "-m", *map(str, args)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     if check:
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-4000:]}"
     return done
