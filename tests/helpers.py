@@ -1,4 +1,4 @@
-"""Small volumes, and a function that runs a program, for tests."""
+"""What many tests use: small volumes, empty files, runs of programs and their logs."""
 
 import json
 import os
@@ -27,6 +27,14 @@ def write_nifti(path: Path, data: np.ndarray, spacing=(2.0, 2.0, 2.0)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(data, np.diag([*spacing, 1.0])), path)
     return path
+
+
+def touch(folder: Path, *names: str) -> None:
+    """Write empty files."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
 def write_scans(folder: Path) -> Path:

@@ -27,11 +27,6 @@ def run(tmp_path, preset, data, *extra, out="run"):
     return main([*map(str, flags), *SMALL, *QUICK, *map(str, extra)])
 
 
-@pytest.fixture(scope="module")
-def spleen(tmp_path_factory):
-    return make_dataset(load_preset("MSD09_Spleen"), tmp_path_factory.mktemp("spleen"))
-
-
 def vit_file(path, seed=1, **kwargs):
     torch.manual_seed(seed)
     defaults = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 4, "num_heads": 2}

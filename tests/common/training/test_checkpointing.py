@@ -9,15 +9,12 @@ import pytest
 import torch
 
 from common import checkpoint
-from common.distributed import Run
 from common.errors import InputError
 from common.files import lock_folder
 from common.training import checkpointing, trainer
 from common.training.checkpointing import CheckpointWriter, existing_checkpoints, load_first_intact
-from tests.common.training.toy import Toy, run_toy, same_weights
+from tests.common.training.toy import CPU, Toy, run_toy, same_weights
 from tests.helpers import read_log
-
-CPU = Run(torch.device("cpu"))
 
 
 def content(step):
