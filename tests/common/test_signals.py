@@ -126,7 +126,7 @@ def test_the_marker_still_names_the_save_after_a_second_stop(tmp_path):
 # ---------------------------------------------------------------- validation
 
 
-def test_training_stopped_in_a_validation_resumes_there(tmp_path, monkeypatch):
+def test_training_stopped_in_a_validation_resumes_there(tmp_path):
     seen, at = [], None
 
     def validate(epoch, log, method):
@@ -181,7 +181,7 @@ def test_a_request_on_one_rank_stops_all(monkeypatch):
     assert sent[-1] == 1.0
 
 
-def test_a_kill_after_a_validation_doubles_no_point(tmp_path, monkeypatch):
+def test_a_kill_after_a_validation_doubles_no_point(tmp_path):
     """TensorBoard has the points of the validation, but the epoch's checkpoint is missing: both are written again."""
     killed = []
 
