@@ -1,5 +1,6 @@
-"""Small volumes, and a function that runs a program, for tests."""
+"""What many tests use: small volumes, empty files, runs of programs and their logs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -28,15 +29,38 @@ def write_nifti(path: Path, data: np.ndarray, spacing=(2.0, 2.0, 2.0)) -> Path:
     return path
 
 
-def run_module(*args, nproc: int = 1, cwd: Path = ROOT, check: bool = True, **env) -> subprocess.CompletedProcess:
+def touch(folder: Path, *names: str) -> None:
+    """Write empty files."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def write_scans(folder: Path) -> Path:
+    """Write three CT-like volumes of different depth, and return their folder."""
+    for i in range(3):
+        write_nifti(folder / f"scan{i}.nii.gz", ct((40, 36, 30 + 4 * i), seed=i))
+    return folder
+
+
+def read_log(out_dir: str | Path) -> list[dict]:
+    """Return the lines of the log.jsonl of a run."""
+    return [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+
+
+def run_module(
+    *args, nproc: int = 1, cwd: Path = ROOT, check: bool = True, timeout: float | None = None, **env
+) -> subprocess.CompletedProcess:
     """Run one of this repository's programs as a user would, through torchrun if `nproc` > 1.
 
-    With `check`, an exit code other than 0 fails the test with the program's output.
+    With `check`, an exit code other than 0 fails the test with the program's output. After `timeout` seconds the
+    program is killed and the test fails.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
     command = [sys.executable, *launcher, "-m", *map(str, args)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     if check:
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-4000:]}"
     return done

@@ -1,11 +1,16 @@
-"""Label maps for the tests of scores."""
+"""A labelled dataset, and label maps for the tests of scores."""
 
 import numpy as np
 import pytest
 
 from Finetune.presets import load_preset
-from tests.Finetune.made import volume
+from tests.Finetune.made import make_dataset, volume
 from tests.Finetune.scoring import save
+
+
+@pytest.fixture(scope="module")
+def spleen(tmp_path_factory):
+    return make_dataset(load_preset("MSD09_Spleen"), tmp_path_factory.mktemp("spleen"))
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """From settings to an architecture, the table of heads, and what is refused before any data is read."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -16,6 +14,7 @@ from Finetune.main_finetune import main
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset
 from tests.Finetune.test_main_finetune import QUICK, SMALL, vit_file
+from tests.helpers import read_log
 
 
 @pytest.mark.parametrize(
@@ -77,7 +76,7 @@ def test_a_registered_head_is_trained_and_loaded(tmp_path, monkeypatch):
     model, architecture, *_ = load_finetuned(path := main([*map(str, flags)]))
     assert architecture.model == "mean" and isinstance(model, MeanHead)
     assert torch.equal(model.backbone.norm.weight, pretrained["norm.weight"])
-    assert json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[0])["dice"] > 0
+    assert read_log(tmp_path / "run")[0]["dice"] > 0
     monkeypatch.delitem(HEADS, "mean")
     with pytest.raises(InputError, match=f"{path}: model mean"):
         load_finetuned(path)

@@ -13,13 +13,7 @@ from common.errors import InputError
 from Finetune.cases import few_labels, find_cases, label_for, map_values, split, with_mapped_labels
 from Finetune.main_finetune import FinetuneSettings
 from Finetune.presets import load_preset
-
-
-def touch(root, *names):
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+from tests.helpers import touch
 
 
 def names_of(cases):

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from Finetune.main_finetune import FinetuneSettings
 from Finetune.models_convvit3d import convvit3d_tiny_patch16
 from Finetune.models_unetr import convvit3d_unetr
 from Finetune.presets import load_preset
+from tests.helpers import ROOT
 
 PRESET = load_preset("sample_abdomen")
 
@@ -87,7 +87,7 @@ def test_contradictory_settings_are_refused(settings, message):
 
 def test_btcv_recipe_accepts_mim():
     """`scripts/BTCV/run.sh --model mim`: the flags of the recipe, then the user's."""
-    text = (Path(__file__).parents[2] / "scripts/BTCV/run.sh").read_text().replace("\\\n", " ")
+    text = (ROOT / "scripts/BTCV/run.sh").read_text().replace("\\\n", " ")
     recipe = re.search(r"finetune BTCV (.*) \"\$@\"", text).group(1)
     # set by scripts/finetune.sh
     given = ["--preset", "BTCV", "--data", "data", "--out_dir", "out"]

@@ -16,7 +16,7 @@ from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.models_convvit3d import ConvViT3D
 from Finetune.presets import available, load_preset
 from tests.Finetune.made import make_dataset
-from tests.helpers import run_module
+from tests.helpers import read_log, run_module
 
 SMALL = "--embed_dim 24 --depth 4 --num_heads 2 --feature_size 4 --roi 32 --patch_size 16".split()
 QUICK = "--epochs 1 --batch_size 1 --crops 1 --workers 0 --warmup_epochs 0 --validate_every 0".split()
@@ -25,15 +25,6 @@ QUICK = "--epochs 1 --batch_size 1 --crops 1 --workers 0 --warmup_epochs 0 --val
 def run(tmp_path, preset, data, *extra, out="run"):
     flags = ["--preset", preset, "--data", data, "--out_dir", tmp_path / out, "--cache_dir", tmp_path / "cache"]
     return main([*map(str, flags), *SMALL, *QUICK, *map(str, extra)])
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def spleen(tmp_path_factory):
-    return make_dataset(load_preset("MSD09_Spleen"), tmp_path_factory.mktemp("spleen"))
 
 
 def vit_file(path, seed=1, **kwargs):

@@ -77,7 +77,7 @@ def test_networks_for_another_task_are_refused(tmp_path, scans):
         run(tmp_path, scans, "--preset", "BTCV", "--model", "classifier")
 
 
-def test_published_slices_are_converted_to_volumes(tmp_path, capsys):
+def test_published_slices_are_converted_to_volumes(tmp_path):
     rng = np.random.default_rng(0)
     pixels = {n: rng.integers(0, 255, (6, 8), dtype=np.uint8) for n in (2, 10, 1)}
     for n, slice_ in pixels.items():

@@ -4,7 +4,6 @@ import importlib
 import math
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from Finetune.models_convvit3d import (
     resample_bias_table,
     visible_mask,
 )
+from tests.helpers import ROOT
 
 SMALL = dict(embed_dims=(6, 12, 12, 24), depths=(1, 1, 1, 2), num_heads=2)
 
@@ -330,7 +330,7 @@ def test_other_architectures_are_refused_and_change_nothing(tmp_path):
 
 
 def test_importable_with_its_folder_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "Finetune"))
+    monkeypatch.syspath_prepend(str(ROOT / "Finetune"))
     # monkeypatch removes the second import of these modules afterwards
     for name in ("models_convvit3d", "encoder3d", "pretrained"):
         monkeypatch.delitem(sys.modules, name, raising=False)

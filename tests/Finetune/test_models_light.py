@@ -17,7 +17,6 @@ from Finetune.models_light import LightDecoder, MAEDecoder, PatchExpand, upsampl
 from Finetune.models_unetr import UNETR, LinearProbe
 from Finetune.presets import load_preset
 from Pretrain.losses import unpatchify
-from tests.Finetune.made import make_dataset
 from tests.Finetune.test_main_finetune import run, vit_file
 
 DECODER = dict(encoder_only=False, decoder_embed_dim=12, decoder_depth=2, decoder_num_heads=2)
@@ -113,11 +112,6 @@ def test_layer_decay_is_that_of_an_encoder_without_decoder():
     encoder = [name for name in scales[0] if name.startswith("backbone.")]
     assert all(scales[0][name] == scales[1][name] for name in encoder)
     assert {scale for name, scale in scales[1].items() if name not in encoder} == {1.0}
-
-
-@pytest.fixture(scope="module")
-def spleen(tmp_path_factory):
-    return make_dataset(load_preset("MSD09_Spleen"), tmp_path_factory.mktemp("spleen"))
 
 
 @pytest.mark.parametrize("model", ["mae_decoder", "primus"])

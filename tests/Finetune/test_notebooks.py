@@ -4,14 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from Finetune.models_3dvit import vit_base_patch16_3d
+from tests.helpers import ROOT
 
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "Finetune/notebooks"
+NOTEBOOKS = ROOT / "Finetune/notebooks"
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def file(tmp_path_factory, preset):
 
 
 @pytest.mark.parametrize("kind", AFFINES)
-def test_prediction_aligns_with_its_image(tmp_path, monkeypatch, preset, file, kind):
+def test_prediction_aligns_with_its_image(tmp_path, monkeypatch, file, kind):
     shape = (30, 28, 26)
     x, y, z = np.meshgrid(*(np.linspace(0, 1, n) for n in shape), indexing="ij")
     # differs from itself after any flip or swap of axes
@@ -68,7 +68,7 @@ def test_prediction_aligns_with_its_image(tmp_path, monkeypatch, preset, file, k
     assert np.abs(error.mean()) < 0.03
 
 
-def test_dicom_series_is_predicted_in_its_own_space(tmp_path, preset, file):
+def test_dicom_series_is_predicted_in_its_own_space(tmp_path, file):
     hu, _ = phantom((40, 36, 20), seed=0)
     write_dicom(tmp_path / "in/series", hu, affine_of(hu.shape, (3.0, 3.0, 4.0)))
     run(file, tmp_path / "in", tmp_path / "out")
@@ -99,7 +99,7 @@ def test_labels_equal_monais_inferer_and_resampling(tmp_path, preset, file):
     assert (found[inside] == back.argmax(0).numpy()[inside]).mean() > 0.999
 
 
-def test_labels_equal_monais_exactly_without_resampling(tmp_path, preset, file):
+def test_labels_equal_monais_exactly_without_resampling(tmp_path, preset):
     plain = replace(preset, spacing=None, foreground_threshold=None)
     own = save_checkpoint(tmp_path / "plain.pth", plain)
     write_ct(tmp_path / "in/scan.nii.gz", preset, np.diag([3.0, 3.0, 3.0, 1.0]), shape=(45, 33, 36))

@@ -6,7 +6,6 @@ import pickle
 import subprocess
 import sys
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ from Finetune.encoder3d import resample_pos_embed
 from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.pretrained import clean_keys
 from tests.Finetune.test_models_3dvit import small
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT
 
 
 def authors_file(path, grid=(10, 10, 10), decoder_width=48, prefix="module.backbone.", **model):

@@ -5,7 +5,6 @@ import os
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,8 @@ from Finetune.architectures import resolve
 from Finetune.main_finetune import FinetuneSettings
 from Finetune.presets import available, load_preset
 from tests.Finetune.made import make_dataset
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 SMALL = "--embed_dim 24 --depth 4 --num_heads 2 --feature_size 4 --roi 32 --epochs 1 --crops 1 --workers 0"
 # values of the variables that a recipe sets
 VARIABLES = {"MSD04_Hippocampus": {"${network[@]}": "--model unetr", "$epochs": "20"}}

@@ -2,13 +2,10 @@
 
 import pytest
 
-from tests.helpers import ct, write_nifti
+from tests.helpers import write_scans
 
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
     """A folder of three small CT-like volumes."""
-    folder = tmp_path_factory.mktemp("scans")
-    for i in range(3):
-        write_nifti(folder / f"scan{i}.nii.gz", ct((40, 36, 30 + 4 * i), seed=i))
-    return folder
+    return write_scans(tmp_path_factory.mktemp("scans"))

@@ -8,12 +8,7 @@ from common.data.datalist import Case
 from common.errors import InputError
 from Pretrain import catalog
 from Pretrain.catalog import find, load, read_datasets
-
-
-def touch(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")
+from tests.helpers import touch
 
 
 def test_the_papers_tables():

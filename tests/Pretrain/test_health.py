@@ -10,8 +10,8 @@ import torch
 
 from common.training.settings import BatchPlan
 from Pretrain import health, main_pretrain
-from tests.helpers import ct, write_nifti
-from tests.Pretrain.test_main_pretrain import log, pretrain
+from tests.helpers import ct, read_log, write_nifti
+from tests.Pretrain.test_main_pretrain import pretrain
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ def test_values_are_checked_when_training_is_on_its_way():
 
 
 def measured(out):
-    return [{k: v for k, v in line.items() if k.startswith("health/")} for line in log(out)]
+    return [{k: v for k, v in line.items() if k.startswith("health/")} for line in read_log(out)]
 
 
 def test_measures_change_no_number_of_training(scans, tmp_path):
     pretrain(scans, tmp_path / "with")
     pretrain(scans, tmp_path / "without", "--health_every", "0")
-    for a, b in zip(log(tmp_path / "with"), log(tmp_path / "without"), strict=True):
+    for a, b in zip(read_log(tmp_path / "with"), read_log(tmp_path / "without"), strict=True):
         assert all(a[name] == value for name, value in b.items() if name != "seconds")
     assert measured(tmp_path / "without") == [{}, {}] and not (tmp_path / "without/health.png").exists()
 

@@ -1,6 +1,5 @@
 """The pretraining program as a user starts it: what it writes, what it refuses, and that processes change nothing."""
 
-import json
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ import torch
 from common.errors import InputError
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain import main_pretrain
-from tests.helpers import ROOT, run_module, write_nifti
+from tests.helpers import ROOT, read_log, run_module, write_nifti
 
 SMALL = """
   --model tiny --embed_dim 24 --depth 2 --num_heads 2 --patch_size 8 --decoder_embed_dim 24 --decoder_depth 1
@@ -44,10 +43,6 @@ def pretrain(scans, out, *more, method="glmae"):
         sys.argv = sys_argv
 
 
-def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 def test_a_run_leaves_checkpoints_log_and_pictures(scans, tmp_path, capsys):
     pretrain(scans, tmp_path / "run")
     names = {p.name for p in (tmp_path / "run").iterdir()}
@@ -61,7 +56,7 @@ def test_a_run_leaves_checkpoints_log_and_pictures(scans, tmp_path, capsys):
     missing, unexpected = encoder.load_pretrained_checkpoint(tmp_path / "run/checkpoint-last.pth")
     assert missing == [] and {k.split(".")[0] for k in unexpected} >= {"decoder_embed", "head"}
     terms = {"rec_global", "rec_local", "global_global", "global_local", "monitor/entropy", "grad_norm"}
-    assert terms <= set(log(tmp_path / "run")[0])
+    assert terms <= set(read_log(tmp_path / "run")[0])
 
 
 @pytest.mark.parametrize("method", ["mae", "glmae"])
@@ -70,7 +65,7 @@ def test_the_loss_falls(scans, tmp_path, method):
     if method == "glmae":
         more += ["--weight_global_global", "0", "--weight_global_local", "0"]
     pretrain(scans, tmp_path / "run", *more, method=method)
-    curve = [entry["rec_local"] for entry in log(tmp_path / "run")]
+    curve = [entry["rec_local"] for entry in read_log(tmp_path / "run")]
     assert sum(curve[-3:]) / 3 < sum(curve[:3]) / 3 - 0.005
 
 
@@ -84,10 +79,10 @@ def test_two_processes_give_the_loss_curve_of_one(scans, tmp_path, method):
     run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "two", nproc=2)
     run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "sharded", "--fsdp", nproc=2)
     run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "parts", "--micro_batch_size", 1)
-    one = log(tmp_path / "one")
+    one = read_log(tmp_path / "one")
     assert len(one) == 6
     for other in ("two", "sharded", "parts"):
-        for a, b in zip(one, log(tmp_path / other)):
+        for a, b in zip(one, read_log(tmp_path / other)):
             for term in (k for k in a if k.startswith(("rec_", "global_", "grad_norm"))):
                 assert abs(a[term] - b[term]) < 1e-4 * max(1, abs(a[term])), (other, a["epoch"], term)
     # Weights are not compared: Adam turns the rounding noise of gradients that are zero by symmetry (key biases) into
@@ -109,7 +104,7 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(scans, tmp_path):
     run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "compiled", "--compile")
     run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "both", "--compile", "--fsdp", nproc=2)
     for other in ("compiled", "both"):
-        for a, b in zip(log(tmp_path / "plain"), log(tmp_path / other), strict=True):
+        for a, b in zip(read_log(tmp_path / "plain"), read_log(tmp_path / other), strict=True):
             for term in (k for k in a if k.startswith(("rec_", "global_", "grad_norm"))):
                 assert abs(a[term] - b[term]) < 1e-3 * max(1, abs(a[term])), (other, a["epoch"], term)
 

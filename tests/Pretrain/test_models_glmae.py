@@ -194,7 +194,7 @@ def test_checkpoint_restores_teacher_centre_and_loss():
         assert torch.equal(method(data, 1)[term], twin(data, 1)[term])
 
 
-def test_written_layout_reads_as_the_authors_loaders_do(tmp_path):
+def test_written_layout_reads_as_the_authors_loaders_do():
     """Both loaders pick `student`; one strips `module.backbone.`, the other puts `vit` in its place."""
     method = small_glmae()
     state = method.checkpoint_state()

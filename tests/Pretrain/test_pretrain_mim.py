@@ -1,6 +1,5 @@
 """MiM from settings: the recipe's numbers, the weights over time, and what contradicts itself."""
 
-import json
 import re
 import shlex
 
@@ -14,7 +13,7 @@ from Finetune.models_convvit3d import ConvViT3D
 from Pretrain import main_pretrain
 from Pretrain.build import build_task, settings_class
 from Pretrain.data import ViewDataset
-from tests.helpers import ROOT, run_module
+from tests.helpers import ROOT, read_log, run_module
 
 TOY = """--method mim --datalist x --out_dir x --batch_size 2 --epochs 10 --local_size 32 --model tiny --num_heads 2
  --embed_dims 6 6 12 24 --depths 1 1 1 1 --decoder_embed_dim 24 --decoder_depth 1 --decoder_num_heads 2"""
@@ -131,17 +130,13 @@ def pretrain(monkeypatch, *args):
     main_pretrain.main()
 
 
-def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 def test_a_run_resumes_exactly_and_loads_into_the_network(scans, tmp_path, monkeypatch):
     pretrain(monkeypatch, scans, tmp_path / "whole", "--epochs", 2, "--save_every", 1, "--align", "published")
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     assert {"checkpoint-1.pth", "checkpoint-last.pth", "reconstruction-1.png"} <= names
     content = torch.load(tmp_path / "whole/checkpoint-1.pth", weights_only=True)
     assert content["args"]["grid_size"] == [2, 2, 2] and content["epoch"] == 1
-    for entry in log(tmp_path / "whole"):
+    for entry in read_log(tmp_path / "whole"):
         assert {"rec_up", "rec_mid", "rec_down", "align_up_mid", "align_mid_down"} <= set(entry)
         assert 0.5 < entry["rec_down"] < 2  # the whole of it, not the mean of its two pieces
 
@@ -164,9 +159,9 @@ def test_two_processes_give_the_loss_curve_of_one(scans, tmp_path):
     for name, (nproc, more) in runs.items():
         args = arguments(scans, tmp_path / name, "--epochs", 4, "--align", "infonce", *more)
         run_module("Pretrain.main_pretrain", *args, nproc=nproc)
-    one = log(tmp_path / "one")
+    one = read_log(tmp_path / "one")
     assert len(one) == 4
     for other in ("two", "sharded", "parts"):
-        for a, b in zip(one, log(tmp_path / other)):
+        for a, b in zip(one, read_log(tmp_path / other)):
             for term in (key for key in a if key.startswith(("rec_", "align_", "grad_norm"))):
                 assert a[term] == pytest.approx(b[term], rel=1e-4, abs=1e-4), (other, a["epoch"], term)

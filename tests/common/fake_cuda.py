@@ -22,8 +22,8 @@ from common.training.loop import UpdateRule, train_one_epoch
 from common.training.optim import build_optimizer
 from common.training.parallel import autocast_dtype
 from common.training.state import TrainingState
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CUDA = torch.device("cuda", 0)
 
 # operations whose result on the host depends on values of a device tensor

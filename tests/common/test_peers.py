@@ -51,6 +51,7 @@ def test_a_rank_that_has_not_begun_is_not_dead():
     first, second = ranks(2)
     assert rounds(first, 3 * SILENCE) == {""}
     second.start()
+    assert first.listen() == ""
     second.stop()
 
 

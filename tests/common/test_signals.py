@@ -19,8 +19,8 @@ from common.signals import (
 )
 from common.training import preemption
 from common.training.preemption import Stopped, until_stopped
-from tests.common.training.toy import CPU, lines, points, run_toy, same_logs, same_weights
-from tests.helpers import ROOT
+from tests.common.training.toy import CPU, points, run_toy, same_logs, same_weights
+from tests.helpers import ROOT, read_log
 
 PROGRAM = """
 import sys, time
@@ -126,7 +126,7 @@ def test_the_marker_still_names_the_save_after_a_second_stop(tmp_path):
 # ---------------------------------------------------------------- validation
 
 
-def test_training_stopped_in_a_validation_resumes_there(tmp_path, monkeypatch):
+def test_training_stopped_in_a_validation_resumes_there(tmp_path):
     seen, at = [], None
 
     def validate(epoch, log, method):
@@ -146,7 +146,7 @@ def test_training_stopped_in_a_validation_resumes_there(tmp_path, monkeypatch):
             run_toy(tmp_path / "stopped", after_epoch=validate)
         assert caught.value.agreed and seen[-1] == at, "no further case starts"
         assert f"after update {updates};" in (tmp_path / "stopped" / MARKER).read_text()
-        assert len(lines(tmp_path / "stopped")) == at[0]
+        assert len(read_log(tmp_path / "stopped")) == at[0]
     at = None
     seen.clear()
     resumed, _ = run_toy(tmp_path / "stopped", after_epoch=validate)
@@ -181,7 +181,7 @@ def test_a_request_on_one_rank_stops_all(monkeypatch):
     assert sent[-1] == 1.0
 
 
-def test_a_kill_after_a_validation_doubles_no_point(tmp_path, monkeypatch):
+def test_a_kill_after_a_validation_doubles_no_point(tmp_path):
     """TensorBoard has the points of the validation, but the epoch's checkpoint is missing: both are written again."""
     killed = []
 

@@ -59,7 +59,7 @@ import torch
 
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset, make_scans
-from tests.helpers import ct, run_module, write_nifti
+from tests.helpers import read_log, run_module, write_scans
 
 # Where another test has imported the program, runpy says so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -114,8 +114,7 @@ Numbers = dict[str, list[float]]
 
 def make_data(folder: Path) -> Path:
     """What the runs read: CT volumes in ct/, labelled ones in spleen/, scans of three classes in cc/."""
-    for number in range(3):
-        write_nifti(folder / f"ct/scan{number}.nii.gz", ct((40, 36, 30 + 4 * number), seed=number))
+    write_scans(folder / "ct")
     # At the spacing of the preset. Where resampling halves a spacing, new voxels of a label lie exactly between two old
     # ones, and which of the two is the nearest then depends on the rounding errors of the CPU.
     make_dataset(load_preset("MSD09_Spleen"), folder / "spleen", np.diag([-1.5, -1.5, 1.5, 1.0]), shape=(48, 44, 40))
@@ -148,7 +147,7 @@ def run(name: str, nproc: int, data: Path, extra: Sequence[str] = ()) -> Numbers
             with as_program(program, words), pytest.raises(SystemExit) as end:
                 runpy.run_module(program, run_name="__main__", alter_sys=True)
             assert not end.value.code, f"{name} ended with code {end.value.code}"
-        lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+        lines = read_log(out)
     assert len(lines) == UPDATES
     return {key: [float(f"{line[key]:.9g}") for line in lines] for key in lines[0] if key not in NOT_RECORDED}
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from common import checkpoint
-from tests.common.training.toy import lines, points
+from tests.common.training.toy import points
+from tests.helpers import read_log
 
 # Settings that may differ.
 OWN = ("out_dir", "resume", "workers", "save_minutes", "config")
@@ -20,7 +21,7 @@ def difference(run: Path, reference: Path) -> str:
     found = _first_difference(*contents, "checkpoint")
     if found:
         return found
-    logs = [lines(folder) for folder in (run, reference)]
+    logs = [read_log(folder) for folder in (run, reference)]
     for line in [*logs[0], *logs[1]]:
         line.pop("seconds")
     # As text, NaN equals NaN.

@@ -17,9 +17,8 @@ from common import checkpoint
 from common.peers import EXIT_PEER_DIED
 from common.signals import EXIT_REQUEUE
 from Finetune.presets import load_preset
-from tests.common.training.toy import lines
 from tests.Finetune.made import make_dataset
-from tests.helpers import ct, write_nifti
+from tests.helpers import read_log, write_scans
 from tests.reliability.difference import difference
 from tests.reliability.processes import Inject, Job
 
@@ -85,8 +84,7 @@ class Bench:
 
 def prepare(bench: Bench, names: set[str]) -> None:
     """Write scans, and make one undisturbed run per name, which also fills the cache."""
-    for number in range(3):
-        write_nifti(bench.folder / f"scans/scan{number}.nii.gz", ct((40, 36, 30 + 4 * number), seed=number))
+    write_scans(bench.folder / "scans")
     make_dataset(load_preset("MSD09_Spleen"), bench.folder / "spleen")
     for name in sorted(names):
         began = time.monotonic()
@@ -278,7 +276,7 @@ def other_ranks(bench: Bench, out: Path, number: int, first: str, then: str) -> 
     check_exit(bench.job(first, out, inject=partial(signal_at_update, 2 + number % 6, signal.SIGTERM)), EXIT_REQUEUE)
     check_exit(bench.job(then, out), 0)
     worst = 0.0
-    for a, b in zip(lines(out), lines(bench.reference(first)), strict=True):
+    for a, b in zip(read_log(out), read_log(bench.reference(first)), strict=True):
         terms = [k for k in b if k.startswith(("rec_", "global_", "dice", "ce", "grad_norm"))]
         worst = max([worst, *(abs(a[k] - b[k]) / max(1.0, abs(b[k])) for k in terms)])
     assert worst < 1e-4, worst

@@ -1,19 +1,16 @@
 """Training and filling a cache on two hosts (two_hosts.py), where the machine permits network namespaces."""
 
-import subprocess
-import sys
 import warnings
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import run_module
 from tests.reliability.two_hosts import CACHE_TRIAL, EXIT_UNAVAILABLE, TRIALS
 
 
 @pytest.mark.slow
 def test_two_hosts_end_with_a_reason_and_resume(tmp_path):
-    command = [sys.executable, "-m", "tests.reliability.two_hosts", "--table", str(tmp_path / "table.md")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = run_module("tests.reliability.two_hosts", "--table", tmp_path / "table.md", check=False, timeout=900)
     if done.returncode == EXIT_UNAVAILABLE:
         # A skipped test does not show its reason by default, a warning does.
         warnings.warn(done.stderr.strip(), stacklevel=1)

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.helpers import ROOT, ct, write_nifti
+from tests.helpers import ROOT, ct, write_nifti, write_scans
 from tests.reliability.difference import difference
 from tests.reliability.hosts import ADDRESSES, INTERFACE, TwoHosts, why_unavailable
 from tests.reliability.report import options, report
@@ -273,8 +273,7 @@ def run_one(lab: Lab, number: int, name: str) -> tuple[str, bool, str]:
 def run_all(folder: Path, only: str) -> list[tuple[str, bool, str]]:
     """Run the trials whose name contains `only`, `SLOTS` at a time."""
     lab = Lab(folder)
-    for number in range(3):
-        write_nifti(folder / f"scans/scan{number}.nii.gz", ct((40, 36, 30 + 4 * number), seed=number))
+    write_scans(folder / "scans")
     lab.finish(lab.reference)
     names = [name for name in (*TRIALS, CACHE_TRIAL) if only in name]
     with ThreadPoolExecutor(SLOTS) as threads:

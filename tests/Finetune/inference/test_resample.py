@@ -7,8 +7,8 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation, Spacing, SpatialResample
 
 from Finetune.inference.resample import Space, _held, one_to_one, resample_logits
+from tests.Finetune.predicting import ROTATION
 
-ROTATION = np.linalg.qr(np.array([[1.0, 0.12, 0.05], [-0.1, 1.0, 0.2], [0.02, -0.15, 1.0]]))[0]
 FILES = {
     "plain": np.diag([1.0, 1.5, 2.0, 1.0]),
     "flipped": np.diag([-0.9, -1.1, 2.5, 1.0]),

@@ -9,14 +9,12 @@ import pytest
 import torch
 
 from common import checkpoint
-from common.distributed import Run
 from common.errors import InputError
 from common.files import lock_folder
 from common.training import checkpointing, trainer
 from common.training.checkpointing import CheckpointWriter, existing_checkpoints, load_first_intact
-from tests.common.training.toy import Toy, lines, run_toy, same_weights
-
-CPU = Run(torch.device("cpu"))
+from tests.common.training.toy import CPU, Toy, run_toy, same_weights
+from tests.helpers import read_log
 
 
 def content(step):
@@ -236,6 +234,6 @@ def test_one_process_trains_into_a_folder(tmp_path, monkeypatch):
         assert lock is not None
         with pytest.raises(InputError, match="another process trains into this folder"):
             run_toy(tmp_path)
-    assert lines(tmp_path)[-1]["epoch"] == 0
+    assert read_log(tmp_path)[-1]["epoch"] == 0
     run_toy(tmp_path)
-    assert lines(tmp_path)[-1]["epoch"] == 3
+    assert read_log(tmp_path)[-1]["epoch"] == 3

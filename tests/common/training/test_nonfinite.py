@@ -12,7 +12,8 @@ from common import checkpoint
 from common.data.sampler import StreamSampler, generator, index_at
 from common.errors import InputError
 from common.training.nonfinite import SPIKE_WARMUP, NonFiniteGuard, batch_names, dump_batches
-from tests.common.training.toy import Numbers, Toy, lines, run_toy, same_logs, same_weights
+from tests.common.training.toy import Numbers, Toy, run_toy, same_logs, same_weights
+from tests.helpers import read_log
 
 
 class Poisoned(Toy):
@@ -45,7 +46,7 @@ def test_a_bad_update_is_skipped_and_logged_with_its_files(tmp_path, capsys):
     dump = checkpoint.load(tmp_path / "anomalies/update-4-rank0.pth")
     assert [p for micro in dump["items"] for p, _ in micro] == [16, 17, 18, 19] and len(dump["batches"]) == 2
     assert float(dump["batches"][0]["y"][1]) == pytest.approx(float(sample(17, 0)))
-    told_by_epoch = lines(tmp_path)
+    told_by_epoch = read_log(tmp_path)
     assert [round(line["skipped"], 3) for line in told_by_epoch] == [0, 0.333, 0, 0]
     assert all(
         math.isfinite(line["fit"]) and math.isfinite(line["grad_norm"]) for line in told_by_epoch
@@ -83,8 +84,8 @@ def test_rollback_returns_to_the_last_good_checkpoint(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2 consecutive bad updates until update 5" in said and "(3 updates done)" in said
     assert content["args"]["loop"]["rollbacks"] == 1 and content["args"]["step"] == 12
-    assert [line["step"] for line in lines(tmp_path)] == [3, 6, 9, 12] and all(
-        line["skipped"] == 0 for line in lines(tmp_path)
+    assert [line["step"] for line in read_log(tmp_path)] == [3, 6, 9, 12] and all(
+        line["skipped"] == 0 for line in read_log(tmp_path)
     )
     assert [line["step"] for line in logged(tmp_path)] == [4, 5]  # kept: they say why
 

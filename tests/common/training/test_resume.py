@@ -13,7 +13,8 @@ from common.config import load_yaml, to_dict
 from common.errors import InputError
 from common.signals import EXIT_REQUEUE, write_requeue_marker
 from common.training.settings import LoopSettings
-from tests.common.training.toy import Toy, lines, points, run_toy, same_logs, same_weights
+from tests.common.training.toy import Toy, points, run_toy, same_logs, same_weights
+from tests.helpers import read_log
 
 
 class Asked(Toy):
@@ -137,9 +138,9 @@ def test_a_run_that_starts_anew_sets_the_old_one_aside(tmp_path):
         run_toy(tmp_path, Asked(1), resume="none", save_minutes=0)
     assert pictures <= {path.name for path in (tmp_path / "earlier-1").iterdir()} and (tmp_path / "notes.txt").exists()
     assert checkpoint.load(tmp_path / "earlier-1" / checkpoint.LAST)["args"]["step"] == 3
-    assert len(lines(tmp_path / "earlier-1")) == 1
+    assert len(read_log(tmp_path / "earlier-1")) == 1
     method, _ = run_toy(tmp_path, resume="none")  # it was asked to stop: the same command goes on
-    assert method.calls[0][1] == 2 and [line["epoch"] for line in lines(tmp_path)] == [0, 1, 2, 3]
+    assert method.calls[0][1] == 2 and [line["epoch"] for line in read_log(tmp_path)] == [0, 1, 2, 3]
 
 
 def test_weight_decay_is_that_of_this_start(tmp_path):
@@ -160,7 +161,7 @@ def test_logs_past_the_checkpoint_of_a_killed_run_are_dropped(tmp_path, whole):
 
     with pytest.raises(KeyboardInterrupt):
         run_toy(tmp_path, Killed(), log_every=2)
-    assert [line["epoch"] for line in lines(tmp_path)] == [0, 1]
+    assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"epoch": 2, "st')  # torn by the kill
     run_toy(tmp_path, log_every=2)
