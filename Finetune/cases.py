@@ -196,6 +196,20 @@ def few_labels(
     return [by_name[name] for name in order[:count]]
 
 
+def development_and_test(validation: Sequence[Case], share: float = 0.5) -> tuple[list[Case], list[Case]]:
+    """Return the held-out cases as (development, test): settings are chosen on the first, results are of the second.
+
+    The parts depend on the names of the cases only. `share` (0 to below 1) of them, rounded, are for development; with
+    two cases or more and a share above 0 neither part is empty. Our choice.
+    """
+    if not share or len(validation) < 2:
+        return [], list(validation)
+    count = min(max(1, round(share * len(validation))), len(validation) - 1)
+    chosen = set(_shuffled([case.name for case in validation], "development")[:count])
+    parts = grouped(validation, lambda case: case.name in chosen)
+    return parts[True], parts[False]
+
+
 # ---------------------------------------------------------------- label values
 
 

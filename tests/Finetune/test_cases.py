@@ -10,7 +10,15 @@ import pytest
 from common.cli import parse
 from common.data.datalist import Case
 from common.errors import InputError
-from Finetune.cases import few_labels, find_cases, label_for, map_values, split, with_mapped_labels
+from Finetune.cases import (
+    development_and_test,
+    few_labels,
+    find_cases,
+    label_for,
+    map_values,
+    split,
+    with_mapped_labels,
+)
 from Finetune.main_finetune import FinetuneSettings
 from Finetune.presets import load_preset
 from tests.helpers import touch
@@ -154,3 +162,16 @@ def test_more_folds_than_cases_need_no_memory(tmp_path):
     cases = [Case(f"c{n}", tmp_path / f"c{n}.nii") for n in range(4)]
     preset = replace(load_preset("sample_abdomen"), folds=10**12)
     assert [len(split(cases, preset, fold)[1]) for fold in range(4)] == [1] * 4
+
+
+@pytest.mark.parametrize("share, expected", [(0.0, 0), (0.3, 3), (0.5, 5), (0.99, 9)])
+def test_development_and_test_parts_are_disjoint_and_do_not_depend_on_order(tmp_path, share, expected):
+    cases = [Case(f"c{n}", tmp_path / f"c{n}.nii") for n in range(10)]
+    development, test = (names_of(part) for part in development_and_test(cases, share))
+    assert len(development) == expected and sorted(development + test) == names_of(cases)
+    assert set(names_of(development_and_test(cases[::-1], share)[0])) == set(development)
+
+
+def test_a_single_held_out_case_is_a_test_case(tmp_path):
+    cases = [Case("c", tmp_path / "c.nii")]
+    assert development_and_test(cases, 0.5) == ([], cases)
