@@ -18,6 +18,7 @@ from torch import nn
 
 from common import checkpoint, distributed, signals
 from common.cache.build import build_cache
+from common.cache.statistics import InputStatistics, input_statistics
 from common.cli import parse, run_program
 from common.config import group, setting, to_dict
 from common.data.datalist import DATA_ROOT_HELP
@@ -80,6 +81,11 @@ class StartSettings:
         "auto", "where the weights are in the file, e.g. teacher; auto: the first of student, state_dict and model"
     )
     scratch_twin: bool = setting(False, "same run and architecture as with --init FILE, but with random weights")
+    standardize: bool = setting(
+        True,
+        "random weights: initialise the patch embedding for mean and standard deviation of the training volumes, as in "
+        "pretraining",
+    )
 
 
 @dataclass(kw_only=True)
@@ -181,10 +187,12 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
     weights_from = None if config.start.scratch_twin else init
     plan = plan_updates(config, len(training), run.world_size)
     method = build_method(config, preset, architecture, weights_from, run, plan)
+    random_encoder = HEADS[architecture.model].encoder and not weights_from
+    inputs = standardize(method, training) if random_encoder and config.start.standardize else None
     optim = config.optim
     peak = optim.peak_lr(plan.batch * config.crops, CROPS_AT_BLR)
     warmup = round(min(optim.warmup_epochs, config.epochs / 2) * plan.steps_per_epoch)
-    args = describe(config, preset, architecture, weights_from, training, validation)
+    args = describe(config, preset, architecture, weights_from, training, validation) | {"inputs": to_dict(inputs)}
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     fold, origin = f"fold {config.cases.fold}", weights_from or "random weights"
     network = f"{architecture.model}, roi {architecture.roi}, patch {architecture.patch_size}"
@@ -248,6 +256,13 @@ def build_method(
     losses = classification_losses if preset.task == "classification" else segmentation_losses(preset)
     head_warmup = round(config.optim.head_warmup_epochs * plan.steps_per_epoch)
     return Finetuning(model, losses, config.freeze or HEADS[architecture.model].frozen, head_warmup)
+
+
+def standardize(method: Finetuning, training: Volumes) -> InputStatistics:
+    """Initialise the random encoder for the voxels of the training volumes. Return their mean and deviation."""
+    inputs = input_statistics(training)
+    method.model.backbone.standardize_input(inputs.mean, inputs.std)
+    return inputs
 
 
 def describe(

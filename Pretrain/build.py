@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+from common.cache.statistics import InputStatistics
 from common.config import group, setting
 from common.errors import InputError
 from common.training.loop import LossWeights
@@ -21,7 +22,6 @@ from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.models_convvit3d import ConvViT3D
 from Pretrain import models_mim
 from Pretrain.catalog import DataSettings
-from Pretrain.data import InputStatistics
 from Pretrain.health import HealthSettings
 from Pretrain.models_glmae import GLMAE, TERMS, GLMAESettings
 from Pretrain.models_mae import MAE, ViTSettings

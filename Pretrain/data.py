@@ -1,7 +1,6 @@
 """Samples for pretraining: views of cached volumes, drawn from (seed, position in the stream) alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,27 +9,6 @@ from torch.utils.data import Dataset
 from common.cache.volume import CachedVolume
 from common.data.sampler import generator, mix
 from Pretrain.views import ViewSpec, crop, draw_box
-
-
-@dataclass(frozen=True)
-class InputStatistics:
-    """Mean and standard deviation of the voxels of a data set, one number per channel."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def input_statistics(volumes: Sequence[CachedVolume], limit: int = 32) -> InputStatistics:
-    """Measure the voxels of at most `limit` volumes, evenly spaced in the list, at their coarsest level."""
-    count, total, squares = 0, 0.0, 0.0
-    for volume in volumes[:: max(1, len(volumes) // limit)]:
-        level = len(volume.levels) - 1
-        voxels = volume.read((0, 0, 0), volume.levels[level], level=level).flatten(1).double()  # (C, voxels)
-        count += voxels.shape[1]
-        total, squares = total + voxels.sum(dim=1), squares + voxels.square().sum(dim=1)
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=1e-6).sqrt()
-    return InputStatistics(tuple(mean.tolist()), tuple(std.tolist()))
 
 
 class ViewDataset(Dataset):

@@ -17,6 +17,7 @@ from PIL import Image
 
 from common import distributed, signals
 from common.cache.build import build_cache
+from common.cache.statistics import input_statistics
 from common.cache.volume import CachedVolume
 from common.cli import parse, run_program
 from common.config import to_dict
@@ -34,7 +35,7 @@ from common.training.settings import BatchPlan, plan_updates
 from common.training.trainer import Trainer
 from common.watchdog import Watchdog
 from Pretrain.build import PretrainSettings, build_task, settings_class
-from Pretrain.data import ViewDataset, input_statistics
+from Pretrain.data import ViewDataset
 from Pretrain.health import Health, by_hash, first_check, hold_out, read_log
 from Pretrain.visualize import curves, picture
 

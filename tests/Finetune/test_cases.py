@@ -165,7 +165,7 @@ def test_more_folds_than_cases_need_no_memory(tmp_path):
 
 
 @pytest.mark.parametrize("share, expected", [(0.0, 0), (0.3, 3), (0.5, 5), (0.99, 9)])
-def test_development_and_test_parts_are_disjoint_and_do_not_depend_on_order(tmp_path, share, expected):
+def test_development_and_test_parts_do_not_overlap(tmp_path, share, expected):
     cases = [Case(f"c{n}", tmp_path / f"c{n}.nii") for n in range(10)]
     development, test = (names_of(part) for part in development_and_test(cases, share))
     assert len(development) == expected and sorted(development + test) == names_of(cases)

@@ -81,6 +81,21 @@ def test_checkpoint_is_loaded_and_its_twin_has_the_same_head(tmp_path, spleen):
     assert head and all(torch.equal(a[name], b[name]) for name in head)
 
 
+def test_random_encoder_is_standardised_and_a_loaded_one_is_not(tmp_path, spleen):
+    vit_file(tmp_path / "pretrained.pth")
+    starts = {"scratch": [], "plain": ["--no-standardize"], "loaded": ["--init", tmp_path / "pretrained.pth"]}
+    starts["loaded plain"] = [*starts["loaded"], "--no-standardize"]
+    found = {
+        name: checkpoint.load(run(tmp_path, "MSD09_Spleen", spleen, *flags, "--lr", 0, out=name))
+        for name, flags in starts.items()
+    }
+    weights = {name: content["state_dict"]["backbone.patch_embed.proj.weight"] for name, content in found.items()}
+    (std,) = found["scratch"]["args"]["inputs"]["std"]
+    torch.testing.assert_close(weights["scratch"] * std, weights["plain"])
+    assert torch.equal(weights["loaded"], weights["loaded plain"])
+    assert [found[name]["args"]["inputs"] for name in ("plain", "loaded")] == [None, None]
+
+
 def test_freeze_and_layer_decay(tmp_path, spleen):
     file = tmp_path / "pretrained.pth"
     pretrained = vit_file(file).state_dict()

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from common.cache.statistics import InputStatistics, input_statistics
 from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.models_convvit3d import ConvViT3D
 from Pretrain.build import build_task
-from Pretrain.data import InputStatistics, input_statistics
 from tests.Pretrain.test_main_pretrain import pretrain
 from tests.Pretrain.test_pretrain_mim import TOY, build
 

@@ -87,10 +87,11 @@ GLMAE = f"{TWO} {MAE} --method glmae --global_size 32 --global_views 2 --hidden_
 GLMAE += "--momentum 0.9 1.0 --teacher_temp_epochs 10 "
 MIM = f"{TWO} {DECODER} --method mim --local_size 32 --embed_dims 6 6 12 24 --depths 1 1 1 1 --num_heads 2 "
 MIM += "--num_mid 2 --num_down 2 --down_parts 2 "
-SPLEEN = f"{TWO} --preset MSD09_Spleen --data DATA/spleen --crops 1 --validate_every 0 "
+SPLEEN = f"{TWO} --preset MSD09_Spleen --data DATA/spleen --crops 1 --validate_every 0 --no-standardize "
 UNETR = f"{SPLEEN} {VIT} --model unetr --depth 4 --roi 32 --feature_size 8 "
 HYBRID = f"{SPLEEN} --model mim --embed_dims 4 8 16 24 --depths 1 1 1 2 --num_heads 3 --roi 64 32 32 "
 CLASSIFIER = f"{FOUR} {VIT} --model classifier --preset CC_CCII --data DATA/cc --roi 32 32 16 --validate_every 0 "
+CLASSIFIER += "--no-standardize "
 
 # Name of a run: its program, its flags, the tolerance of its losses.
 RUNS = {
