@@ -131,7 +131,7 @@ def build_vit(settings: Any, inputs: InputStatistics | None = None) -> VisionTra
 
 
 def local_spec(views: ViewSettings) -> ViewSpec:
-    return ViewSpec(views.local_views, views.local_size, views.local_scale, views.crop_mode, views.flip_prob)
+    return views.spec(views.local_views, views.local_size, views.local_scale)
 
 
 def build_mae(settings: Any, plan: BatchPlan, inputs: InputStatistics | None = None) -> Task:
@@ -170,7 +170,7 @@ def glmae_specs(settings: Any, terms: set[str]) -> dict[str, ViewSpec]:
     if needs_local and views.local_views < 1:
         raise InputError(f"--local_views {views.local_views}: must be at least 1 for {names}")
     encoder3d.grid_of(glmae.global_size, settings.encoder.patch_size)
-    global_spec = ViewSpec(glmae.global_views, glmae.global_size, views.global_scale, views.crop_mode, views.flip_prob)
+    global_spec = views.spec(glmae.global_views, glmae.global_size, views.global_scale)
     return {"global": global_spec} | ({"local": local_spec(views)} if needs_local else {})
 
 
@@ -193,8 +193,9 @@ def build_mim(settings: Any, plan: BatchPlan, inputs: InputStatistics | None = N
     if inputs:
         method.encoder.standardize_input(inputs.mean, inputs.std)
     size = tuple(mim.group * n for n in views.local_size)
-    spec = ViewSpec(1, size, views.global_scale, views.crop_mode, views.flip_prob)
-    return Task(method, {"image": spec}, partial(mim_loss_weights, mim, plan.total_steps))
+    return Task(
+        method, {"image": views.spec(1, size, views.global_scale)}, partial(mim_loss_weights, mim, plan.total_steps)
+    )
 
 
 def mim_loss_weights(mim: MiMSettings, total_steps: int, step: int) -> dict[str, float]:

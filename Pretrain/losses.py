@@ -46,9 +46,16 @@ def undo_norm_pix(prediction: Tensor, patches: Tensor, eps: float = 1e-6) -> Ten
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error over the removed patches: prediction and target (B, N, P), mask (B, N) with 1 = removed."""
+    """Mean squared error over the removed patches: prediction and target (B, N, P), mask (B, N) with 1 = removed.
+
+    Each row has the same weight whatever its number of removed patches, and one without any counts as 0. So the mean
+    over equal micro-batches is that of the batch.
+    """
     error = (prediction.float() - target.float()).square().mean(dim=-1)
-    return (error * mask).sum() / mask.sum()
+    count = mask.sum(dim=1, keepdim=True)  # (B, 1)
+    # exactly 1 where all counts are equal; `mean` multiplies by a rounded 1/B on CUDA
+    weight = count.sum() / len(count) / count.clamp(min=1)
+    return (error * mask * weight).sum() / count.sum().clamp(min=1)
 
 
 def cross_entropy_pairs(teacher: Tensor, student: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Random masks of patches and of units.   B batch   N patches (T tokens)   K kept.   In a mask 1 means removed.
 
+A patch without content holds nothing but padding. Where `content` is given, such patches are kept only for want of
+others, and removed ones are 0 in the mask: there is nothing to reconstruct.
+
 Randomness comes from a key per sample (int64, in the batch) instead of a generator per process. The mask of a sample is
 then the same on any number of ranks, in any micro-batch, on CPU and CUDA, and after a restart. Our choice.
 """
@@ -44,37 +47,71 @@ class Masking(NamedTuple):
     ids_keep: Tensor
     # (B, N)
     ids_restore: Tensor
-    # (B, N) float, 1 = removed
+    # (B, N) float, 1 = removed (and with content)
     mask: Tensor
 
 
-def random_masking(noise: Tensor, keep: int) -> Masking:
-    """Keep the `keep` patches of lowest noise (B, N)."""
+def content_patches(content: Tensor, patch_size: Sequence[int], grid: Sequence[int]) -> Tensor:
+    """Return which patches of a grid (d, h, w) hold content, (B, N) bool in raster order.
+
+    Args:
+        content: (B, 3, 2), the box [start, stop) of voxels that are not padding. It may be empty at an end of an axis.
+        patch_size: voxels (D, H, W).
+    """
+    axes = []
+    for axis, (size, count) in enumerate(zip(patch_size, grid)):
+        start = torch.arange(count, device=content.device) * size  # (n,)
+        axes.append((content[:, axis, :1] < start + size) & (content[:, axis, 1:] > start))  # (B, n)
+    d, h, w = axes
+    return (d[:, :, None, None] & h[:, None, :, None] & w[:, None, None, :]).flatten(1)
+
+
+def random_masking(noise: Tensor, keep: int, content: Tensor | None = None) -> Masking:
+    """Keep the `keep` patches of lowest noise (B, N) in [0, 1).
+
+    Args:
+        content: (B, N) bool. Patches without content come last in the order.
+    """
+    if content is not None:
+        noise = torch.where(content, noise, 1.0 + noise)
     ids_shuffle = noise.argsort(dim=1, stable=True)
     ids_restore = ids_shuffle.argsort(dim=1)
-    return Masking(ids_shuffle[:, :keep], ids_restore, (ids_restore >= keep).float())
+    mask = (ids_restore >= keep).float()
+    return Masking(ids_shuffle[:, :keep], ids_restore, mask if content is None else mask * content)
 
 
-def unit_masking(noise: Tensor, keep: int, grid: Sequence[int]) -> tuple[Masking, Tensor]:
+def unit_masking(
+    noise: Tensor,
+    keep: int,
+    grid: Sequence[int],
+    unit_content: Tensor | None = None,
+    content: Tensor | None = None,
+) -> tuple[Masking, Tensor]:
     """Keep the `keep` units of lowest noise (B, g^3), of the g^3 cubic units of a token grid (d, h, w).
 
     Returns the masking of tokens, and the mask of units (B, g^3) with 1 = removed.
+
+    Args:
+        unit_content: (B, g^3) bool. Units without content come last in the order.
+        content: (B, T) bool, of the tokens. A unit is kept or removed as a whole, so the tokens of a kept unit are
+            visible with and without content; otherwise removed units would be visible in part. Our choice.
     """
     units = noise.shape[1]
     group = round(units ** (1 / 3))
     # ranks are never equal, noise may be
-    _, rank, unit_mask = random_masking(noise, keep)
+    _, rank, unit_mask = random_masking(noise, keep, unit_content)
     blocks = rank.float().view(-1, 1, group, group, group)
     tokens = F.interpolate(blocks, size=grid, mode="nearest-exact").flatten(1)  # (B, T)
-    return random_masking(tokens, keep * tokens.shape[1] // units), unit_mask
+    masking = random_masking(tokens, keep * tokens.shape[1] // units)
+    return masking if content is None else masking._replace(mask=masking.mask * content), unit_mask
 
 
-def choose_removed(noise: Tensor, mask: Tensor, count: int) -> Tensor:
+def choose_removed(noise: Tensor, mask: Tensor, count: int, content: Tensor | None = None) -> Tensor:
     """Return (B, count) places of highest noise among the removed ones of (B, n).
 
-    Visible places are used only when fewer than `count` are removed.
+    Visible places are used only when fewer than `count` are removed, and those without content (B, n) bool last.
     """
-    return (mask + noise).topk(count, dim=1).indices
+    return (mask + noise if content is None else mask + content + noise).topk(count, dim=1).indices
 
 
 def _signed(number: int) -> int:

@@ -24,7 +24,7 @@ from common.training.method import Batch, Method, Reconstruction
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain.losses import collapse_monitors, cosine_pairs, cross_entropy_pairs, entropy_of_mean
 from Pretrain.masking import checked_ratio
-from Pretrain.models_mae import Visible, encode_visible, reconstruct, view_keys, view_major
+from Pretrain.models_mae import Visible, encode_visible, reconstruct, view_content, view_keys, view_major
 
 TERMS = ("rec_global", "rec_local", "global_global", "global_local")
 
@@ -97,7 +97,8 @@ class GLMAE(Method):
 
     `forward` reads batch["global"] (B, p, C, D, H, W), batch["local"] (B, q, C, d, h, w) and batch["key"] (B,) int64,
     the seeds of the masks. It returns the losses `rec_global`, `rec_local`, `global_global`, `global_local`, and values
-    that show a collapse (`monitor/...`).
+    that show a collapse (`monitor/...`). Where padding is ignored it also reads batch["global_content"] (B, p, 3, 2)
+    and batch["local_content"], the boxes without padding. They concern the student; the teacher sees all patches.
 
     Args:
         vit: an encoder with its decoder, the student's backbone. Without a decoder there can be no reconstruction loss.
@@ -208,7 +209,8 @@ class GLMAE(Method):
 
     def _masked_views(self, batch: Batch, kind: str) -> tuple[Tensor, Visible]:
         x, keys = view_major(batch[kind]), view_keys(batch["key"], batch[kind].shape[1], kind=int(kind == "global"))
-        return x, encode_visible(self.encoder, x, keys, self.mask_ratio[kind])
+        content = view_content(batch, kind, self.encoder.patch_size)
+        return x, encode_visible(self.encoder, x, keys, self.mask_ratio[kind], content)
 
     def reconstructions(self, batch: Batch) -> dict[str, Reconstruction]:
         rows = {}

@@ -5,6 +5,7 @@ B volumes   q views of each   M = q*B, view-major   N patches   K kept   C width
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from common.training.method import Batch, Method, Reconstruction
 from Finetune.encoder3d import grid_of
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain.losses import masked_mse, norm_pix, patchify
-from Pretrain.masking import checked_ratio, derive, num_keep, random_masking, uniform
+from Pretrain.masking import checked_ratio, content_patches, derive, num_keep, random_masking, uniform
 
 
 @dataclass(kw_only=True)
@@ -35,12 +36,12 @@ class Visible(NamedTuple):
     tokens: Tensor
     # (M, N)
     ids_restore: Tensor
-    # (M, N), 1 = removed
+    # (M, N), 1 = removed (and with content)
     mask: Tensor
 
 
 def view_major(views: Tensor) -> Tensor:
-    """Flatten (B, q, C, D, H, W) to (q*B, C, D, H, W), the first views of all volumes first."""
+    """Flatten (B, q, ...) to (q*B, ...), the first views of all volumes first."""
     return views.transpose(0, 1).flatten(0, 1)
 
 
@@ -49,11 +50,25 @@ def view_keys(keys: Tensor, count: int, kind: int) -> Tensor:
     return torch.cat([derive(keys, 2 * view + kind) for view in range(count)])
 
 
-def encode_visible(vit: VisionTransformer3D, x: Tensor, keys: Tensor, mask_ratio: float) -> Visible:
-    """Encode the patches of x (M, C, D, H, W) that remain visible under random masks, drawn from keys (M,)."""
+def view_content(batch: Batch, kind: str, patch_size: Sequence[int]) -> Tensor | None:
+    """Return which patches of the views of a kind are not only padding, (M, N) bool; None without `ignore_padding`."""
+    content = batch.get(f"{kind}_content")  # (B, q, 3, 2)
+    if content is None:
+        return None
+    return content_patches(view_major(content), patch_size, grid_of(batch[kind].shape[3:], patch_size))
+
+
+def encode_visible(
+    vit: VisionTransformer3D, x: Tensor, keys: Tensor, mask_ratio: float, content: Tensor | None = None
+) -> Visible:
+    """Encode the patches of x (M, C, D, H, W) that remain visible under random masks, drawn from keys (M,).
+
+    Args:
+        content: from `view_content`. The number of visible patches does not depend on it, so that views can be stacked.
+    """
     num_patches = math.prod(grid_of(x.shape[2:], vit.patch_size))
     noise = uniform(keys, num_patches)  # (M, N)
-    ids_keep, ids_restore, mask = random_masking(noise, num_keep(num_patches, mask_ratio))
+    ids_keep, ids_restore, mask = random_masking(noise, num_keep(num_patches, mask_ratio), content)
     return Visible(vit(x, ids_keep=ids_keep), ids_restore, mask)
 
 
@@ -69,6 +84,8 @@ def reconstruct(
 
 class MAE(Method):
     """Plain MAE. It reads `batch["local"]` (B, q, C, D, H, W) in [0, 1] and `batch["key"]` (B,), the seeds of masks.
+
+    Where padding is ignored it also reads `batch["local_content"]` (B, q, 3, 2), the box of each view without padding.
 
     Args:
         encoder: a ViT with its decoder (`encoder_only=False`).
@@ -95,7 +112,8 @@ class MAE(Method):
     def _forward_views(self, batch: Batch) -> tuple[Tensor, Reconstruction]:
         views = batch["local"]
         x, keys = view_major(views), view_keys(batch["key"], views.shape[1], kind=0)
-        visible = encode_visible(self.encoder, x, keys, self.mask_ratio)
+        content = view_content(batch, "local", self.encoder.patch_size)
+        visible = encode_visible(self.encoder, x, keys, self.mask_ratio, content)
         loss, prediction = reconstruct(self.encoder, x, visible, self.norm_pix_loss, self.norm_pix_eps)
         return loss, Reconstruction(x, visible.mask, prediction)
 

@@ -44,7 +44,16 @@ from Pretrain.losses import (
     norm_pix,
     patchify,
 )
-from Pretrain.masking import Masking, choose_removed, derive, num_keep, random_masking, uniform, unit_masking
+from Pretrain.masking import (
+    Masking,
+    choose_removed,
+    content_patches,
+    derive,
+    num_keep,
+    random_masking,
+    uniform,
+    unit_masking,
+)
 
 LEVELS = ("up", "mid", "down")
 Quadruple = tuple[int, int, int, int]
@@ -92,6 +101,22 @@ def cut_blocks(x: Tensor, block: Sequence[int], ids: Tensor) -> Tensor:
     x = x.reshape(batch, chans, d, pd, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, d, h, w, C, pd, ph, pw)
     rows = torch.arange(batch, device=ids.device).unsqueeze(1)
     return x[rows, ids // (h * w), ids // w % h, ids % w].flatten(0, 1)
+
+
+def cut_content(content: Tensor, block: Sequence[int], grid: Sequence[int], ids: Tensor) -> Tensor:
+    """Return the content boxes of `cut_blocks`: of volumes (B, 3, 2) -> of their blocks `ids` (B, k), (B*k, 3, 2).
+
+    Args:
+        content: [start, stop) in voxels. That of a block of nothing but padding is empty, at 0 or at its size.
+        grid: blocks of a volume along (D, H, W).
+    """
+    _, h, w = grid
+    places = ids // (h * w), ids // w % h, ids % w  # (B, k) each
+    cut = [
+        (content[:, None, axis] - (place * size).unsqueeze(-1)).clamp(0, size)  # (B, k, 2)
+        for axis, (place, size) in enumerate(zip(places, block))
+    ]
+    return torch.stack(cut, dim=2).flatten(0, 1)
 
 
 def pool_units(tokens: Tensor, grid: Grid, group: int) -> Tensor:
@@ -149,6 +174,10 @@ class MaskedDecoder(nn.Module):
 
 class MiM(Method):
     """Mask in mask. It reads `batch["image"]` (B, [1,] C, g*D, g*H, g*W) in [0, 1] and `batch["key"]` (B,), its seeds.
+
+    Where padding is ignored it also reads `batch["image_content"]` (B, [1,] 3, 2), the box of the volume without
+    padding. On every level tokens of nothing but padding have no reconstruction loss, and the next level is cut at
+    places without content only when there are too few others. The alignment is over all volumes that were cut.
 
     `forward` returns `rec_up`, `rec_mid`, `rec_down`, and unless `align="none"` `align_up_mid` and `align_mid_down`.
 
@@ -249,29 +278,38 @@ class MiM(Method):
         return values
 
     def _up(self, batch: Batch) -> dict[str, Tensor]:
-        image, keys = self._image(batch), batch["key"]
-        units, tokens = self.group**3, math.prod(self.encoder.grid_size)
+        image, keys, boxes = self._image(batch), batch["key"], self._boxes(batch)
+        grid, units = self.encoder.grid_size, self.group**3
+        # a token of the averaged volume is g times as wide in the volume
+        content = self._content(boxes, [self.group * n for n in self.encoder.patch_size], grid)  # (B, T)
+        unit_content = self._content(boxes, self.encoder.img_size, (self.group,) * 3)  # (B, g^3)
         # for g = 2 exactly the authors' trilinear resize
         x = F.avg_pool3d(image, self.group)  # (B, C, D, H, W)
         if self.group > 1:
-            masking, unit_mask = unit_masking(uniform(derive(keys, 0), units), self.keep["up"], self.encoder.grid_size)
+            noise = uniform(derive(keys, 0), units)
+            masking, unit_mask = unit_masking(noise, self.keep["up"], grid, unit_content, content)
         else:
-            masking = random_masking(uniform(derive(keys, 0), tokens), self.keep["up"])
+            masking = random_masking(uniform(derive(keys, 0), math.prod(grid)), self.keep["up"], content)
             unit_mask = torch.ones_like(keys, dtype=torch.float32).unsqueeze(1)
         loss, feature = self._reconstruct(x, masking)
-        labels = choose_removed(uniform(derive(keys, 1), units), unit_mask, self.num_mid)  # (B, S)
-        self._carry = {"labels": labels, "parent": pool_units(feature.detach(), self.encoder.grid_size, self.group)}
+        labels = choose_removed(uniform(derive(keys, 1), units), unit_mask, self.num_mid, unit_content)  # (B, S)
+        self._carry = {"labels": labels, "parent": pool_units(feature.detach(), grid, self.group)}
         return {"rec_up": loss}
 
     def _mid(self, batch: Batch) -> dict[str, Tensor]:
         keys, count, tokens = batch["key"], self.num_mid, math.prod(self.encoder.grid_size)
-        labels, parent = self._carry["labels"], self._carry["parent"]
+        labels, parent, boxes = self._carry["labels"], self._carry["parent"], self._boxes(batch)
         # from the unmasked volume: every level draws its own mask
         x = cut_blocks(self._image(batch), self.encoder.img_size, labels)  # (B*S, C, D, H, W)
-        masking = random_masking(self._noise(keys, 2, count, tokens), self.keep["mid"])
+        if boxes is not None:
+            boxes = cut_content(boxes, self.encoder.img_size, (self.group,) * 3, labels)  # (B*S, 3, 2)
+        content = self._content(boxes, self.encoder.patch_size, self.encoder.grid_size)  # (B*S, T)
+        masking = random_masking(self._noise(keys, 2, count, tokens), self.keep["mid"], content)
         loss, feature = self._reconstruct(x, masking)
-        chosen = choose_removed(self._noise(keys, 3, count, tokens), masking.mask, self.num_down)  # (B*S, Q)
+        chosen = choose_removed(self._noise(keys, 3, count, tokens), masking.mask, self.num_down, content)  # (B*S, Q)
         self._carry = {"volumes": x, "labels": chosen, "parent": feature.detach()}
+        if boxes is not None:
+            self._carry["boxes"] = boxes
         values, child = {"rec_mid": loss}, feature.mean(dim=1)  # (B*S, E)
         if self.align == "published":
             # row // S indexes the mid level, where a row of the up level was meant
@@ -293,7 +331,8 @@ class MiM(Method):
         x = cut_blocks(volumes[own], self.encoder.patch_size, labels.flatten()[rows].unsqueeze(1))  # (R, C, 16, 16, 16)
         x = F.interpolate(x, size=self.encoder.img_size, mode="trilinear", align_corners=False)
         noise = self._noise(batch["key"], 4, self.num_mid * count, math.prod(grid))[rows]
-        loss, feature = self._reconstruct(x, random_masking(noise, self.keep["down"]))
+        content = self._down_content(own, labels.flatten()[rows])  # (R, T)
+        loss, feature = self._reconstruct(x, random_masking(noise, self.keep["down"], content))
         values = {"rec_down": loss * share}
         if self.align != "none":
             child = self.aggregate_down(feature.mean(dim=1))  # (R, E)
@@ -309,6 +348,16 @@ class MiM(Method):
             self._carry = {}
             values["rec_down"] = values["rec_down"] + 0.0 * sum(p.sum() for p in self._heads_not_in_down())
         return values
+
+    def _down_content(self, own: Tensor, labels: Tensor) -> Tensor | None:
+        """Return `_content` of down volumes, from the rows of their parents and their places in them, (R,) each."""
+        boxes, grid = self._carry.get("boxes"), self.encoder.grid_size
+        if boxes is None:
+            return None
+        boxes = cut_content(boxes[own], self.encoder.patch_size, grid, labels.unsqueeze(1))  # (R, 3, 2)
+        # enlarged from a patch to img_size, which is `grid` patches; the blur beyond the edge counts as padding
+        boxes = torch.stack([boxes[:, axis] * factor for axis, factor in enumerate(grid)], dim=1)
+        return self._content(boxes, self.encoder.patch_size, grid)
 
     def _heads_not_in_down(self) -> list[nn.Parameter]:
         heads = set(HEADS[self.align]) - {"aggregate_down", "aggregate_pred_mid_feature"}
@@ -329,6 +378,16 @@ class MiM(Method):
             return {}
         temperature = self.align_temp if self.align == "infonce" else None
         return {f"chance_{levels}": align_chance(child, keys, temperature) * share}
+
+    @staticmethod
+    def _boxes(batch: Batch) -> Tensor | None:
+        """Return the content boxes (B, 3, 2) of the volumes, None unless padding is ignored."""
+        boxes = batch.get("image_content")
+        return None if boxes is None else boxes.view(-1, 3, 2)
+
+    @staticmethod
+    def _content(boxes: Tensor | None, patch_size: Sequence[int], grid: Sequence[int]) -> Tensor | None:
+        return None if boxes is None else content_patches(boxes, patch_size, grid)
 
     @staticmethod
     def _noise(keys: Tensor, stream: int, volumes: int, tokens: int) -> Tensor:

@@ -16,7 +16,7 @@ class Reconstruction(NamedTuple):
 
     # (M, C, D, H, W) in [0, 1]
     view: Tensor
-    # (M, N), 1 = removed; None when nothing is reconstructed
+    # (M, N), 1 = removed (and not only padding, where that is ignored); None when nothing is reconstructed
     mask: Tensor | None
     # (M, N, P); None when nothing is reconstructed
     prediction: Tensor | None

@@ -49,6 +49,18 @@ def volumes():
     return {"image": torch.rand(2, 1, 64, 64, 64), "key": torch.zeros(2, dtype=torch.long)}
 
 
+def with_content(batch):
+    """The batch with the content boxes of `--ignore_padding`."""
+
+    def make():
+        made = batch()
+        # all but the voxels: (B, views), or (B, 1) for MiM
+        counts = {kind: views.shape[:-4] for kind, views in made.items() if kind != "key"}
+        return made | {f"{kind}_content": torch.tensor([3, 30]).repeat(*count, 3, 1) for kind, count in counts.items()}
+
+    return make
+
+
 SLOW = {"mim-infonce", "mim-published"}
 
 
@@ -63,6 +75,14 @@ def test_no_step_leaves_the_device_or_waits_for_it(method):
     count = 2 if method == "glmae-ce" else 1  # what comes again in a second update or micro-batch is the same for all
     batch = volumes if method.startswith("mim") else views
     check(*train(build(method), batch, weights, updates=count, accum=count), names)
+
+
+@pytest.mark.parametrize("method", ["mae", "glmae-ce", "mim-cosine"])
+def test_nor_does_a_step_that_ignores_padding(method):
+    names = METHODS[method]
+    weights = {name: 1.0 for name in names if not name.startswith("monitor")}
+    batch = with_content(volumes if method.startswith("mim") else views)
+    check(*train(build(method), batch, weights), names)
 
 
 def test_nor_does_a_step_in_fp16_with_its_scaler():

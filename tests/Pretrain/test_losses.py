@@ -62,10 +62,36 @@ def test_epsilon_silences_noise_and_is_undone():
 
 def test_masked_mse_is_the_mean_over_removed_patches():
     prediction, target = torch.rand(2, 4, 3), torch.rand(2, 4, 3)
-    mask = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0]])
-    removed = [(0, 0), (0, 3), (1, 1)]
-    expected = sum(F.mse_loss(prediction[b, n], target[b, n]) for b, n in removed) / 3
+    mask = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0]])
+    removed = [(0, 0), (0, 3), (1, 1), (1, 2)]
+    expected = sum(F.mse_loss(prediction[b, n], target[b, n]) for b, n in removed) / 4
     torch.testing.assert_close(masked_mse(prediction, target, mask), expected)
+
+
+def test_masked_mse_of_rows_with_equal_counts_is_unweighted():
+    prediction, target = torch.rand(7, 30, 3), torch.rand(7, 30, 3)
+    mask = (torch.rand(7, 30).argsort(dim=1) < 11).float()
+    error = (prediction - target).square().mean(dim=-1)
+    assert torch.equal(masked_mse(prediction, target, mask), (error * mask).sum() / mask.sum())
+
+
+def test_masked_mse_is_the_mean_over_micro_batches():
+    """Whatever the number of removed patches in a row; a row without any counts as 0."""
+    prediction, target = torch.rand(4, 5, 3, requires_grad=True), torch.rand(4, 5, 3)
+    mask = torch.tensor([[1.0, 0, 0, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
+    loss = masked_mse(prediction, target, mask)
+    for count in (1, 2):
+        parts = [masked_mse(*rows) for rows in zip(*(t.split(count) for t in (prediction, target, mask)))]
+        torch.testing.assert_close(torch.stack(parts).mean(), loss)
+    loss.backward()
+    assert prediction.grad.isfinite().all() and torch.equal(prediction.grad.abs().sum(dim=-1) > 0, mask > 0)
+
+
+def test_masked_mse_without_any_removed_patch_is_zero():
+    prediction = torch.rand(2, 4, 3, requires_grad=True)
+    loss = masked_mse(prediction, torch.rand(2, 4, 3), torch.zeros(2, 4))
+    loss.backward()
+    assert loss == 0 and prediction.grad.abs().max() == 0
 
 
 def test_cosine_pairs():

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from Pretrain.masking import choose_removed, derive, num_keep, random_masking, uniform, unit_masking
+from Pretrain.masking import choose_removed, content_patches, derive, num_keep, random_masking, uniform, unit_masking
 
 
 def test_counts_of_the_recipes_and_the_float_trap():
@@ -64,6 +65,82 @@ def test_derived_keys_differ_and_are_unrelated_to_the_noise():
     assert len(derived.unique()) == 4000
     a, b = uniform(keys, 1).flatten(), uniform(derived[0], 1).flatten()
     assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.2
+
+
+def random_boxes(size, count, seed=0):
+    """Content boxes (count, 3, 2) that are not empty, in views of `size`."""
+    rng = torch.Generator().manual_seed(seed)
+    ends = [torch.stack([torch.randperm(n + 1, generator=rng)[:2] for _ in range(count)]) for n in size]
+    return torch.stack(ends, dim=1).sort(dim=2).values
+
+
+def test_patches_with_content_are_those_that_hold_a_voxel():
+    size, patch, grid = (16, 12, 24), (4, 3, 8), (4, 4, 3)
+    boxes = random_boxes(size, 200)
+    expected = torch.zeros(200, *size)
+    for row, ((a, b), (c, d), (e, f)) in enumerate(boxes.tolist()):
+        expected[row, a:b, c:d, e:f] = 1
+    expected = F.max_pool3d(expected.unsqueeze(1), patch).flatten(1) > 0
+    assert torch.equal(content_patches(boxes, patch, grid), expected)
+    empty = torch.tensor([[[0, 0], [0, 12], [0, 24]], [[0, 16], [12, 12], [0, 24]]])
+    assert not content_patches(empty, patch, grid).any()
+
+
+def test_padding_is_visible_only_for_want_of_content():
+    noise, keep = uniform(torch.arange(300), 64), 24
+    content = content_patches(random_boxes((32, 32, 32), 300), (8, 8, 8), (4, 4, 4))
+    ids_keep, ids_restore, mask = random_masking(noise, keep, content)
+    visible = content.gather(1, ids_keep).sum(dim=1)
+    assert torch.equal(visible, content.sum(dim=1).clamp(max=keep))
+    assert (visible < keep).any() and (visible == keep).any()
+    # what is removed and has content is in the mask, nothing else
+    kept = torch.zeros_like(content).scatter(1, ids_keep, True)
+    assert torch.equal(mask, (content & ~kept).float())
+    assert all(sorted(row) == list(range(64)) for row in ids_restore.tolist())
+
+
+def test_visible_patches_are_uniform_among_those_with_content():
+    content = torch.arange(20).expand(20_000, -1) % 2 == 0
+    ids_keep = random_masking(uniform(torch.arange(20_000), 20), 4, content).ids_keep
+    counts = ids_keep.flatten().bincount(minlength=20) / 8000
+    assert (counts[1::2] == 0).all() and (counts[::2] - 1).abs().max() < 0.05
+
+
+def test_content_everywhere_changes_no_mask():
+    noise, units = uniform(torch.arange(6), 216), uniform(torch.arange(6), 8)
+    everywhere = torch.ones(6, 216, dtype=torch.bool)
+    for a, b in zip(random_masking(noise, 86), random_masking(noise, 86, everywhere)):
+        assert torch.equal(a, b)
+    (a, unit_a), (b, unit_b) = (
+        unit_masking(units, 4, (6, 6, 6), *content) for content in ((), (everywhere[:, :8], everywhere))
+    )
+    assert torch.equal(unit_a, unit_b) and all(torch.equal(x, y) for x, y in zip(a, b))
+    assert torch.equal(choose_removed(units, unit_a, 3), choose_removed(units, unit_a, 3, everywhere[:, :8]))
+
+
+@pytest.mark.parametrize("group", [2, 3])
+def test_units_of_padding_come_last(group):
+    side, keep = 6 // group, num_keep(group**3, 0.5)
+    boxes = random_boxes((96, 96, 96), 100)
+    content = content_patches(boxes, (16, 16, 16), (6, 6, 6))
+    units = content_patches(boxes, (16 * side,) * 3, (group,) * 3)
+    masking, unit_mask = unit_masking(uniform(torch.arange(100), group**3), keep, (6, 6, 6), units, content)
+    kept = torch.zeros_like(content).scatter(1, masking.ids_keep, True)
+    cubes = kept.view(100, group, side, group, side, group, side).float().mean(dim=(2, 4, 6)).flatten(1)
+    assert set(cubes.unique().tolist()) == {0.0, 1.0} and (cubes.sum(dim=1) == keep).all()
+    assert torch.equal((cubes.bool() & units).sum(dim=1), units.sum(dim=1).clamp(max=keep))
+    assert torch.equal(unit_mask, (units & ~cubes.bool()).float())
+    assert torch.equal(masking.mask, (content & ~kept).float())
+
+
+def test_removed_places_without_content_are_chosen_last():
+    content = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]).bool().expand(100, -1)
+    mask = torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0]).expand(100, -1)
+    noise = uniform(torch.arange(100), 8)
+    for count, removed, visible in ((1, 1, 0), (2, 2, 0), (3, 2, 1), (4, 2, 2), (6, 2, 2)):
+        chosen = choose_removed(noise, mask, count, content)
+        assert ((chosen < 2).sum(dim=1) == removed).all()
+        assert (((chosen >= 2) & (chosen < 4)).sum(dim=1) == visible).all()
 
 
 @pytest.mark.parametrize("group", [2, 3, 6])

@@ -1,12 +1,15 @@
 """Views: where boxes fall, and what is cut."""
 
+import dataclasses
+
+import pytest
 import torch
 import torch.nn.functional as F
 
 from common.cache.storage import trilinear
 from common.data.sampler import generator
 from Pretrain.data import ViewDataset
-from Pretrain.views import Box, ViewSpec, crop, draw_box
+from Pretrain.views import Box, ViewSpec, content_box, crop, draw_box
 
 
 class Ramp:
@@ -63,6 +66,47 @@ def test_fixed_boxes_pad_a_short_axis_on_both_sides():
     volume = Ramp((20, 100, 32))
     view = crop(volume, draw_box((20, 100, 32), spec, generator(0, 0)), (32, 32, 32))
     assert view[:, :6].abs().max() == 0 and view[:, 26:].abs().max() == 0 and view[:, 6:26].min() > 0
+
+
+def test_random_placement_is_uniform_over_all_starts():
+    spec = ViewSpec(1, (32, 32, 32), crop_mode="fixed", placement="random")
+    drawn = boxes(spec, (28, 31, 20), 2600)
+    for axis, starts in enumerate((5, 2, 13)):
+        counts = torch.tensor([-box.start[axis] for box in drawn]).bincount(minlength=starts)
+        assert len(counts) == starts
+        # five standard deviations of a binomial count
+        assert (counts - 2600 / starts).abs().max() < 5 * (2600 / starts) ** 0.5
+
+
+def test_placement_changes_no_view_without_padding():
+    for spec, shape in (
+        (ViewSpec(1, (16, 24, 32), crop_mode="fixed"), (16, 40, 33)),
+        (ViewSpec(1, (32, 32, 32), (0.5, 1.0)), (20, 100, 30)),
+    ):
+        assert boxes(spec, shape) == boxes(dataclasses.replace(spec, placement="random"), shape)
+    # along a long axis of a volume that is padded along another one, neither
+    spec, shape = ViewSpec(1, (32, 32, 32), crop_mode="fixed"), (20, 100, 32)
+    for a, b in zip(boxes(spec, shape), boxes(dataclasses.replace(spec, placement="random"), shape)):
+        assert a.start[1:] == b.start[1:] and a.flips == b.flips
+
+
+@pytest.mark.parametrize("placement", ["center", "random"])
+def test_the_content_box_is_where_a_view_is_not_zero(placement):
+    spec = ViewSpec(1, (32, 24, 16), crop_mode="fixed", flip_prob=0.5, placement=placement)
+    shape = (19, 24, 40)
+    volume = Ramp(shape)
+    flipped = set()
+    for box in boxes(spec, shape, 40):
+        found = crop(volume, box, spec.size)[0].nonzero()
+        expected = torch.stack([found.amin(dim=0), found.amax(dim=0) + 1], dim=1)
+        assert content_box(shape, box, spec.size) == expected.tolist()
+        flipped.add(box.flips)
+    assert len(flipped) == 8
+
+
+def test_the_content_box_of_a_resized_view_is_rounded_outwards():
+    box = Box((-3, 0, 4), (10, 20, 6), (False, False, True))
+    assert content_box((20, 20, 8), box, (8, 32, 8)) == [[2, 8], [0, 32], [2, 8]]
 
 
 def test_a_view_shows_its_box_along_every_axis():
