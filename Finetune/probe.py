@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     plan = make_plan(config, preset)
     device = setup(config.device).device
     check_writable(config.out)
+    # before the work, as a file may be replaced meanwhile
+    inits = [describe(init) for init in plan.inits]
     run = load_volumes(config, preset, plan, device)
     notes = leaks(config, preset, plan, run.held_out)
     for note in notes:
@@ -57,10 +59,10 @@ def main(argv: list[str] | None = None) -> None:
         "preset": preset.name,
         "fold": config.fold,
         "config": to_dict(config),
-        "inits": [describe(init) for init in plan.inits],
+        "inits": inits,
         "development_cases": [case.name for case in plan.cases.development],
         "test_cases": [case.name for case in plan.cases.test],
-        "notes": notes,
+        "notes": notes + rate_notes(rows, plan.rates),
         "summaries": summaries(rows, plan.baselines),
         "rows": rows,
     }
@@ -182,6 +184,19 @@ def to_rows(outcome: Outcome, init: str, count: int, seed: int) -> Iterator[dict
             "development_cases": of_development,
             "test_cases": of_test,
         }
+
+
+def rate_notes(rows: Sequence[dict[str, Any]], rates: Sequence[float]) -> list[str]:
+    """Return a note for each learning rate that is the lowest or highest of several: a better one may lie beyond."""
+    ends = {max(rates): "highest", min(rates): "lowest"} if len(rates) > 1 else {}
+    return [
+        *dict.fromkeys(
+            f"{row['probe']}, {row['init']}, {row['labels']} labels: {row['learning_rate']:g} is the "
+            f"{ends[row['learning_rate']]} of --learning_rates"
+            for row in rows
+            if row["learning_rate"] in ends
+        )
+    ]
 
 
 def leaks(config: ProbeSettings, preset: Preset, plan: ProbePlan, held_out: Volumes) -> list[str]:

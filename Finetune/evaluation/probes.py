@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.data.sampler import index_at, mix
+from common.runlog import progress
 from common.training.schedules import warmup_cosine
 from Finetune.engine_finetune import Losses, label_dice, segmentation_losses
 from Finetune.evaluation.features import Features, summary_of, tiling
@@ -190,7 +191,8 @@ def fit_heads(train: Features, task: ProbeTask, attentive: bool = False) -> dict
     heads = {rate: copy.deepcopy(first) for rate in task.rates}
     optimizers = {rate: torch.optim.Adam(head.parameters(), lr=rate) for rate, head in heads.items()}
     losses = losses_of(task)
-    for update in range(task.updates):
+    name = "attentive" if attentive else "linear"
+    for update in progress(range(task.updates), desc=name, unit="update"):
         positions = range(update * task.batch_size, (update + 1) * task.batch_size)
         rows = [index_at(position, len(train.cases), task.seed) for position in positions]
         tokens, targets = train.tokens[rows], train.targets[rows]

@@ -199,6 +199,15 @@ def test_tokens_are_those_after_the_norm(class_token):
 # ---------------------------------------------------------------- the program
 
 
+def test_a_learning_rate_at_an_end_of_the_list_is_noted():
+    rows = [
+        {"probe": "linear", "init": "random", "labels": 3, "learning_rate": rate} for rate in (0.1, 0.1, 0.01, None)
+    ]
+    expected = ["linear, random, 3 labels: 0.1 is the highest of --learning_rates"]
+    assert probe.rate_notes(rows, (0.001, 0.01, 0.1)) == expected
+    assert probe.rate_notes(rows, (0.1,)) == []
+
+
 @pytest.fixture(scope="module")
 def spleen(tmp_path_factory):
     """A data set of three training cases and four held-out ones, with a checkpoint beside it."""
@@ -233,11 +242,10 @@ def test_encoders_are_compared_with_random_ones(tmp_path, spleen):
     assert not set(result["development_cases"]) & set(result["test_cases"]) and len(result["test_cases"]) == 2
     for row in result["summaries"]:
         assert (row["minus_random"] is None) == (row["init"] == "random")
-    # without training, the numbers of a file differ between its seeds only through the training cases
-    knn = {
-        (r["init"], r["seed"]): r["test"] for r in result["rows"] if r["probe"] == "knn patches" and r["labels"] == 3
-    }
+    # without training, the numbers of a file differ between its seeds through the training cases alone
+    knn = {(r["init"], r["seed"]): r["test"] for r in result["rows"] if r["probe"] == "knn cls" and r["labels"] == 3}
     assert knn["one", 0] == knn["one", 5] and knn["random", 0] != knn["random", 5]
+    assert len({knn["one", 0], knn["two", 0], knn["two", 5]}) == 3
     table = (tmp_path / "first/probe.txt").read_text()
     assert "minus random" in table and "knn cls" in table and "note: one: " in table
     again = run(spleen, tmp_path / "second", *flags)
