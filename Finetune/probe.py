@@ -27,10 +27,7 @@ from common.data.datalist import Case
 from common.distributed import setup
 from common.files import check_writable, file_sha256, save_bytes
 from common.runlog import print_main
-from Finetune.cases import (
-    check_classes,
-    with_mapped_labels,
-)
+from Finetune.cases import check_classes, with_mapped_labels
 from Finetune.data import Volumes
 from Finetune.evaluation.features import Features, extract, input_statistics
 from Finetune.evaluation.formats import fixed, write_json

@@ -15,13 +15,7 @@ from common.data.datalist import Case
 from common.data.sampler import mix
 from common.errors import InputError, one_line
 from Finetune.architectures import ENCODERS, EncoderSettings, ModelSettings, encoder_sizes, read_encoder
-from Finetune.cases import (
-    class_of,
-    development_and_test,
-    few_labels,
-    find_cases,
-    split,
-)
+from Finetune.cases import class_of, development_and_test, few_labels, find_cases, split
 from Finetune.evaluation.probes import PROBES
 from Finetune.heads import Architecture
 from Finetune.main_finetune import DataSettings
@@ -42,7 +36,7 @@ class ProbeSettings(DataSettings):
     encoder: Literal["auto", *ENCODERS] = setting("auto", "auto: that of each checkpoint, the ViT without one")
     network: EncoderSettings = group(EncoderSettings, "Encoder")
     class_token: bool = setting(True, "keep the CLS token of the ViT, as in pretraining")
-    learning_rates: str = setting("1e-3,3e-3,1e-2,3e-2", "learning rates of linear and attentive, separated by commas")
+    learning_rates: str = setting("1e-3,3e-3,1e-2,3e-2,1e-1", "of linear and attentive, separated by commas")
     updates: int = setting(500, "updates of linear and attentive", least=1)
     batch_size: int = setting(8, "crops per update", least=1, most=65536)
     neighbours: int = setting(20, "neighbours of knn", least=1)

@@ -53,6 +53,8 @@ class Features:
         """Return the features of these cases, in their order here."""
         wanted = set(names)
         rows = [row for row, case in enumerate(self.cases) if case in wanted]
+        if len(rows) == len(self.cases):
+            return self
         index = torch.tensor(rows, device=self.tokens.device)
         return Features(self.tokens[index], self.targets[index], tuple(self.cases[row] for row in rows), self.prefix)
 
