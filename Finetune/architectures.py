@@ -9,6 +9,7 @@ load_finetuned  fine-tuned checkpoint -> the network with its weights
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,10 +38,9 @@ DECODER_HELP = "none: the checkpoint's, else pretraining's default"
 
 
 @dataclass(kw_only=True)
-class ModelSettings:
-    """Settings that choose the network."""
+class EncoderSettings:
+    """Settings that choose the sizes of the encoder."""
 
-    model: str = setting("unetr", "; ".join(f"{name}: {head.help}" for name, head in HEADS.items()))
     size: Size = setting("auto", "size of the encoder (mim: tiny, base); auto: that of the checkpoint, else base")
     embed_dim: int | None = setting(None, "width of the ViT; none: that of its size", least=1, most=65536)
     depth: int | None = setting(None, "blocks of the ViT; none: those of its size", least=1, most=1024)
@@ -51,6 +51,13 @@ class ModelSettings:
         None, "voxels of a patch; none: the checkpoint's or preset's", least=1, most=1024
     )
     roi: Triple | None = setting(None, "voxels of crops and windows; none: the preset's", least=1, most=1024)
+
+
+@dataclass(kw_only=True)
+class ModelSettings(EncoderSettings):
+    """Settings that choose the network."""
+
+    model: str = setting("unetr", "; ".join(f"{name}: {head.help}" for name, head in HEADS.items()))
     feature_size: int = setting(16, "width of the decoder; MONAI: 16, the authors: 48", least=1, most=4096)
     decoder_embed_dim: int | None = setting(None, f"width of MAE's decoder; {DECODER_HELP}", least=1, most=65536)
     decoder_depth: int | None = setting(None, f"blocks of MAE's decoder; {DECODER_HELP}", least=0, most=1024)
@@ -77,13 +84,15 @@ class Encoder:
         name: its name in messages.
         choose: settings, preset and the sizes of the checkpoint ({} without one) -> sizes, as in `Architecture`.
         read: tensors and settings of a checkpoint -> sizes. KeyError or ValueError if it holds another encoder.
-        build: returns the encoder with random weights.
+        build: returns the encoder with random weights, as heads need it.
+        bare: returns it as pretraining has it, its output being the features.
     """
 
     name: str
     choose: Callable[[ModelSettings, Preset, Sizes], Sizes]
     read: Callable[[State, dict], Sizes]
     build: Callable[[Architecture], nn.Module]
+    bare: Callable[[Architecture], nn.Module]
 
 
 def choose_vit(settings: ModelSettings, preset: Preset, found: Sizes) -> Sizes:
@@ -208,14 +217,17 @@ def build_vit(a: Architecture) -> VisionTransformer3D:
     )
 
 
-def build_hybrid(a: Architecture) -> ConvViT3D:
-    """Return the hybrid encoder with its feature pyramid."""
-    return ConvViT3D(a.roi, a.in_chans, a.embed_dims, a.depths, a.num_heads, pyramid=True, drop_path_rate=a.drop_path)
+def build_hybrid(a: Architecture, pyramid: bool = True) -> ConvViT3D:
+    """Return the hybrid encoder, with its feature pyramid for segmentation or without as in pretraining."""
+    sizes = (a.roi, a.in_chans, a.embed_dims, a.depths, a.num_heads)
+    return ConvViT3D(*sizes, pyramid=pyramid, drop_path_rate=a.drop_path)
 
 
 ENCODERS = {
-    "vit": Encoder("the ViT", choose_vit, read_vit, build_vit),
-    "hybrid": Encoder("MiM's hybrid encoder", choose_hybrid, read_hybrid, build_hybrid),
+    "vit": Encoder("the ViT", choose_vit, read_vit, build_vit, build_vit),
+    "hybrid": Encoder(
+        "MiM's hybrid encoder", choose_hybrid, read_hybrid, build_hybrid, partial(build_hybrid, pyramid=False)
+    ),
 }
 
 
@@ -245,7 +257,7 @@ def resolve(settings: ModelSettings, preset: Preset, init: Path | None, key: str
     """
     head = find_head(settings.model)
     if head.encoder:
-        sizes = _encoder_sizes(ENCODERS[head.encoder], settings, preset, init, key)
+        sizes = encoder_sizes(ENCODERS[head.encoder], settings, preset, init, key)
     elif init:
         raise InputError(f"{init}: --model {settings.model} has no encoder to load, it starts from random weights only")
     else:
@@ -274,9 +286,10 @@ def keeps_class_token(settings: ModelSettings, head: Head) -> bool:
     return head.class_token if settings.class_token == "auto" else settings.class_token == "keep"
 
 
-def _encoder_sizes(
+def encoder_sizes(
     encoder: Encoder, settings: ModelSettings, preset: Preset, init: Path | None, key: str | None
 ) -> Sizes:
+    """Return the sizes of an encoder as `resolve` chooses them. InputError if settings and checkpoint disagree."""
     found = read_encoder(init, encoder, key) if init else {}
     sizes = encoder.choose(settings, preset, found)
     if init and find_head(settings.model).decoder and "decoder_embed_dim" not in found:

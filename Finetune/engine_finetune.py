@@ -132,8 +132,12 @@ def over_cases(
 def case_dice(predict: Predictor, volume: CachedVolume, preset: Preset, window: Window) -> list[float]:
     """Return the Dice of one cached case for each name in `preset.scored()`, NaN where the class is absent."""
     image = volume.read((0, 0, 0), volume.shape)
-    label = volume.read_label((0, 0, 0), volume.shape)[0]
-    predicted = torch.zeros(len(preset.regions) or 1, *volume.shape, dtype=torch.uint8)
+    return label_dice(predict, image, volume.read_label((0, 0, 0), volume.shape)[0], preset, window)
+
+
+def label_dice(predict: Predictor, image: Tensor, label: Tensor, preset: Preset, window: Window) -> list[float]:
+    """Return the Dice as `case_dice`, of an image (C, D, H, W) with the label map (D, H, W)."""
+    predicted = torch.zeros(len(preset.regions) or 1, *label.shape, dtype=torch.uint8)
     for first, logits in slabs(image, predict, window):
         predicted[:, first : first + logits.shape[1]] = decide(logits, preset)
     scores = []
