@@ -43,9 +43,10 @@ class Programs:
     def __init__(self, modules: Sequence[str]):
         # each message arrives complete, also when a signal handler sends one
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # one thread, so that imports start none
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        # imports start neither threads nor CUDA, which do not survive a fork
+        alone = {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        environment = os.environ | {"PYTHONPATH": path} | alone
         command = [sys.executable, "-m", "common.programs", str(theirs.fileno()), *modules]
         with theirs:
             self._server = subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=(theirs.fileno(),))
@@ -134,7 +135,6 @@ def _answer(channel: socket.socket, running: dict[str, BaseProcess]) -> bool:
     request = json.loads(message) if message else {"signal": signal.SIGTERM}
     if "signal" in request:
         for process in running.values():
-            process._popen.poll()
             if process.exitcode is None:
                 os.kill(process.pid, request["signal"])
         return bool(message)

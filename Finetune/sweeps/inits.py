@@ -1,5 +1,6 @@
 """Initialisations of a sweep: names for checkpoints, and the heads that they fit."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from common.errors import InputError
 from common.files import file_sha256
 from common.runlog import print_main
 from Finetune.architectures import Architecture, ModelSettings, resolve
-from Finetune.heads import HEADS
 from Finetune.presets import Preset
 from Finetune.pretrained import read_checkpoint
 
@@ -32,7 +32,12 @@ class Checkpoint:
     @property
     def content(self) -> list[str]:
         """What identifies the weights."""
-        return [file_sha256(self.path), *([self.key] if self.key else [])]
+        return [_sha256(self.path), *([self.key] if self.key else [])]
+
+
+@functools.cache
+def _sha256(path: Path) -> str:
+    return file_sha256(path)
 
 
 # name -> its checkpoints, one per pretraining seed; () for scratch
@@ -116,11 +121,13 @@ def starts(
     reasons: dict[tuple[str, str], InputError] = {}
     for model in models:
         network = _network(settings, model)
+        misfits = {name: _misfit(network, name, checkpoints, preset) for name, checkpoints in inits.items()}
         for name, checkpoints in inits.items():
-            if name == SCRATCH:
-                found[model, name] = _from_scratch(network, inits, preset)
-            elif problem := _misfit(network, name, checkpoints, preset):
-                reasons[model, name] = problem
+            if misfits[name]:
+                reasons[model, name] = misfits[name]
+            elif name == SCRATCH:
+                fitting = (inits[other][0] for other in inits if other != SCRATCH and not misfits[other])
+                found[model, name] = (_from_scratch(network, next(fitting, None), preset),)
             else:
                 found[model, name] = tuple(Start(tuple(c.flags), tuple(c.content)) for c in checkpoints)
     for position, names, flag in ((0, models, "--models"), (1, inits, "--inits")):
@@ -150,11 +157,9 @@ def _misfit(network: ModelSettings, name: str, checkpoints: Sequence[Checkpoint]
     return None
 
 
-def _from_scratch(network: ModelSettings, inits: Inits, preset: Preset) -> tuple[Start]:
-    """Return the start from random weights: as the twin of the first checkpoint that fits the head, if one does."""
-    for name, checkpoints in inits.items() if HEADS[network.model].encoder else ():
-        if checkpoints and not _misfit(network, name, checkpoints[:1], preset):
-            twin = checkpoints[0]
-            return (Start((*twin.flags, "--scratch_twin"), ("--scratch_twin", *twin.content)),)
+def _from_scratch(network: ModelSettings, twin: Checkpoint | None, preset: Preset) -> Start:
+    """Return the start from random weights, as the twin of a checkpoint if there is one."""
+    if twin:
+        return Start((*twin.flags, "--scratch_twin"), ("--scratch_twin", *twin.content))
     resolve(network, preset, None)
-    return (Start((), ()),)
+    return Start((), ())
