@@ -21,6 +21,9 @@ def summary(scores: Scores, test: Sequence[str], others: Mapping[str, Scores]) -
     """Return the results of one row: `score` and `ci95` over seeds and test cases, `seeds` with the mean of each, and
     `minus_NAME`, the difference to each of `others` ({} where there is nothing to compare with)."""
     value, interval = nested_bootstrap(matrix(scores, list(scores), test))
+    if interval:
+        # few seeds that differ much lead beyond the range of the scores
+        interval = [max(0.0, interval[0]), min(1.0, interval[1])]
     return {
         "seeds": {str(seed): mean(of_cases.get(case) for case in test) for seed, of_cases in scores.items()},
         "score": value,
