@@ -133,6 +133,9 @@ class FinetuneSettings(LoopSettings):
     batch_size: int = setting(4, "volumes per update, over all processes together", least=1, most=65536)
     micro_batch_size: int | None = setting(1, "volumes per pass and process; the rest accumulates", least=1, most=65536)
     crops: int = setting(4, "crops per volume", least=1, most=1024)
+    order_seed: int | None = setting(
+        None, "seed of data order, crops and augmentation; none: --seed", least=-(2**63), most=2**63 - 1
+    )
 
 
 def check_settings(config: FinetuneSettings, preset: Preset) -> None:
@@ -201,10 +204,11 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
     print_main(f"{network}, {parameters:,} parameters; {updates}")
     if args["leak"]:
         print_main(f"warning: {fold}: {args['leak']}")
+    order_seed = config.seed if config.order_seed is None else config.order_seed
     if preset.task == "classification":
-        dataset = VolumeDataset(training, preset, architecture.roi, config.seed)
+        dataset = VolumeDataset(training, preset, architecture.roi, order_seed)
     else:
-        dataset = CropDataset(training, architecture.roi, preset.augmentation, config.crops, config.seed)
+        dataset = CropDataset(training, architecture.roi, preset.augmentation, config.crops, order_seed)
     trainer = Trainer(
         method,
         dataset,
@@ -219,6 +223,7 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
             "validation data": digest([e.content_hash for e in validation]),
             "crops": [config.crops, *architecture.roi],
         },
+        order_seed=order_seed,
         make_optimizer=partial(make_optimizer, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay),
         after_epoch=Validation(config, preset, architecture, validation, run, plan, args),
     )

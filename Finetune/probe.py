@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from common.cache.build import build_cache
+from common.cache.statistics import input_statistics
 from common.cli import parse, run_program
 from common.config import to_dict
 from common.data.datalist import Case
@@ -29,7 +30,7 @@ from common.files import check_writable, file_sha256, save_bytes
 from common.runlog import print_main
 from Finetune.cases import check_classes, with_mapped_labels
 from Finetune.data import Volumes
-from Finetune.evaluation.features import Features, extract, input_statistics
+from Finetune.evaluation.features import Features, extract
 from Finetune.evaluation.formats import fixed, write_json
 from Finetune.evaluation.probe_report import probe_table, summaries
 from Finetune.evaluation.probes import HeldOut, Outcome, ProbeTask, run_probe

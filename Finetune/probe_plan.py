@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from common.cache.statistics import InputStatistics
 from common.config import convert, did_you_mean, group, setting, shown
 from common.data.datalist import Case
 from common.data.sampler import mix
@@ -208,7 +209,7 @@ def choose_cases(config: ProbeSettings, preset: Preset, seeds: Sequence[int]) ->
     return ProbeCases(tuple(case for case in training if case.name in used), (*development,), (*test,), subsets)
 
 
-def build_encoder(init: Init, number: int, seed: int, statistics: tuple[list[float], list[float]] | None) -> nn.Module:
+def build_encoder(init: Init, number: int, seed: int, statistics: InputStatistics | None) -> nn.Module:
     """Return an encoder with the weights of file `number`, or random ones of a seed.
 
     Args:
@@ -223,7 +224,7 @@ def build_encoder(init: Init, number: int, seed: int, statistics: tuple[list[flo
         if init.files:
             encoder.load_pretrained_checkpoint(init.files[number], checkpoint_key=init.key)
         elif statistics:
-            encoder.standardize_input(*statistics)
+            encoder.standardize_input(statistics.mean, statistics.std)
     except ValueError as error:
         raise InputError(one_line(error)) from None
     return encoder

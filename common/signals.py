@@ -2,19 +2,17 @@
 
 By default a signal raises `Requeue` in the main thread, as Ctrl-C raises KeyboardInterrupt. A program can be stopped
 anywhere, because every file is either complete or absent and finished work is not repeated. Within `defer_stop` a
-signal is only recorded: the training loop finishes its update and saves (common/training/preemption.py), and
-`run_child` waits for its child.
+signal is only recorded: the training loop finishes its update and saves (common/training/preemption.py), and a program
+that runs others waits for them (`forward_signals`).
 """
 
 import contextlib
 import os
 import signal
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 # 75 in sysexits.h: "temporary failure, the user is invited to retry"
 EXIT_REQUEUE = os.EX_TEMPFAIL
@@ -43,7 +41,8 @@ class _State:
     received: signal.Signals | None = None
     deferred: bool = False
     marker_folder: Path | None = None
-    child: subprocess.Popen | None = None
+    # sends a signal on to child processes
+    forward: Callable[[int], None] | None = None
 
 
 # A process has one handler per signal, hence one state.
@@ -86,8 +85,8 @@ def stop_requested() -> bool:
 def _handle(number: int, frame: FrameType | None) -> None:
     is_first = _state.received is None
     _state.received = _state.received or signal.Signals(number)
-    if _state.child is not None:
-        _state.child.send_signal(number)
+    if _state.forward is not None:
+        _state.forward(number)
     if is_first and not _state.deferred:
         if _state.marker_folder is not None:
             with contextlib.suppress(OSError):
@@ -95,29 +94,21 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise Requeue
 
 
-def run_child(command: Sequence[str], **kwargs: Any) -> int:
-    """Run one of this repository's programs, forward signals to it, and return its exit code.
-
-    Args:
-        command: program and arguments.
-        kwargs: arguments of subprocess.Popen.
-
-    Raises:
-        Requeue: after the child has ended, if it or this process was asked to stop.
-    """
-    with defer_stop(), subprocess.Popen(command, **kwargs) as child:
-        _state.child = child
+@contextlib.contextmanager
+def forward_signals(send: Callable[[int], None]) -> Iterator[None]:
+    """Within the block also pass signals, which are recorded as by `defer_stop`, to `send`, which sends them on."""
+    with defer_stop():
+        _state.forward = send
         try:
-            # The signal may have come before there was a child.
-            if stop_requested():
-                child.send_signal(_state.received)
-            code = child.wait()
+            yield
         finally:
-            _state.child = None
-        # The code is -number if the signal came before the child had installed its handlers.
-        if stop_requested() or code in (EXIT_REQUEUE, *(-number for number in SIGNALS)):
-            raise Requeue
-    return code
+            _state.forward = None
+
+
+def is_stop(code: int) -> bool:
+    """Return whether a program that ended with this exit code was asked to stop."""
+    # -number if the signal came before it had installed its handlers
+    return code in (EXIT_REQUEUE, *(-number for number in SIGNALS))
 
 
 def write_requeue_marker(out_dir: Path, step: int | None = None) -> None:

@@ -10,6 +10,8 @@ from Finetune.evaluation.formats import write_csv, write_json
 from Finetune.evaluation.statistics import bootstrap_interval
 from Finetune.presets import Preset
 
+CLASSES_CSV, CLASSES_JSON = "classification.csv", "classification.json"
+
 
 def class_scores(probabilities: Tensor, targets: Tensor, preset: Preset) -> dict[str, float]:
     """Return `accuracy`, `auc NAME` per class (one class against the others), and `auc`, their mean.
@@ -41,5 +43,5 @@ def write_scores(
     interval = bootstrap_interval((predicted == targets).float().tolist())
     absent = [name for number, name in names.items() if not (targets == number).any()]
     card = {"preset": preset.name, "cases": len(cases), "scores": scores, "accuracy_ci95": interval, "absent": absent}
-    write_csv(out / "classification.csv", rows)
-    write_json(out / "classification.json", card)
+    write_csv(out / CLASSES_CSV, rows)
+    write_json(out / CLASSES_JSON, card)

@@ -72,19 +72,6 @@ def to_patches(label: Tensor, patch: Sequence[int]) -> Tensor:
     return parts.reshape(len(label), d * h * w, p * q * r)
 
 
-def input_statistics(volumes: Volumes, limit: int = 32) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation per channel of the voxels of at most `limit` volumes, evenly spaced in the
-    list, at their coarsest level."""
-    count, total, squares = 0, 0.0, 0.0
-    for volume in volumes[:: max(1, len(volumes) // limit)]:
-        level = len(volume.levels) - 1
-        voxels = volume.read((0, 0, 0), volume.levels[level], level=level).flatten(1).double()  # (C, voxels)
-        count += voxels.shape[1]
-        total, squares = total + voxels.sum(dim=1), squares + voxels.square().sum(dim=1)
-    mean = total / count
-    return mean.tolist(), (squares / count - mean.square()).clamp(min=1e-6).sqrt().tolist()
-
-
 # ---------------------------------------------------------------- crops
 
 

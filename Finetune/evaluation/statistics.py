@@ -39,6 +39,49 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, draws: int = 10_0
     return [float(low), float(high)]
 
 
+def nested_bootstrap(values: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float | None, list[float] | None]:
+    """Return the mean of scores of several runs on the same cases, and its 95 % interval.
+
+    The mean is over cases, of the mean over runs. The interval is by the percentile bootstrap that resamples runs and
+    cases independently (Owen 2007, "The pigeonhole bootstrap"). Resampled means of n runs vary less than means of n new
+    runs by the factor sqrt((n - 1) / n), so the deviations of the runs from their mean are first divided by it (our
+    choice). With one run it is `bootstrap_interval` over the cases, and says nothing about other runs.
+
+    Args:
+        values: (runs, cases), NaN where a case has no score. A case without any score is left out.
+
+    Returns:
+        mean and interval; None for a mean of nothing, and for the interval of fewer than two cases.
+    """
+    values = np.asarray(values, dtype=float)
+    values = values[:, ~np.isnan(values).all(axis=0)] if values.size else np.empty((0, 0))
+    runs, cases = values.shape
+    if not cases:
+        return None, None
+    average = float(np.nanmean(values, axis=0).mean())
+    if cases < 2:
+        return average, None
+    if runs > 1:
+        of_runs = np.nanmean(values - np.nanmean(values, axis=0), axis=1, keepdims=True)
+        values = values + np.nan_to_num(of_runs) * (np.sqrt(runs / (runs - 1)) - 1)
+    rng, scored = np.random.default_rng(seed), ~np.isnan(values)
+    # cases first, so that one run draws as `bootstrap_interval`
+    times_case, times_run = (_counts(rng.integers(0, n, size=(draws, n)), n) for n in (cases, runs))
+    number = times_run @ scored  # (draws, cases)
+    means = times_run @ np.nan_to_num(values) / np.maximum(number, 1)
+    # a case whose only scores are of runs that were not drawn is in no mean
+    weights = times_case * (number > 0)
+    total = weights.sum(axis=1)
+    resampled = (weights * means).sum(axis=1)[total > 0] / total[total > 0]
+    return average, np.percentile(resampled, [2.5, 97.5]).tolist()
+
+
+def _counts(picks: np.ndarray, size: int) -> np.ndarray:
+    """Return how often each of `size` items is in each row of picks: (draws, n) -> (draws, size)."""
+    rows = np.arange(len(picks))[:, None] * size
+    return np.bincount((picks + rows).ravel(), minlength=len(picks) * size).reshape(-1, size)
+
+
 def difference(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, Any]:
     """Return the mean of b - a over the pairs (a, b) that have both values, its interval, and counts."""
     deltas = [b - a for a, b in pairs if a is not None and b is not None]

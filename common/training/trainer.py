@@ -49,6 +49,7 @@ class Trainer:
         make_optimizer: called with the method when its parameters are final (on their device, sharded).
         args: what the checkpoint stores as `args`, in plain types.
         data_fingerprint: plain values that identify the data. A checkpoint with other values is refused on resume.
+        order_seed: seed of the data order, crops and masks; None: that of the settings.
         after_epoch: called on every rank after each epoch with its number, the log and the method (a copy with full
             weights under `--fsdp`), for validation and pictures. What it returns is added to the epoch's log line. A
             resumed run may call it again for the same epoch. It should pass long loops through `until_stopped`.
@@ -67,13 +68,16 @@ class Trainer:
         make_optimizer: Callable[[Method], torch.optim.Optimizer],
         args: dict[str, Any],
         data_fingerprint: dict[str, Any],
+        order_seed: int | None = None,
         after_epoch: AfterEpoch = lambda epoch, log, method: {},
     ):
         self.method, self.dataset, self.settings, self.run, self.plan = method, dataset, settings, run, plan
         self.learning_rate, self.loss_weights, self.after_epoch = learning_rate, loss_weights, after_epoch
         self.args, self.out_dir = args, Path(settings.out_dir)
+        self.order_seed = settings.seed if order_seed is None else order_seed
         # equal in all parts of a run, or the same steps would mean other data
-        self.invariants = {"seed": settings.seed, "batch": plan.batch, "steps_per_epoch": plan.steps_per_epoch}
+        seeds = settings.seed if self.order_seed == settings.seed else [settings.seed, self.order_seed]
+        self.invariants = {"seed": seeds, "batch": plan.batch, "steps_per_epoch": plan.steps_per_epoch}
         self.invariants |= {"num_samples": len(dataset)} | data_fingerprint
         self.state = self._make_state(make_optimizer)
         self.writer = checkpointing.CheckpointWriter(self.out_dir, settings.checkpoints.save_minutes)
@@ -201,7 +205,7 @@ class Trainer:
     def data_seed(self) -> int:
         """Seed of the data order, crops and masks; another one after each rollback."""
         rollbacks = self.state.rollbacks
-        return mix(self.settings.seed, rollbacks) if rollbacks else self.settings.seed
+        return mix(self.order_seed, rollbacks) if rollbacks else self.order_seed
 
     def _batches(self, last: int) -> Iterator[dict]:
         """Return the micro-batches of this rank from `state.step` to `last`."""

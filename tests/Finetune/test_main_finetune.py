@@ -314,6 +314,19 @@ def test_bad_labels_and_lists_are_refused(tmp_path):
         run(tmp_path, "MSD09_Spleen", data)
 
 
+def test_the_order_has_a_seed_of_its_own(tmp_path, spleen):
+    def losses(*flags, out):
+        run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 2, *flags, out=out)
+        return [(line["dice"], line["ce"]) for line in read_log(tmp_path / out)]
+
+    plain = losses(out="a")
+    assert losses("--order_seed", 0, out="b") == plain != losses("--order_seed", 1, out="c")
+    # the same data, other weights
+    assert losses("--seed", 1, "--order_seed", 0, out="d") != plain
+    with pytest.raises(InputError, match="not a checkpoint of this run .seed: found 0, expected"):
+        losses("--order_seed", 1, "--epochs", 3, out="a")
+
+
 def test_folder_that_cannot_be_written_is_refused(tmp_path, spleen):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):

@@ -1,5 +1,4 @@
-"""SIGTERM and SIGUSR1 end a program with 75 anywhere. Training finishes its update first; a parent waits for its
-child."""
+"""SIGTERM and SIGUSR1 end a program with 75 anywhere. Training finishes its update first."""
 
 import os
 import signal
@@ -31,14 +30,6 @@ folder = Path(sys.argv[1])
 def main():
 {body}
 sys.exit(run_program(main))
-"""
-SAVES = """    with signals.defer_stop():
-        (folder / "ready").touch()
-        while not signals.stop_requested():
-            time.sleep(0.01)
-    time.sleep(0.3)
-    (folder / "saved").touch()
-    {end}
 """
 
 
@@ -80,25 +71,19 @@ def test_a_program_ends_anywhere_and_its_cleanup_is_undisturbed(tmp_path, number
     assert not saved_when_stopped(tmp_path / "out")
 
 
-@pytest.mark.parametrize("end", ["raise signals.Requeue", ""], ids=["stopped", "finished"])
-def test_a_signal_is_forwarded_to_a_child(tmp_path, end):
-    (tmp_path / "child.py").write_text(PROGRAM.format(body=SAVES.format(end=end)))
-    body = f"    signals.run_child([sys.executable, {str(tmp_path / 'child.py')!r}, str(folder)])\n"
-    process = start(tmp_path, body)
-    wait_for(tmp_path / "ready", process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
-    assert process.returncode == EXIT_REQUEUE and (tmp_path / "saved").exists()
+def test_a_signal_is_recorded_and_forwarded():
+    sent = []
+    with signals.forward_signals(sent.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert sent == [signal.SIGTERM, signal.SIGUSR1] and signals.stop_requested()
+    assert not signals.stop_requested()
 
 
-def test_a_stopped_child_requeues_and_other_codes_are_returned():
-    with pytest.raises(Requeue):
-        signals.run_child([sys.executable, "-c", "raise SystemExit(75)"])
-    # A child that is stopped before it has installed its handlers:
-    with pytest.raises(Requeue):
-        signals.run_child([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGUSR1)"])
-    assert signals.run_child([sys.executable, "-c", "raise SystemExit(2)"]) == 2
-    assert signals.run_child([sys.executable, "-c", ""]) == 0 and not signals.stop_requested()
+def test_exit_codes_of_a_stopped_program():
+    # the second: stopped before it had installed its handlers
+    assert signals.is_stop(EXIT_REQUEUE) and signals.is_stop(-signal.SIGUSR1)
+    assert not any(map(signals.is_stop, (0, 1, 2, -signal.SIGKILL)))
 
 
 def test_a_program_without_a_run_folder_ends_with_75(tmp_path):

@@ -241,10 +241,8 @@ def test_a_job_that_fails_or_restarts_too_often_ends(pretraining, tmp_path):
 @pytest.mark.slow
 def test_a_signalled_run_of_a_sweep_resumes_too(tmp_path):
     data = make_dataset(load_preset("MSD09_Spleen"), tmp_path / "spleen")
-    small = "model: unetr\nembed_dim: 24\ndepth: 4\nnum_heads: 2\nfeature_size: 4\nroi: 32\npatch_size: 16\nlr: 0.001\n"
-    small += (
-        "batch_size: 1\ncrops: 1\nworkers: 1\nwarmup_epochs: 0\nvalidate_every: 0\nsamples_per_epoch: 8\nepochs: 8\n"
-    )
+    small = "embed_dim: 24\ndepth: 4\nnum_heads: 2\nfeature_size: 4\nroi: 32\npatch_size: 16\nlr: 0.001\n"
+    small += "batch_size: 1\ncrops: 1\nworkers: 1\n"
     (tmp_path / "settings.yaml").write_text(small)
     out = tmp_path / "out"
     settings = {
@@ -252,6 +250,7 @@ def test_a_signalled_run_of_a_sweep_resumes_too(tmp_path):
         "DATA": data,
         "INITS": "scratch",
         "SEEDS": "0",
+        "UPDATES": "60",
         "OUT_DIR": out,
         "CACHE_DIR": tmp_path / "cache",
     }
@@ -273,7 +272,20 @@ def test_a_signalled_run_of_a_sweep_resumes_too(tmp_path):
 
     signalled("sweep.sbatch", "--settings", tmp_path / "settings.yaml", when="-name log.jsonl -size +0")
     # The same sweep as the array that --slurm writes.
-    sweep_flags = ["--preset", "MSD09_Spleen", "--data", data, "--inits", "scratch", "--seeds", "0", "--out", out]
+    sweep_flags = [
+        "--preset",
+        "MSD09_Spleen",
+        "--data",
+        data,
+        "--inits",
+        "scratch",
+        "--seeds",
+        "0",
+        "--out",
+        out,
+        "--updates",
+        60,
+    ]
     sweep_flags += ["--cache_dir", tmp_path / "cache", "--settings", tmp_path / "settings.yaml"]
     sweep.main([*map(str, sweep_flags), "--slurm"])
     signalled(out / "array.sbatch", when="-name predictions")
@@ -281,4 +293,4 @@ def test_a_signalled_run_of_a_sweep_resumes_too(tmp_path):
     assert last.returncode == 0 and not cluster.requeued.exists(), last.stdout[-2000:] + last.stderr[-4000:]
     (logs,) = [p for p in out.rglob("log.jsonl")]
     epochs = [json.loads(line)["epoch"] for line in logs.read_text().splitlines()]
-    assert epochs == list(range(8)) and list(out.rglob("scores.json"))
+    assert epochs == list(range(20)) and list(out.rglob("scores.json"))

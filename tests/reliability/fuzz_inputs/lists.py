@@ -77,7 +77,7 @@ def make(rng: random.Random, folder: Path, bench: Bench, number: int) -> Words:
             ["cache", "--datalist", source, "--cache_dir", "cache", "--dry_run", "--allow_failures"],
             ["cache", "--preset", preset, "--datalist", source, "--cache_dir", "cache"],
             ["predict", "--checkpoint", model, "--images", source, "--out", "out", "--no-overlays"],
-            ["sweep", "--preset", preset, "--data", source, "--out", "out", "--slurm"],
+            ["sweep", "--preset", preset, "--data", source, "--out", "out", "--updates", "40", "--slurm"],
             ["evaluate", "--preset", preset, "--predictions", str(bench.folder / "predicted/out"), "--labels", source]
             + ["--out", "out"],
             ["leakage", "--pretrain", source, "--finetune", preset, "--data", str(data), "--cache_dir", "cache"]

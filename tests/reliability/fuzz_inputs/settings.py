@@ -108,6 +108,6 @@ def base_words(program: str, name: str, order: random.Random, bench: Bench) -> W
             "--out",
             "out",
         ],
-        "sweep": ["--preset", str(preset), "--data", str(bench.data), "--out", "out", "--slurm"],
+        "sweep": ["--preset", str(preset), "--data", str(bench.data), "--out", "out", "--updates", "40", "--slurm"],
         "cache": ["--datalist", scans, "--cache_dir", "cache"],
     }[program]
