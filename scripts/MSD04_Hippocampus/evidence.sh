@@ -1,0 +1,195 @@
+#!/usr/bin/env bash
+# MSD04_Hippocampus: does pretraining help, by how much, and how sure is that? MAE, GL-MAE and MiM against their scratch twins and DynUNet.
+#
+#   DATA=/path/to/Task04_Hippocampus bash scripts/MSD04_Hippocampus/evidence.sh --quick    one pretraining seed, 8 and all labels
+#   DATA=/path/to/Task04_Hippocampus bash scripts/MSD04_Hippocampus/evidence.sh            the whole study
+#
+# Steps: (1) a list of the training cases of fold 0; the held-out cases are seen by no pretraining; (2) pretraining, a folder per method and
+# seed; (3) fine-tuning, learning rates chosen on half of the held-out cases, results on the other half; (4) probes of frozen features;
+# without --quick also (5) ablations, one switch at a time, and (6) the length of pretraining. The same command goes on where it was stopped.
+#
+# DATA: Task04_Hippocampus as published. OUT: folder of the study. CACHE: folder of the cache.
+# JOBS: trainings at once; one per GPU, or 2 on two CPU cores.
+#
+# Hardware: two CPU cores, or a GPU. Time: --quick about an hour on two cores (docs/evidence.md has the measured time and the results). The
+# whole study is about 60 times as much training: days on two cores. Every training is a cell of its own and prints what remains.
+# Our choice: all settings; the papers do not use this data set.
+
+source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
+
+size=full
+case "${1:-}" in
+  --quick) size=quick ;;
+  "") ;;
+  *) echo "error: found '$1', expected --quick or nothing" >&2; exit 2 ;;
+esac
+[ $# -le 1 ] || { echo "error: found '$2', expected --quick or nothing" >&2; exit 2; }
+
+data="${DATA:-data/Task04_Hippocampus}"
+out="${OUT:-runs/evidence_$size}"
+cache="${CACHE:-cache/MSD04_Hippocampus}"
+jobs="${JOBS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')}"
+preset=(--preset MSD04_Hippocampus --data "$data" --cache_dir "$cache" --fold 0)
+threads="${OMP_NUM_THREADS:-$("$PYTHON" -c "import os; print(max(1, len(os.sched_getaffinity(0)) // $jobs))")}"
+step() { printf '\n== %s\n   -> %s\n' "$1" "$2"; }
+
+# Updates of pretraining and fine-tuning; pretraining seeds; fine-tuning seeds; numbers of labels; learning rates to choose from.
+if [ "$size" = quick ]; then
+  mae_updates=2400 glmae_updates=1200 mim_updates=400 updates=400
+  pretraining_seeds=(0) seeds=0,1,2 counts=8,all rates=5e-4,2e-3
+else
+  mae_updates=20000 glmae_updates=10000 mim_updates=10000 updates=2000
+  pretraining_seeds=(0 1 2) seeds=0,1,2 counts=4,8,16,32,all rates=3e-4,1e-3,3e-3
+fi
+
+# ---------------------------------------------------------------- settings
+
+# The preprocessing of the preset. Views have the voxels of the scan, as in fine-tuning.
+pretraining=(
+  --datalist "$out/fold0.json" --cache_dir "$cache" --modality any --intensity percentiles --low 0.5 --high 99.5
+  --foreground_threshold none --spacing 1 --crop_mode fixed --lr 4e-4 --weight_decay 0.05 --workers 0 --save_every 1000 --health_every 5
+)
+vit=(--model tiny --depth 6 --patch_size 8 --decoder_embed_dim 96 --decoder_depth 2 --decoder_num_heads 4)
+mae=(--method mae "${vit[@]}" --local_views 1 --local_size 32 48 32 --mask_ratio_local 0.75)
+glmae=(
+  --method glmae "${vit[@]}" --global_views 2 --global_size 32 48 32 --local_views 4 --local_size 24 32 24
+  --mask_ratio_global 0.6 --mask_ratio_local 0.6 --out_dim 1024 --hidden_dim 512 --bottleneck_dim 128 --teacher_temp_epochs 6
+)
+# Levels need twice the inputs' size, so the volume of 64^3 is enlarged from half to all of the scan.
+mim=(
+  --method mim --model tiny --embed_dims 24 48 96 192 --depths 1 1 2 4 --num_heads 6 --decoder_embed_dim 96 --decoder_depth 2
+  --decoder_num_heads 4 --local_size 32 --num_mid 4 --num_down 2 --crop_mode resize
+)
+printf -v finetuning '%s\n' 'batch_size: 4' 'micro_batch_size: 4' 'crops: 2' 'weight_decay: 0.01' 'workers: 0' 'feature_size: 8'
+
+# pretrain NAME SEED UPDATES BATCH FLAG...: 20 epochs, whatever the number of updates. A finished run is left as it is.
+pretrain() {
+  local folder="$out/pretraining/$1-seed$2" seed="$2" updates="$3" batch="$4"
+  shift 4
+  [ ! -f "$folder/done" ] || return 0
+  mkdir -p "$folder"
+  printf '   %s: %s updates of %s volumes; log: %s/log.txt\n' "$(basename "$folder")" "$updates" "$batch" "$folder"
+  OMP_NUM_THREADS="$threads" "$PYTHON" -m Pretrain.main_pretrain "${pretraining[@]}" "$@" --batch_size "$batch" --epochs 20 \
+    --samples_per_epoch "$((updates / 20 * batch))" --warmup_epochs 2 --seed "$seed" --out_dir "$folder" >>"$folder/log.txt" 2>&1 ||
+    { echo "error: pretraining failed; see $folder/log.txt" >&2; return 1; }
+  touch "$folder/done"
+}
+
+# cell FLAG...: `pretrain FLAG...` in the background, at most $jobs at once, dealt over the GPUs.
+running=0
+IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((jobs - 1)))}"
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+cell() {
+  if [ "$running" -ge "$jobs" ]; then
+    wait -n
+    running=$((running - 1))
+  fi
+  CUDA_VISIBLE_DEVICES="${devices[cells % ${#devices[@]}]}" pretrain "$@" &
+  running=$((running + 1)) cells=$((cells + 1))
+}
+cells=0
+finish_cells() {
+  while [ "$running" -gt 0 ]; do
+    wait -n
+    running=$((running - 1))
+  done
+}
+
+# files NAME [SEED...]: the checkpoints of a method, separated by colons.
+files() {
+  local name="$1" seed list=()
+  shift
+  for seed in "$@"; do list+=("$out/pretraining/$name-seed$seed/checkpoint-last.pth"); done
+  (IFS=:; echo "${list[*]}")
+}
+
+# sweep FOLDER SETTINGS FLAG...: fine-tune, with settings of main_finetune besides those of all networks.
+sweep() {
+  local folder="$out/$1" extra="$2"
+  shift 2
+  mkdir -p "$folder"
+  printf '%s%s\n' "$finetuning" "$extra" >"$folder/settings.yaml"
+  "$PYTHON" -m Finetune.sweep "${preset[@]}" --updates "$updates" --settings "$folder/settings.yaml" --seeds "$seeds" --jobs "$jobs" \
+    --out "$folder" "$@"
+}
+
+# ---------------------------------------------------------------- the study
+
+mkdir -p "$out"
+step "1 The training cases of fold 0" "$out/fold0.json"
+"$PYTHON" -m scripts.list_fold "${preset[@]}" --out "$out/fold0.json"
+# filled before trainings that share it start at once
+"$PYTHON" generate_cache_files.py --preset MSD04_Hippocampus --data_root "$data" --cache_dir "$cache"
+
+step "2 Pretraining on them, without labels" "$out/pretraining"
+for seed in "${pretraining_seeds[@]}"; do
+  cell mim "$seed" "$mim_updates" 8 "${mim[@]}"
+  cell glmae "$seed" "$glmae_updates" 16 "${glmae[@]}"
+  cell mae "$seed" "$mae_updates" 32 "${mae[@]}"
+done
+finish_cells
+
+vit_inits="scratch,mae=$(files mae "${pretraining_seeds[@]}"),glmae=$(files glmae "${pretraining_seeds[@]}")"
+heads=primus
+[ "$size" = quick ] || heads=primus,unetr,mae_decoder
+step "3 Fine-tuning: ViT, the network of MiM, and DynUNet as the bar" "$out/vit $out/mim $out/dynunet"
+roi='roi: [32, 48, 32]'
+sweep vit "$roi" --models "$heads" --inits "$vit_inits" --label_counts "$counts" --tune "lr=$rates"
+# its network needs a roi in multiples of 32
+sweep mim 'roi: [32, 64, 32]' --models mim --inits "scratch,mim=$(files mim "${pretraining_seeds[@]}")" --label_counts "$counts" --tune "lr=$rates"
+sweep dynunet "$roi" --models dynunet --inits scratch --label_counts "$counts" --tune "lr=$rates"
+
+step "4 Probes of frozen features, beside a random encoder" "$out/probe_vit $out/probe_mim"
+probe=("${preset[@]}" --seeds "$seeds" --label_counts "8,all")
+"$PYTHON" -m Finetune.probe "${probe[@]}" --inits "${vit_inits#scratch,}" --out "$out/probe_vit"
+"$PYTHON" -m Finetune.probe "${probe[@]}" --inits "mim=$(files mim "${pretraining_seeds[@]}")" --out "$out/probe_mim"
+
+if [ "$size" = full ]; then
+  step "5 Ablations: one switch at a time, the same number of updates, seed 0" "$out/ablations_vit $out/ablations_mim"
+  # name and the flags that differ
+  declare -A vit_switches=(
+    [mae-ratio60]="--mask_ratio_local 0.6" [mae-ratio90]="--mask_ratio_local 0.9" [mae-no-standardize]="--no-standardize"
+    [mae-eps1e-4]="--norm_pix_eps 1e-4" [mae-resize]="--crop_mode resize --local_scale 0.5 1.0" [mae-lr1e-3]="--lr 1e-3"
+    [glmae-no-rec-global]="--weight_rec_global 0" [glmae-no-rec-local]="--weight_rec_local 0"
+    [glmae-no-global-global]="--weight_global_global 0" [glmae-no-global-local]="--weight_global_local 0"
+    [glmae-consistency0.1]="--weight_global_global 0.1 --weight_global_local 0.1"
+  )
+  declare -A mim_switches=(
+    [mim-no-up]="--weight_rec_up 0" [mim-no-mid]="--weight_rec_mid 0" [mim-no-down]="--weight_rec_down 0" [mim-no-align]="--align none"
+    [mim-infonce]="--align infonce"
+  )
+  inits="mae=$(files mae 0),glmae=$(files glmae 0),glmae-teacher=$(files glmae 0)@teacher"
+  for name in "${!vit_switches[@]}"; do
+    read -ra flags <<<"${vit_switches[$name]}"
+    case "$name" in
+      mae*) cell "$name" 0 "$mae_updates" 32 "${mae[@]}" "${flags[@]}" ;;
+      *) cell "$name" 0 "$glmae_updates" 16 "${glmae[@]}" "${flags[@]}" ;;
+    esac
+    inits="$inits,$name=$(files "$name" 0)"
+  done
+  mim_inits="mim=$(files mim 0)"
+  for name in "${!mim_switches[@]}"; do
+    read -ra flags <<<"${mim_switches[$name]}"
+    cell "$name" 0 "$mim_updates" 8 "${mim[@]}" "${flags[@]}"
+    mim_inits="$mim_inits,$name=$(files "$name" 0)"
+  done
+  finish_cells
+  sweep ablations_vit "$roi" --models primus --inits "scratch,$inits" --label_counts 8 --tune "lr=$rates"
+  sweep ablations_mim 'roi: [32, 64, 32]' --models mim --inits "scratch,$mim_inits" --label_counts 8 --tune "lr=$rates"
+
+  step "6 The length of pretraining, MAE, seed 0" "$out/length"
+  inits="mae-x1=$(files mae 0)"
+  for share in 16 4; do
+    cell "mae-1-of-$share" 0 "$((mae_updates / share / 20 * 20))" 32 "${mae[@]}"
+    inits="mae-1-of-$share=$(files "mae-1-of-$share" 0),$inits"
+  done
+  cell mae-x4 0 "$((mae_updates * 4))" 32 "${mae[@]}"
+  finish_cells
+  sweep length "$roi" --models primus --inits "scratch,$inits,mae-x4=$(files mae-x4 0)" --label_counts 8 --tune "lr=$rates"
+fi
+
+step "Results" "$out"
+for folder in vit mim dynunet ablations_vit ablations_mim length; do
+  [ ! -f "$out/$folder/sweep.txt" ] || cat "$out/$folder/sweep.txt"
+done
+cat "$out"/probe_*/probe.txt
