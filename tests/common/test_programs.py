@@ -36,10 +36,12 @@ def main():
         raise signals.Requeue
 """
 STARTER = """
-import sys
+import signal, sys
 from common.programs import Programs
 from common.files import lock_folder
 from pathlib import Path
+# a shell ignores it for programs in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)
 folder = Path(sys.argv[1])
 with Programs(["toy_program"]) as programs, lock_folder(folder) as lock, open(folder / "log.txt", "a") as log:
     programs.start("a", "toy_program", [str(folder), "saves"], log.fileno(), lock, 1, {"COLOUR": "red"})

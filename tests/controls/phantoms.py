@@ -24,7 +24,7 @@ CLASSES = ("background", "first", "second", "third")
 PERIOD = 8
 REGIONS = 5
 # standard deviation of a pattern as a fraction of that of the noise
-STRENGTH = 0.3
+STRENGTH = 0.24
 # HU of the middle of the window [0, 1000], and of the noise's standard deviation
 MIDDLE, NOISE = 500.0, 150.0
 
