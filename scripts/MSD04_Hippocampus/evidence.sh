@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MSD04_Hippocampus: does pretraining help, by how much, and how sure is that? MAE, GL-MAE and MiM against their scratch twins and DynUNet.
 #
-#   DATA=/path/to/Task04_Hippocampus bash scripts/MSD04_Hippocampus/evidence.sh --quick    one pretraining seed, 8 and all labels
+#   DATA=/path/to/Task04_Hippocampus bash scripts/MSD04_Hippocampus/evidence.sh --quick    one pretraining seed, 8 labels
 #   DATA=/path/to/Task04_Hippocampus bash scripts/MSD04_Hippocampus/evidence.sh            the whole study
 #
 # Steps: (1) a list of the training cases of fold 0; the held-out cases are seen by no pretraining; (2) pretraining, a folder per method and
@@ -36,7 +36,7 @@ step() { printf '\n== %s\n   -> %s\n' "$1" "$2"; }
 # Updates of pretraining and fine-tuning; pretraining seeds; fine-tuning seeds; numbers of labels; learning rates to choose from.
 if [ "$size" = quick ]; then
   mae_updates=2400 glmae_updates=1200 mim_updates=400 updates=400
-  pretraining_seeds=(0) seeds=0,1,2 counts=8,all rates=5e-4,2e-3
+  pretraining_seeds=(0) seeds=0,1,2 counts=8 rates=5e-4,2e-3
 else
   mae_updates=20000 glmae_updates=10000 mim_updates=10000 updates=2000
   pretraining_seeds=(0 1 2) seeds=0,1,2 counts=4,8,16,32,all rates=3e-4,1e-3,3e-3
@@ -140,7 +140,7 @@ sweep mim 'roi: [32, 64, 32]' --models mim --inits "scratch,mim=$(files mim "${p
 sweep dynunet "$roi" --models dynunet --inits scratch --label_counts "$counts" --tune "lr=$rates"
 
 step "4 Probes of frozen features, beside a random encoder" "$out/probe_vit $out/probe_mim"
-probe=("${preset[@]}" --seeds "$seeds" --label_counts "8,all")
+probe=("${preset[@]}" --seeds "$seeds" --label_counts "$counts")
 "$PYTHON" -m Finetune.probe "${probe[@]}" --inits "${vit_inits#scratch,}" --out "$out/probe_vit"
 "$PYTHON" -m Finetune.probe "${probe[@]}" --inits "mim=$(files mim "${pretraining_seeds[@]}")" --out "$out/probe_mim"
 

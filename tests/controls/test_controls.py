@@ -41,20 +41,18 @@ def gain(folder, method, shuffle=False):
     unlabelled, labelled = SHAPES.get(method, ((32, 32, 32), (32, 32, 32)))
     count = 200 if method == "mim" else 800
     data = write_unlabelled(folder / "unlabelled", unlabelled, count, shuffle)
-    flags = (
-        f"{METHODS[method]} {PREPROCESSING} {VIEWS} {LOOP} {DECODER} --datalist {data} --cache_dir {folder / 'cache'}"
-    )
-    run_module("Pretrain.main_pretrain", *flags.split(), "--out_dir", folder / "pretraining")
+    cache = ["--cache_dir", folder / "cache"]
+    flags = f"--method {method} {METHODS[method]} {PREPROCESSING} {VIEWS} {LOOP} {DECODER} --datalist {data}"
+    run_module("Pretrain.main_pretrain", *flags.split(), *cache, "--out_dir", folder / "pretraining")
     preset = write_labelled(folder / "labelled", labelled, training=8, validation=16)
-    (folder / "settings.yaml").write_text(SETTINGS)
+    settings = folder / "settings.yaml"
+    settings.write_text(SETTINGS)
     checkpoint = folder / "pretraining/checkpoint-last.pth"
-    flags = (
-        f"--data {preset.parent} --cache_dir {folder / 'cache'} --models {HEADS.get(method, 'primus')} --updates 100 "
-    )
-    flags += f"--inits scratch,{method}={checkpoint} --seeds 0,1 --settings {folder / 'settings.yaml'}"
-    sweep(["--preset", str(preset), *flags.split(), "--out", str(folder / "sweep")])
-    (row,) = [r for r in json.loads((folder / "sweep/sweep.json").read_text())["rows"] if r["init"] == method]
-    return row["minus_scratch"]
+    flags = f"--models {HEADS.get(method, 'primus')} --inits scratch,{method}={checkpoint} --label_counts 4 --seeds 0,1"
+    flags = [*flags.split(), "--preset", preset, "--data", preset.parent, *cache, "--updates", 100]
+    sweep([*map(str, flags), "--settings", str(settings), "--out", str(folder / "sweep")])
+    rows = json.loads((folder / "sweep/sweep.json").read_text())["rows"]
+    return next(row["minus_scratch"] for row in rows if row["init"] == method)
 
 
 @pytest.mark.parametrize("method", METHODS)
