@@ -36,7 +36,7 @@ case "$method" in
       --model tiny --depth 6 --patch_size 8 --decoder_embed_dim 96 --decoder_depth 2 --decoder_num_heads 4
       --global_views 2 --global_size 80 --global_scale 0.5 1.0 --local_views 4 --local_size 48 --local_scale 0.2 0.5
       --mask_ratio_global 0.6 --mask_ratio_local 0.6 --out_dim 256 --hidden_dim 256 --bottleneck_dim 64
-      --batch_size 2 --lr 1e-3 --teacher_temp_epochs 2
+      --batch_size 2 --lr 3e-4 --teacher_temp_epochs 2
     )
     # The scan to predict is 40 mm thick: a flat window fits it better than the preset's 64^3.
     finetune=(--model unetr --patch_size 8 --feature_size 16 --roi 64 64 16 --crops 3 --lr 2e-3)

@@ -37,9 +37,12 @@ step() { printf '\n== %s\n   -> %s\n' "$1" "$2"; }
 if [ "$size" = quick ]; then
   mae_updates=2400 glmae_updates=1200 mim_updates=400 updates=400
   pretraining_seeds=(0) seeds=0,1,2 counts=8 rates=5e-4,2e-3
+  # an update of MiM's network takes about ten times as long as one of the ViT's
+  mim_budget=(--updates 100 --seeds 0,1 --tune lr=1e-3 --development 0.5)
 else
   mae_updates=20000 glmae_updates=10000 mim_updates=10000 updates=2000
   pretraining_seeds=(0 1 2) seeds=0,1,2 counts=4,8,16,32,all rates=3e-4,1e-3,3e-3
+  mim_budget=(--tune "lr=$rates")
 fi
 
 # ---------------------------------------------------------------- settings
@@ -136,13 +139,14 @@ step "3 Fine-tuning: ViT, the network of MiM, and DynUNet as the bar" "$out/vit 
 roi='roi: [32, 48, 32]'
 sweep vit "$roi" --models "$heads" --inits "$vit_inits" --label_counts "$counts" --tune "lr=$rates"
 # its network needs a roi in multiples of 32
-sweep mim 'roi: [32, 64, 32]' --models mim --inits "scratch,mim=$(files mim "${pretraining_seeds[@]}")" --label_counts "$counts" --tune "lr=$rates"
+sweep mim 'roi: [32, 64, 32]' --models mim --inits "scratch,mim=$(files mim "${pretraining_seeds[@]}")" --label_counts "$counts" "${mim_budget[@]}"
 sweep dynunet "$roi" --models dynunet --inits scratch --label_counts "$counts" --tune "lr=$rates"
 
 step "4 Probes of frozen features, beside a random encoder" "$out/probe_vit $out/probe_mim"
-probe=("${preset[@]}" --seeds "$seeds" --label_counts "$counts")
-"$PYTHON" -m Finetune.probe "${probe[@]}" --inits "${vit_inits#scratch,}" --out "$out/probe_vit"
-"$PYTHON" -m Finetune.probe "${probe[@]}" --inits "mim=$(files mim "${pretraining_seeds[@]}")" --out "$out/probe_mim"
+probe=("${preset[@]}" --seeds "$seeds" --label_counts 8,all)
+[ "$size" = full ] || probe=("${preset[@]}" --seeds 0 --label_counts all --probes linear,knn --learning_rates 1e-2,3e-2,1e-1)
+"$PYTHON" -m Finetune.probe "${probe[@]}" --roi 32 48 32 --inits "${vit_inits#scratch,}" --out "$out/probe_vit"
+"$PYTHON" -m Finetune.probe "${probe[@]}" --roi 32 64 32 --inits "mim=$(files mim "${pretraining_seeds[@]}")" --out "$out/probe_mim"
 
 if [ "$size" = full ]; then
   step "5 Ablations: one switch at a time, the same number of updates, seed 0" "$out/ablations_vit $out/ablations_mim"
