@@ -11,7 +11,7 @@
 # DATA: Task04_Hippocampus as published. OUT: folder of the study. CACHE: folder of the cache.
 # JOBS: trainings at once; one per GPU, or 2 on two CPU cores.
 #
-# Hardware: two CPU cores, or a GPU. Time: --quick about an hour on two cores (docs/evidence.md has the measured time and the results). The
+# Hardware: two CPU cores, or a GPU. Time, expected and not measured as one run: --quick 1 to 1.5 hours on two cores. The
 # whole study is about 60 times as much training: days on two cores. Every training is a cell of its own and prints what remains.
 # Our choice: all settings; the papers do not use this data set.
 
