@@ -12,7 +12,7 @@
 # JOBS: trainings at once; one per GPU, or 2 on two CPU cores.
 #
 # Hardware: two CPU cores, or a GPU. Time, expected and not measured as one run: --quick 1 to 1.5 hours on two cores. The
-# whole study is about 60 times as much training: days on two cores. Every training is a cell of its own and prints what remains.
+# whole study is many times as much: days on two cores, and never run yet. Every training is a cell of its own and prints what remains.
 # Our choice: all settings; the papers do not use this data set.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
