@@ -15,8 +15,8 @@ from Pretrain.models_glmae import GLMAE
 from Pretrain.models_mae import MAE
 from Pretrain.models_mim import cut_blocks, cut_content
 from Pretrain.views import ViewSpec
-from tests.helpers import ct, read_log, run_module, write_nifti
-from tests.Pretrain.test_main_pretrain import flags, pretrain
+from tests.helpers import ct, read_log, write_nifti
+from tests.Pretrain.test_main_pretrain import assert_divisions_agree, flags, pretrain
 from tests.Pretrain.toy_mim import toy
 
 METHODS = ("mae", "glmae", "mim")
@@ -269,13 +269,4 @@ def test_a_run_that_ignores_padding(small_scans, tmp_path, method):
 def test_processes_and_micro_batches_change_no_loss(small_scans, tmp_path, method):
     data = ["--datalist", small_scans, "--cache_dir", tmp_path / "cache", "--epochs", 3]
     settings = [*words(method), *data, "--samples_per_epoch", 2]
-    run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "one")
-    run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "two", nproc=2)
-    run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "sharded", "--fsdp", nproc=2)
-    run_module("Pretrain.main_pretrain", *settings, "--out_dir", tmp_path / "parts", "--micro_batch_size", 1)
-    one = read_log(tmp_path / "one")
-    assert len(one) == 3
-    for other in ("two", "sharded", "parts"):
-        for a, b in zip(one, read_log(tmp_path / other), strict=True):
-            for term in (name for name in a if name.startswith(("rec_", "grad_norm"))):
-                assert abs(a[term] - b[term]) < 1e-4 * max(1, abs(a[term])), (other, a["epoch"], term)
+    assert_divisions_agree(settings, tmp_path, epochs=3, terms=("rec_", "grad_norm"))
