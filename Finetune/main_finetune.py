@@ -218,6 +218,7 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         learning_rate=lambda step: warmup_cosine(step, plan.total_steps, warmup, peak),
         loss_weights=lambda step: {"dice": 1.0, "ce": 1.0},
         args=args,
+        about=about(config, preset, architecture, args),
         data_fingerprint={
             "training data": digest([*(e.content_hash for e in training), preset.preprocessing]),
             "validation data": digest([e.content_hash for e in validation]),
@@ -290,6 +291,27 @@ def describe(
         "validation_cases": [volume.name for volume in validation],
         "selected": "last",
         "leak": leak_of(config.cases.fold, preset, init, validation),
+    }
+
+
+def about(config: FinetuneSettings, preset: Preset, architecture: Architecture, args: dict[str, Any]) -> dict[str, Any]:
+    """Return what run.json tells about the run beyond its settings.
+
+    Args:
+        args: what `describe` returns.
+    """
+    return {
+        "program": "fine-tuning",
+        "title": f"{preset.name}, fold {config.cases.fold}",
+        "task": preset.task,
+        "network": architecture.model,
+        "roi": list(architecture.roi),
+        "patch_size": list(architecture.patch_size),
+        "initial_weights": args["init"],
+        "training_cases": len(args["training_cases"]),
+        "validation_cases": len(args["validation_cases"]),
+        "labels_by": preset.labels_by,
+        "leak": args["leak"],
     }
 
 

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -34,7 +35,7 @@ from common.training.schedules import warmup_cosine
 from common.training.settings import BatchPlan, plan_updates
 from common.training.trainer import Trainer
 from common.watchdog import Watchdog
-from Pretrain.build import PretrainSettings, build_task, settings_class
+from Pretrain.build import TITLES, PretrainSettings, build_task, settings_class
 from Pretrain.data import ViewDataset
 from Pretrain.health import Health, by_hash, first_check, hold_out, read_log
 from Pretrain.visualize import curves, picture
@@ -91,6 +92,7 @@ def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
             "held_out": [volume.content_hash for volume in held_out],
             "inputs": to_dict(inputs),
         },
+        about=about(settings, plan, len(volumes), len(held_out)),
         data_fingerprint={"data": digest(hashes), "views": digest([task.specs])},
         **({"after_epoch": after_epoch} if run.rank == 0 else {}),
     )
@@ -111,6 +113,18 @@ def summary(settings: PretrainSettings, run: Run, plan: BatchPlan, volumes: int,
         f"effective batch {plan.batch} volumes = {plan.batch * views} views ({run.world_size} process(es) x "
         f"{plan.micro_batch} x {plan.accum} accumulated), learning rate {peak_lr:.3g}, on {run.device}"
     )
+
+
+def about(settings: PretrainSettings, plan: BatchPlan, volumes: int, held_out: int) -> dict[str, Any]:
+    """Return what run.json tells about the run beyond its settings."""
+    return {
+        "program": "pretraining",
+        "title": f"{TITLES.get(settings.method, settings.method.upper())} pretraining",
+        "method": settings.method,
+        "training_volumes": volumes,
+        "held_out_volumes": held_out,
+        "health_checked_from_update": first_check(plan, settings.optim.warmup_epochs),
+    }
 
 
 def measure(settings: PretrainSettings, run: Run, plan: BatchPlan, dataset: ViewDataset, views: int) -> None:
@@ -145,7 +159,7 @@ class Reconstructions:
             rows = method.reconstructions(to_device(sample, next(method.parameters()).device))
         if rows:
             encoder = self.settings.encoder
-            pixels = picture(rows, self.patch_size, encoder.norm_pix_loss, norm_pix_eps=encoder.norm_pix_eps)
+            pixels = picture(rows, self.patch_size, encoder.norm_pix_loss, encoder.norm_pix_eps)
             content = io.BytesIO()
             Image.fromarray(pixels).save(content, format="PNG")
             save_picture(self.settings.out_dir / f"reconstruction-{epoch}.png", content.getvalue())
@@ -172,6 +186,8 @@ class HealthLog:
         step = (epoch + 1) * self.plan.steps_per_epoch - 1
         values = self.health(epoch, step, method, means)
         log.add_scalars(values, step)
+        for kind, text in self.health.failed.items():
+            log.add_warning(epoch, kind, text)
         if draws_after(epoch, settings):
             lines = [*read_log(log.epochs_path), {"epoch": epoch, **means, **values}]
             save_picture(settings.out_dir / "health.png", curves(lines))

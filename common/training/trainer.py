@@ -27,8 +27,10 @@ from common.training.method import Method
 from common.training.nonfinite import BadUpdateReporter, RollbackRequested
 from common.training.parallel import autocast_dtype, compile_blocks, transformer_blocks, wrap
 from common.training.preemption import Stopped, StopRequests
+from common.training.record import write_record
 from common.training.settings import BatchPlan, LoopSettings
 from common.training.state import TrainingState
+from common.training.waiting import Waiting
 from common.watchdog import Watchdog
 
 AfterEpoch = Callable[[int, RunLog, Method], dict[str, float]]
@@ -48,6 +50,7 @@ class Trainer:
         learning_rate, loss_weights: functions of the step.
         make_optimizer: called with the method when its parameters are final (on their device, sharded).
         args: what the checkpoint stores as `args`, in plain types.
+        about: what run.json tells readers of the folder about the run, in plain types.
         data_fingerprint: plain values that identify the data. A checkpoint with other values is refused on resume.
         order_seed: seed of the data order, crops and masks; None: that of the settings.
         after_epoch: called on every rank after each epoch with its number, the log and the method (a copy with full
@@ -67,13 +70,14 @@ class Trainer:
         loss_weights: LossWeights,
         make_optimizer: Callable[[Method], torch.optim.Optimizer],
         args: dict[str, Any],
+        about: dict[str, Any] | None = None,
         data_fingerprint: dict[str, Any],
         order_seed: int | None = None,
         after_epoch: AfterEpoch = lambda epoch, log, method: {},
     ):
         self.method, self.dataset, self.settings, self.run, self.plan = method, dataset, settings, run, plan
         self.learning_rate, self.loss_weights, self.after_epoch = learning_rate, loss_weights, after_epoch
-        self.args, self.out_dir = args, Path(settings.out_dir)
+        self.args, self.about, self.out_dir = args, about or {}, Path(settings.out_dir)
         self.order_seed = settings.seed if order_seed is None else order_seed
         # equal in all parts of a run, or the same steps would mean other data
         seeds = settings.seed if self.order_seed == settings.seed else [settings.seed, self.order_seed]
@@ -150,6 +154,7 @@ class Trainer:
             remove_requeue_marker(self.out_dir)
             recorded = yaml.safe_dump(to_dict(self.settings), sort_keys=False)
             save_bytes(self.out_dir / checkpointing.SETTINGS, recorded.encode())
+            write_record(self.settings, self.run, self.plan, self.method, self.about)
 
     def _open_log(self) -> RunLog:
         return RunLog(self.out_dir, self.state.step, self.state.epoch, self.state.rollbacks)
@@ -187,16 +192,17 @@ class Trainer:
         rule = UpdateRule(self.learning_rate, self.loss_weights, plan.accum, clip_grad, self.data_seed)
         self.bar = progress(total=last - first, initial=state.step - first, desc=title, unit="update")
         self.watchdog.reset()
-        batches = self._batches(last)
+        batches, updates = Waiting(self._batches(last)), last - state.step
         train_one_epoch(state, batches, last, rule, first_step=first, after_update=self._after_update)
         self.bar.close()
         means = self.means = state.epoch_means.read()
+        speed = batches.speed(updates * plan.batch)
         self._check_progress(means)
         means = means | self._validate()
         # less than an epoch's time when it was resumed
         seconds = round(time.time() - began, 1)
         lr = self.learning_rate(last - 1)
-        self.log.add_epoch({"epoch": state.epoch, "step": state.step, "lr": lr, "seconds": seconds} | means)
+        self.log.add_epoch({"epoch": state.epoch, "step": state.step, "lr": lr, "seconds": seconds} | speed | means)
         self.save(within_epoch=False)
         state.epoch += 1
         state.epoch_means.clear()
