@@ -37,7 +37,7 @@ from common.training.trainer import Trainer
 from common.watchdog import Watchdog
 from Pretrain.build import TITLES, PretrainSettings, build_task, settings_class
 from Pretrain.data import ViewDataset
-from Pretrain.health import Health, by_hash, first_check, hold_out, read_log
+from Pretrain.health import MAX_VOLUMES, Health, by_hash, first_check, hold_out, read_log
 from Pretrain.visualize import curves, picture
 
 
@@ -123,6 +123,7 @@ def about(settings: PretrainSettings, plan: BatchPlan, volumes: int, held_out: i
         "method": settings.method,
         "training_volumes": volumes,
         "held_out_volumes": held_out,
+        "health_volumes": min(MAX_VOLUMES, held_out or volumes),
         "health_checked_from_update": first_check(plan, settings.optim.warmup_epochs),
     }
 
