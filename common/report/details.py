@@ -55,6 +55,8 @@ def environment_section(run: RunFolder) -> Html | None:
     found, plan = run.record.get("environment", {}), run.record.get("plan", {})
     used = {"started": run.record.get("started"), "device": plan.get("device"), "processes": plan.get("processes")}
     used |= {"trained parameters": f"{count:,}" if (count := run.record.get("trained_parameters")) else None}
+    # the runs of a sweep have started one after the other
+    used = {} if run.kind == "sweep" else used
     lists = [[(name, str(value)) for name, value in part.items() if value is not None] for part in (used, found)]
     return page.section("Environment", page.cards(*(page.pairs(part) for part in lists if part)))
 

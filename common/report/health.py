@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from common.report import page
 from common.report.curves import Series, chart
 from common.report.epochs import HEALTH, MONITOR, as_float, last, names, series
-from common.report.page import Html, message, number, tag
+from common.report.page import Html, counted, message, number, tag
 from common.report.runs import Line, RunFolder
 
 # title of a chart -> the names that it shows, by their beginning and their last part
@@ -21,7 +21,8 @@ def verdict(run: RunFolder) -> list[Html]:
     """Return the lines that say whether the run is healthy: what is wrong, or that nothing is."""
     shown = [message(str(run.about["leak"]))] if run.about.get("leak") else []
     if run.skipped:
-        shown.append(message(f"{len(run.skipped)} update(s) were skipped, not finite or spikes: see anomalies.jsonl"))
+        skipped = counted(len(run.skipped), "update")
+        shown.append(message(f"Skipped as not finite or a spike: {skipped}, see anomalies.jsonl."))
     measured = max((line["epoch"] for line in run.log if any(name.startswith(HEALTH) for name in line)), default=None)
     now = [line for line in run.warnings if line["epoch"] == measured]
     shown += [message(f"Health, epoch {line['epoch'] + 1}: {line.get('text', '')}") for line in now]
@@ -42,7 +43,7 @@ def all_is_well(run: RunFolder, measured: bool) -> Html:
     if begins is not None and run.steps < begins:
         return message(f"Health is not judged yet: its ranges apply from update {begins:,} on.", "note")
     earlier = {line.get("kind") for line in run.warnings}
-    note = f"; {len(earlier)} kind(s) of warning earlier" if earlier else ""
+    note = f"; {counted(len(earlier), 'kind')} of warning earlier" if earlier else ""
     return message(f"Healthy: all values are in their ranges{note}.", "good")
 
 

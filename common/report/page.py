@@ -122,6 +122,16 @@ def number(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
+def decimals(value: Any, count: int = 3) -> str:
+    """Return a number with fixed decimals, "-" for none and NaN."""
+    return f"{value:.{count}f}" if isinstance(value, (int, float)) and math.isfinite(value) else "-"
+
+
+def counted(count: Any, noun: str) -> str:
+    """Return `1 case`, `2 cases`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """Return a time span in words of two units at most: `42 s`, `6 min 37 s`, `3 h 5 min`, `2 d 4 h`."""
     seconds = round(seconds)

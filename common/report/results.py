@@ -6,7 +6,7 @@ from typing import Any
 
 from common.report import page
 from common.report.curves import Series, chart, dots_per_row
-from common.report.page import Html, message, number, tag, tile
+from common.report.page import Html, counted, decimals, message, number, tag, tile
 from common.report.runs import RunFolder, Scores
 
 COUNTS = ("present", "missed", "false_positives", "absent")
@@ -19,7 +19,7 @@ MAX_PARTS = 200
 
 def interval(value: Sequence[float] | None) -> str | None:
     """Return a 95 % interval as text, None where there is none."""
-    return f"95 % interval {number(value[0], 3)} to {number(value[1], 3)}" if value else None
+    return f"95 % interval {decimals(value[0])} to {decimals(value[1])}" if value else None
 
 
 # ---------------------------------------------------------------- score cards
@@ -32,10 +32,9 @@ def score_tiles(scores: Scores | None) -> list[Html]:
     card = scores.card
     if scores.of_classes:
         value = card.get("scores", {}).get("accuracy")
-        return [tile("accuracy", number(value, 3), interval(card.get("accuracy_ci95")))]
-    cases = card.get("cases", 0)
-    note = interval(mean_of(card, "dice").get("ci95")) or f"{cases} case(s)"
-    return [tile(f"mean Dice, {cases} case(s)", number(mean_of(card, "dice").get("mean"), 3), note)]
+        return [tile("accuracy", decimals(value), interval(card.get("accuracy_ci95")))]
+    dice = mean_of(card, "dice")
+    return [tile(f"Dice, {counted(card.get('cases'), 'case')}", decimals(dice.get("mean")), interval(dice.get("ci95")))]
 
 
 def mean_of(card: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
@@ -71,8 +70,14 @@ def class_table(card: Mapping[str, Any]) -> Html:
     header = ["", *(HEADINGS.get(name, name) for name in (*metrics, *COUNTS))]
     overall = {name: mean_of(card, name).get("mean") for name in metrics} | card.get("counts", {})
     lines = [*card.get("classes", {}).items(), ("mean of cases", overall)]
-    rows = [[name, *(number(line.get(key), 3) for key in (*metrics, *COUNTS))] for name, line in lines]
+    rows = [[name, *score_cells(line, metrics)] for name, line in lines]
     return page.table(header, rows, numbers=True)
+
+
+def score_cells(values: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+    """Return the metrics of a line, those in mm with one decimal, and its counts."""
+    found = [decimals(values.get(name), 1 if name.startswith("hd") else 3) for name in metrics]
+    return found + [number(values.get(name)) for name in COUNTS]
 
 
 def dots(scores: Scores) -> list[tuple[str, list[float]]]:
@@ -104,7 +109,7 @@ def worst_table(scores: Scores) -> Html:
     lines = []
     for case in sorted(means, key=means.get)[:WORST]:
         lowest = min(cases[case], key=lambda row: (math.isnan(to_float(row.get("dice"))), to_float(row.get("dice"))))
-        lines.append([case, number(means[case], 3), f"{lowest.get('name')} {number(to_float(lowest.get('dice')), 3)}"])
+        lines.append([case, decimals(means[case]), f"{lowest.get('name')} {decimals(to_float(lowest.get('dice')))}"])
         lines[-1].append(", ".join(f"{row.get('name')}: {row.get('status')}" for row in cases[case] if is_wrong(row)))
     has_wrong = any(line[-1] for line in lines)
     header = ["case", "mean Dice", "lowest class", *(["missed or not there"] if has_wrong else [])]
@@ -145,8 +150,11 @@ def sweep_tiles(run: RunFolder) -> list[Html]:
     tiles = [tile("runs with scores", f"{done} of {len(run.parts)}", "so far, of those that have a folder")]
     if rows:
         best = max(rows, key=lambda row: row["score"])
-        label = f"best {run.sweep.get('score', 'score')}"
-        tiles.insert(0, tile(label, number(best["score"], 3), f"{row_name(best)}, {best.get('count')} labels"))
+        label, note = (
+            f"best {run.sweep.get('score', 'score')}",
+            f"{row_name(best)}, {counted(best.get('count'), 'label')}",
+        )
+        tiles.insert(0, tile(label, decimals(best["score"]), note))
         tiles.append(tile("seeds", str(len(run.sweep.get("seeds", ()))), f"{run.sweep.get('updates')} updates each"))
     return tiles
 
@@ -162,7 +170,7 @@ def sweep_verdict(run: RunFolder) -> list[Html]:
     if run.sweep and not failed and not missing:
         lines.append(message("Every run of the sweep is done.", "good"))
     elif missing:
-        lines.append(message(f"{missing} run(s) have no scores yet.", "note"))
+        lines.append(message(f"Without scores yet: {counted(missing, 'run')}.", "note"))
     return lines
 
 
@@ -194,14 +202,14 @@ def sweep_section(run: RunFolder) -> Html | None:
     results = tag("div", page.table(header, rows), class_="card") if rows else None
     lines = [part_row(name, part) for name, part in list(run.parts.items())[:MAX_PARTS]]
     listed = page.table(["run", "epochs", "state"], lines) if lines else None
-    return page.section("Results", results, page.folded(f"{len(run.parts)} runs", listed))
+    return page.section("Results", results, page.folded(counted(len(run.parts), "run"), listed))
 
 
 def sweep_row(row: Mapping[str, Any], compared: Sequence[str]) -> list[str]:
     seeds = [value for value in row.get("seeds", {}).values() if value is not None]
     ends = row.get("ci95")
-    cells = [*(text_of(row.get(name)) for name in ("model", "init", "count")), number(row.get("score"), 3)]
-    cells += [f"{number(ends[0], 3)} to {number(ends[1], 3)}" if ends else "-", str(len(seeds))]
+    cells = [*(text_of(row.get(name)) for name in ("model", "init", "count")), decimals(row.get("score"))]
+    cells += [f"{decimals(ends[0])} to {decimals(ends[1])}" if ends else "-", str(len(seeds))]
     for name in compared:
         delta = row.get(f"minus_{name}")
         ends = delta and delta.get("ci95")

@@ -5,7 +5,7 @@ import statistics
 from common.report import page
 from common.report.curves import chart
 from common.report.epochs import HEALTH, VALIDATION, last, losses, names, other_volumes, series, views
-from common.report.page import Html, duration, message, number, tag, tile
+from common.report.page import Html, counted, decimals, duration, message, number, tag, tile
 from common.report.runs import RunFolder
 
 # share of the time above which waiting for data is pointed out (our choice)
@@ -21,7 +21,8 @@ def result_tiles(run: RunFolder) -> list[Html]:
     """Return the numbers of the first screen: result, loss, epochs, time."""
     tiles = []
     if (dice := last(run, "val/dice")) is not None and run.scores is None:
-        tiles.append(tile("Dice in validation", number(dice, 3), f"{run.about.get('validation_cases', '?')} cases"))
+        cases = run.about.get("validation_cases")
+        tiles.append(tile("Dice in validation", decimals(dice), counted(cases, "case") if cases else None))
     for kind in views(run)[:2]:
         value = number(last(run, f"{HEALTH}{kind}/over_mean"), 3)
         tiles.append(tile(f"{kind} PSNR", f"{value} dB", f"above the patch mean, {other_volumes(run)}"))
