@@ -14,6 +14,7 @@ COMMANDS = {
     "glmae-evaluate": "Finetune.evaluate",
     "glmae-sweep": "Finetune.sweep",
     "glmae-probe": "Finetune.probe",
+    "glmae-report": "common.report.__main__",
     "glmae-cache": "generate_cache_files",
 }
 

@@ -26,7 +26,9 @@ WATCH = 10.0
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m common.report", description=__doc__.partition("\n")[0])
+    name = Path(sys.argv[0]).name
+    name = "python -m common.report" if name == "__main__.py" else name
+    parser = argparse.ArgumentParser(name, description=__doc__.partition("\n")[0])
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"page to write (default: RUN_DIR/{PAGE})")
     parser.add_argument(

@@ -150,11 +150,8 @@ def sweep_tiles(run: RunFolder) -> list[Html]:
     tiles = [tile("runs with scores", f"{done} of {len(run.parts)}", "so far, of those that have a folder")]
     if rows:
         best = max(rows, key=lambda row: row["score"])
-        label, note = (
-            f"best {run.sweep.get('score', 'score')}",
-            f"{row_name(best)}, {counted(best.get('count'), 'label')}",
-        )
-        tiles.insert(0, tile(label, decimals(best["score"]), note))
+        note = f"{row_name(best)}, {counted(best.get('count'), 'label')}"
+        tiles.insert(0, tile(f"best {run.sweep.get('score', 'score')}", decimals(best["score"]), note))
         tiles.append(tile("seeds", str(len(run.sweep.get("seeds", ()))), f"{run.sweep.get('updates')} updates each"))
     return tiles
 

@@ -24,7 +24,7 @@ def result_tiles(run: RunFolder) -> list[Html]:
         cases = run.about.get("validation_cases")
         tiles.append(tile("Dice in validation", decimals(dice), counted(cases, "case") if cases else None))
     for kind in views(run)[:2]:
-        value = number(last(run, f"{HEALTH}{kind}/over_mean"), 3)
+        value = decimals(last(run, f"{HEALTH}{kind}/over_mean"), 2)
         tiles.append(tile(f"{kind} PSNR", f"{value} dB", f"above the patch mean, {other_volumes(run)}"))
     if found := losses(run):
         first = next(line[found[0]] for line in run.log if found[0] in line)

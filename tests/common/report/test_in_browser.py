@@ -24,6 +24,7 @@ CUT_TEXTS = """
   return own.width > 0 && (own.left < all.left - 1 || own.right > all.right + 1);
 }).map(t => t.textContent)
 """
+CUT_NUMBERS = """[...document.querySelectorAll(".tile b")].filter(b => b.scrollWidth > b.clientWidth).length"""
 OPEN_ALL = """document.querySelectorAll("details").forEach(d => d.open = true)"""
 REQUESTS = """performance.getEntriesByType("resource").filter(r => !r.name.startsWith("data:")).map(r => r.name)"""
 
@@ -51,6 +52,7 @@ def assert_fits(chromium, width):
     assert chromium.evaluate("innerWidth") == width
     assert chromium.evaluate("document.documentElement.scrollWidth") <= width
     assert chromium.evaluate(TOO_WIDE) == [] and chromium.evaluate(CUT_TEXTS) == []
+    assert chromium.evaluate(CUT_NUMBERS) == 0
     assert chromium.evaluate(HIDDEN_PICTURES) == 0
 
 

@@ -90,7 +90,7 @@ def test_the_first_screen_has_result_verdict_and_time(tmp_path):
         "12 of 12",
         "1.38 dB",
         "30 s",
-        "Health, epoch 12: the stream grows",
+        "epoch 12: the stream grows",
         "1 update,",
     ):
         assert words in first
@@ -104,7 +104,7 @@ def test_the_first_screen_has_result_verdict_and_time(tmp_path):
         (lambda run: (run / "warnings.jsonl").write_text(""), "all values are in their ranges"),
         (
             lambda run: made.write_lines(run / "warnings.jsonl", [{"epoch": 2, "kind": "a"}]),
-            "1 kind of warning earlier",
+            "1 kind of warning",
         ),
         (lambda run: made.pretraining(run, epochs=4), "the stream grows"),
     ],
