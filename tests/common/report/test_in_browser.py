@@ -25,6 +25,8 @@ CUT_TEXTS = """
 }).map(t => t.textContent)
 """
 CUT_NUMBERS = """[...document.querySelectorAll(".tile b")].filter(b => b.scrollWidth > b.clientWidth).length"""
+# tables that scroll on a screen and would be cut on paper
+BEYOND_CARDS = """[...document.querySelectorAll(".scroll")].filter(s => s.scrollWidth > s.clientWidth + 1).length"""
 OPEN_ALL = """document.querySelectorAll("details").forEach(d => d.open = true)"""
 REQUESTS = """performance.getEntriesByType("resource").filter(r => !r.name.startsWith("data:")).map(r => r.name)"""
 
@@ -85,10 +87,12 @@ def test_a_page_that_is_too_wide_is_found(chromium, tmp_path):
 
 
 def test_print_is_dark_on_white_and_shows_what_is_folded(chromium, page):
-    chromium.open(page, 800, "dark")
+    # the width of a narrow sheet
+    chromium.open(page, 640, "dark")
     chromium.call("Emulation.setEmulatedMedia", media="print", features=[])
     assert chromium.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     heights = "[...document.querySelectorAll('details')].map(d => d.getBoundingClientRect().height)"
     assert all(height > 40 for height in chromium.evaluate(heights))
+    assert chromium.evaluate(TOO_WIDE) == [] and chromium.evaluate(BEYOND_CARDS) == 0
     assert chromium.pdf().startswith(b"%PDF")
     chromium.call("Emulation.setEmulatedMedia", media="", features=[])
