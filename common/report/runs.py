@@ -188,7 +188,7 @@ def read_lines(path: Path, problems: list[str], without: str | None = None) -> l
 
 
 def find_scores(folder: Path, problems: list[str]) -> Scores | None:
-    """Return the score card in the folder or one level below, or beside it if it scores a checkpoint of this folder."""
+    """Return the score card in the folder, in its `scores`, or in `scores` beside it if that is of this run."""
     for place in (folder, folder / "scores"):
         for name, rows in ((CARD, ROWS), (CLASSES, CLASS_ROWS)):
             if (place / name).is_file():
@@ -197,7 +197,8 @@ def find_scores(folder: Path, problems: list[str]) -> Scores | None:
     if (beside / CARD).is_file():
         found = read_scores(beside / CARD, beside / ROWS, problems)
         members = found.card.get("protocol", {}).get("checkpoints", [])
-        if any(Path(member["checkpoint"]).resolve().parent == folder.resolve() for member in members):
+        # by the name of the folder, because both may have been moved together
+        if any(Path(member["checkpoint"]).parent.name == folder.resolve().name for member in members):
             return found
     return None
 

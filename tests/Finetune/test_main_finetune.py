@@ -15,6 +15,7 @@ from Finetune.main_finetune import main
 from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.models_convvit3d import ConvViT3D
 from Finetune.presets import available, load_preset
+from tests.common.report.made import page_of
 from tests.Finetune.made import make_dataset
 from tests.helpers import read_log, run_module
 
@@ -45,6 +46,10 @@ def test_it_learns_and_its_checkpoint_suffices_to_rebuild_it(tmp_path, spleen):
     assert (architecture.roi, architecture.patch_size, preset.name) == ((32, 32, 32), (16, 16, 16), "MSD09_Spleen")
     assert args["validation_cases"] == ["spleen_2"] and args["training_cases"] == ["spleen_16", "spleen_17"]
     assert model(torch.zeros(1, 1, 32, 32, 32)).shape == (1, 2, 32, 32, 32)
+    page = page_of(tmp_path / "run")
+    assert all(
+        words in page for words in ("MSD09_Spleen, fold 0", "12 of 12", "Dice in validation", "2 training and 1")
+    )
 
 
 @pytest.mark.parametrize("warmup", [0, 1])

@@ -10,6 +10,7 @@ import torch
 from common.errors import InputError
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain import main_pretrain
+from tests.common.report.made import page_of
 from tests.helpers import ROOT, read_log, run_module, write_nifti
 
 SMALL = """
@@ -57,6 +58,10 @@ def test_a_run_leaves_checkpoints_log_and_pictures(scans, tmp_path, capsys):
     assert missing == [] and {k.split(".")[0] for k in unexpected} >= {"decoder_embed", "head"}
     terms = {"rec_global", "rec_local", "global_global", "global_local", "monitor/entropy", "grad_norm"}
     assert terms <= set(read_log(tmp_path / "run")[0])
+    page = page_of(tmp_path / "run")
+    assert all(
+        words in page for words in ("GL-MAE pretraining", "2 of 2", "over_position", "data:image/png", "rec_local")
+    )
 
 
 @pytest.mark.parametrize("method", ["mae", "glmae"])

@@ -3,16 +3,25 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import yaml
 from PIL import Image
 
+from common.report.__main__ import write_page
+
 # as a file name may be, with everything that HTML could mistake for markup
 NASTY = "<script>alert(1)</script>&\"quoted'"
 LONG = "case_" + "0123456789" * 12
 ENVIRONMENT = {"code": "0123abcd", "torch": "2.14.1", "processor": "A Processor", "cores": 2}
+
+
+def page_of(folder: Path) -> str:
+    """Return the page of a run."""
+    write_page(folder, folder / "report.html")
+    return (folder / "report.html").read_text()
 
 
 def write_json(path: Path, content: object) -> None:
@@ -112,6 +121,18 @@ def finetuning(folder: Path, epochs: int = 6) -> Path:
     values = {"out_dir": str(folder), "preset": "MSD04", "data": f"/data/{LONG}", "epochs": epochs, "roi": [64, 64, 16]}
     write_run(folder, about, values, {"epochs": 3000, "roi": None}, log)
     score_card(folder / "scores")
+    return folder
+
+
+def classification(folder: Path) -> Path:
+    """Write a run of a classification with two right cases and a wrong one, its scores among its files."""
+    finetuning(folder)
+    shutil.rmtree(folder / "scores")
+    rows = [("a", "healthy", "healthy"), ("b", "ill", "ill"), (NASTY, "ill", "healthy")]
+    with open(folder / "classification.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("case", "class", "predicted"), *rows])
+    scores = {"accuracy": 2 / 3, "auc": 0.75}
+    write_json(folder / "classification.json", {"preset": "CC", "scores": scores, "accuracy_ci95": [0.2, 1.0]})
     return folder
 
 

@@ -35,7 +35,7 @@ def test_a_curve_lies_at_its_numbers(scale, offset):
         assert abs(x - fx) < 0.02 and abs(y - fy) < 0.002 * 2 * scale + 1e-3 * scale
 
 
-def test_curves_share_axes_and_have_their_last_value_in_the_legend():
+def test_curves_share_axes_and_the_legend_has_last_values():
     svg = chart("t", [Series("a", [(1, 1.0), (2, 3.0)]), Series("b", [(1, 10.0), (2, math.nan)], 1, dashed=True)])
     first, second = values_of(svg)
     assert first[1][1] == pytest.approx(3.0, abs=0.05) and second[0][1] == pytest.approx(10.0, abs=0.05)

@@ -13,6 +13,7 @@ from common.report import __main__ as program
 from common.report import page, runs
 from common.report.page import Html, tag
 from tests.common.report import made
+from tests.common.report.made import page_of
 
 
 class Parser(HTMLParser):
@@ -41,13 +42,8 @@ class Parser(HTMLParser):
             self.headings.append(text)
 
 
-def written(folder, **options):
-    program.write_page(folder, folder / "report.html", **options)
-    return (folder / "report.html").read_text()
-
-
 def text_of(folder):
-    return " ".join(Parser(written(folder)).texts)
+    return " ".join(Parser(page_of(folder)).texts)
 
 
 # ---------------------------------------------------------------- content
@@ -62,12 +58,13 @@ def text_of(folder):
         ),
         ("finetuning", ["Scores", "Curves", "Speed", "Settings", "Environment", "How to cite"]),
         ("sweep", ["Results", "Settings", "Environment", "How to cite"]),
+        ("classification", ["Scores", "Curves", "Speed", "Settings", "Environment", "How to cite"]),
         ("score_card", ["Scores", "How to cite"]),
     ],
 )
 def test_a_run_has_its_sections_and_nothing_from_elsewhere(tmp_path, kind, headings):
     folder = getattr(made, kind)(tmp_path / "run")
-    parsed = Parser(written(folder))
+    parsed = Parser(page_of(folder))
     assert parsed.headings == headings and parsed.open == []
     assert parsed.names.isdisjoint({"script", "link", "iframe", "object"})
     assert all(source.startswith("data:image/png;base64,") for source in parsed.sources)
@@ -76,7 +73,7 @@ def test_a_run_has_its_sections_and_nothing_from_elsewhere(tmp_path, kind, headi
 
 
 def test_settings_that_differ_stand_beside_their_defaults(tmp_path):
-    text = written(made.pretraining(tmp_path / "run"))
+    text = page_of(made.pretraining(tmp_path / "run"))
     changed, same = text.split("have their defaults")
     assert "3 differ from the defaults" in changed
     assert "<td><code>epochs</code></td><td>12</td><td>100</td>" in changed
@@ -84,7 +81,7 @@ def test_settings_that_differ_stand_beside_their_defaults(tmp_path):
 
 
 def test_the_first_screen_has_result_verdict_and_time(tmp_path):
-    first = written(made.pretraining(tmp_path / "run")).split("<section>")[0]
+    first = page_of(made.pretraining(tmp_path / "run")).split("<section>")[0]
     for words in (
         "GL-MAE pretraining",
         "12 of 12",
@@ -94,7 +91,7 @@ def test_the_first_screen_has_result_verdict_and_time(tmp_path):
         "1 update,",
     ):
         assert words in first
-    first = written(made.finetuning(tmp_path / "fine")).split("<section>")[0]
+    first = page_of(made.finetuning(tmp_path / "fine")).split("<section>")[0]
     assert "0.600" in first and "0.500 to 0.700" in first and "No update was skipped" in first
 
 
@@ -124,10 +121,16 @@ def test_a_short_run_is_not_judged(tmp_path):
 
 
 def test_the_worst_case_comes_first(tmp_path):
-    text = written(made.finetuning(tmp_path / "run"))
+    text = page_of(made.finetuning(tmp_path / "run"))
     table = text[text.index("Worst cases") :]
     assert table.index(made.LONG) < table.index("alert(1)") < table.index("case_a")
     assert "liver: missed, spleen: missed" in table
+
+
+def test_a_classification_names_the_cases_that_are_wrong(tmp_path):
+    text = text_of(made.classification(tmp_path / "run"))
+    assert "0.667" in text and "0.200 to 1.000" in text and "Wrong: 1 of 3 cases" in text
+    assert made.NASTY in text.partition("Wrong: ")[2]
 
 
 def test_held_out_values_are_named_as_such_only_where_they_are(tmp_path):
@@ -143,7 +146,7 @@ def test_only_the_paper_of_the_method_is_cited(tmp_path):
     assert "Global-Local" in text and "Mask in Mask" in text
 
 
-def test_a_card_beside_the_run_is_shown_if_it_scores_its_checkpoint(tmp_path):
+def test_a_card_beside_the_run_is_shown_if_it_is_its_own(tmp_path):
     folder = made.finetuning(tmp_path / "demo/finetune")
     shutil.rmtree(folder / "scores")
     made.score_card(tmp_path / "demo/scores", checkpoint=str(folder / "checkpoint-last.pth"))
@@ -170,7 +173,7 @@ def test_names_cannot_add_markup(tmp_path):
     record["about"]["title"] = record["settings"][0]["name"] = made.NASTY
     made.write_json(folder / "run.json", record)
     shutil.copy(folder / "scores/worst/1-case_c.png", folder / "scores/worst/2-<script>.png")
-    parsed = Parser(written(folder))
+    parsed = Parser(page_of(folder))
     assert "script" not in parsed.names and parsed.open == []
     assert sum(made.NASTY in text for text in parsed.texts) >= 4
 
@@ -182,7 +185,7 @@ def test_each_missing_file_is_named_in_one_line(tmp_path):
     folder = made.pretraining(tmp_path / "run")
     for name in ("run.json", "log.jsonl"):
         (folder / name).unlink()
-    parsed = Parser(written(folder))
+    parsed = Parser(page_of(folder))
     missing = [text for text in parsed.texts if text.startswith("Not shown")]
     assert len(missing) == 2 and "run.json" in missing[0] and "log.jsonl" in missing[1]
     assert parsed.headings == ["Reconstructions", "Settings", "How to cite"]
@@ -193,7 +196,7 @@ def test_damaged_files_do_not_stop_the_page(tmp_path, content):
     for name in ("run.json", "scores/scores.json", "log.jsonl", "warnings.jsonl", "scores/scores.csv"):
         folder = made.finetuning(tmp_path / name.replace("/", "-"))
         (folder / name).write_text(content)
-        assert Parser(written(folder)).open == []
+        assert Parser(page_of(folder)).open == []
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path):
@@ -226,14 +229,14 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
 
 def test_the_page_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     folder = made.pretraining(tmp_path / "run")
-    before = written(folder)
+    before = page_of(folder)
 
     def fail(run):
         raise RuntimeError
 
     monkeypatch.setattr(program, "footer", fail)
     with pytest.raises(RuntimeError):
-        written(folder)
+        page_of(folder)
     assert (folder / "report.html").read_text() == before
     assert not list(folder.glob(".report*"))
 
