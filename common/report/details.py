@@ -31,6 +31,7 @@ def settings_section(run: RunFolder) -> Html | None:
         page.cards(
             page.join([tag("h3", f"{len(changed)} differ from the defaults"), page.table(header, cells)]),
             page.join([tag("h3", "Have no default"), required]) if given else None,
+            uneven=True,
         ),
         page.folded(f"{len(same)} settings have their defaults", *grouped(same)),
     )

@@ -31,6 +31,11 @@ class Waiting:
 
     def speed(self, volumes: int) -> dict[str, float]:
         """Return what is logged when `volumes` were trained on: `volumes_per_second` over all processes, and
-        `data_wait`, the share of the time since the start in which this process waited."""
+        `data_wait`, the share of the time since the start in which this process waited.
+
+        {} without volumes: an epoch that was stopped after its last update has none left when it is resumed.
+        """
+        if not volumes:
+            return {}
         seconds = max(time.monotonic() - self.began, 1e-9)
         return {"volumes_per_second": round(volumes / seconds, 3), "data_wait": round(self.waited / seconds, 4)}

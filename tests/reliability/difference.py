@@ -25,7 +25,7 @@ def difference(run: Path, reference: Path) -> str:
     logs = [read_log(folder) for folder in (run, reference)]
     for line in [*logs[0], *logs[1]]:
         for name in TIMES:
-            line.pop(name)
+            line.pop(name, None)
     # As text, NaN equals NaN.
     if str(logs[0]) != str(logs[1]):
         return "log.jsonl differs"

@@ -60,7 +60,7 @@ def test_the_wait_for_data_is_its_share_of_the_time():
         time.sleep(0.02)
     speed = batches.speed(8)
     assert 0.3 < speed["data_wait"] < 0.7 and 20 < speed["volumes_per_second"] <= 8 / 0.16
-    assert Waiting([1, 2]).speed(0)["data_wait"] == 0.0
+    assert Waiting([]).speed(0) == {}
 
 
 def test_every_epoch_logs_its_speed(tmp_path):
