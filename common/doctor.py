@@ -11,6 +11,7 @@ import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NoReturn
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 PYTHON = (3, 11)
@@ -47,15 +48,16 @@ def package_problems() -> list[str]:
     return [f"{name}: found {found[name]}, expected {required()[name]}" for name, fit in fits.items() if not fit]
 
 
-def main() -> int:
+def main() -> NoReturn:
+    """Check the packages, then the machine. SystemExit with code 1 when something will surely fail, else 0."""
     if problems := package_problems():
         print("\n".join(f"fails: {problem}" for problem in problems) + f"\n  remedy: {INSTALL}", file=sys.stderr)
-        return 1
+        raise SystemExit(1)
     from common import machine
     from common.cli import run_program
 
-    return run_program(machine.main)
+    raise SystemExit(run_program(machine.main))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -44,7 +44,8 @@ class PrepareSettings:
 
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
-    settings = parse(PrepareSettings, ["--name", *words] if words and words[0][0] != "-" else words, __doc__)
+    named_first = words and not words[0].startswith("-")
+    settings = parse(PrepareSettings, ["--name", *words] if named_first else words, __doc__)
     if settings.list:
         return print_main(table())
     data = load(settings.name)

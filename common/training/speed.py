@@ -18,10 +18,13 @@ class Speed:
 
     def seconds_per_update(self, step: int) -> float:
         """Return the seconds per update since the last call, with `step` updates done."""
-        seconds = (time.perf_counter() - self._began) / max(1, step - self._step)
+        seconds = self._seconds(step)
         self.start(step)
         self._intervals += 1
         return seconds
+
+    def _seconds(self, step: int) -> float:
+        return (time.perf_counter() - self._began) / max(1, step - self._step)
 
     @property
     def is_known(self) -> bool:

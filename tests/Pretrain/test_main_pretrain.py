@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common.errors import InputError
+from common.training.speed import Speed
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain import main_pretrain
 from tests.helpers import ROOT, read_log, run_module, write_nifti
@@ -205,6 +206,14 @@ def test_the_recipe_shows_every_setting_with_its_value():
         "this call 1k",
     ):
         assert line in done.stdout
+
+
+def test_the_time_left_is_printed_once_when_it_is_known(scans, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Speed, "_seconds", lambda self, step: 100.0)
+    pretrain(scans, tmp_path / "run", "--epochs", "3")
+    output = capsys.readouterr()
+    assert output.out.count("100 s per update: the other 4 updates in about 7 min") == 1
+    assert output.out.count("the other") == 1 and "volumes/s=0.02" in output.err
 
 
 @pytest.mark.parametrize("method", ["glmae", "mae"])

@@ -97,7 +97,8 @@ def test_the_exit_code_says_whether_something_fails(monkeypatch, capsys, broken)
 def test_packages_are_checked_before_they_are_imported(monkeypatch, capsys):
     found = {"torch": None, "monai": "0.9"}
     monkeypatch.setattr(doctor, "installed", lambda name: found.get(name, "1000"))
-    assert doctor.main() == 1
+    with pytest.raises(SystemExit, match="1"):
+        doctor.main()
     error = capsys.readouterr().err
     assert "torch: not installed, expected >=2.8" in error and doctor.INSTALL in error
     found["torch"] = "2.9"
