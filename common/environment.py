@@ -1,6 +1,5 @@
 """The machine, the libraries and the code of a run, as plain values without names of hosts or users."""
 
-import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from common.resources import GIB, cores, memory
 
 LIBRARIES = ("torch", "monai", "timm", "numpy", "nibabel")
 
@@ -20,8 +21,8 @@ def environment() -> dict[str, Any]:
         **{name: text for name in LIBRARIES if (text := _version(name))},
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory, GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "cores": cores(),
+        "memory, GiB": round(memory() / GIB, 1),
     }
     if torch.cuda.is_available():
         found |= {"CUDA": torch.version.cuda, "GPUs": _gpus()}

@@ -16,6 +16,8 @@ COMMANDS = {
     "glmae-probe": "Finetune.probe",
     "glmae-report": "common.report.__main__",
     "glmae-cache": "generate_cache_files",
+    "glmae-prepare": "scripts.prepare",
+    "glmae-doctor": "common.doctor",
 }
 
 

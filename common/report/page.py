@@ -130,12 +130,3 @@ def decimals(value: Any, count: int = 3) -> str:
 def counted(count: Any, noun: str) -> str:
     """Return `1 case`, `2 cases`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def duration(seconds: float) -> str:
-    """Return a time span in words of two units at most: `42 s`, `6 min 37 s`, `3 h 5 min`, `2 d 4 h`."""
-    seconds = round(seconds)
-    for unit, length, lower, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if seconds >= length:
-            return f"{seconds // length} {unit} {seconds % length // part} {lower}"
-    return f"{seconds} s"

@@ -5,8 +5,9 @@ import statistics
 from common.report import page
 from common.report.curves import chart
 from common.report.epochs import HEALTH, VALIDATION, last, losses, names, other_volumes, series, views
-from common.report.page import Html, counted, decimals, duration, message, number, tag, tile
+from common.report.page import Html, counted, decimals, message, number, tag, tile
 from common.report.runs import RunFolder
+from common.resources import duration
 
 # share of the time above which waiting for data is pointed out (our choice)
 LONG_WAIT = 0.2

@@ -18,18 +18,21 @@ from common.data.sampler import StreamSampler, mix
 from common.distributed import Run
 from common.errors import InputError
 from common.files import lock_folder, naming_errors, save_bytes
+from common.resources import duration
 from common.runlog import RunLog, print_main, progress
 from common.signals import MARKER, Requeue, remove_requeue_marker, write_requeue_marker
 from common.training import checkpointing
 from common.training.fsdp import full_copy, meta_copy, shard, shard_loaded_state
-from common.training.loop import LossWeights, Schedule, UpdateRule, train_one_epoch
+from common.training.loop import LossWeights, Schedule, UpdateRule, accumulate_gradients, train_one_epoch
 from common.training.method import Method
 from common.training.nonfinite import BadUpdateReporter, RollbackRequested
 from common.training.parallel import autocast_dtype, compile_blocks, transformer_blocks, wrap
 from common.training.preemption import Stopped, StopRequests
 from common.training.record import write_record
 from common.training.settings import BatchPlan, LoopSettings
+from common.training.speed import Speed
 from common.training.state import TrainingState
+from common.training.summary import peak_text
 from common.training.waiting import Waiting
 from common.watchdog import Watchdog
 
@@ -90,6 +93,7 @@ class Trainer:
         self.log: RunLog | None = None
         self.requests: StopRequests | None = None
         self.bar: tqdm | None = None
+        self.speed = Speed()
         # means of the last epoch, for `after_epoch`
         self.means: dict[str, float] = {}
         self._loader = None
@@ -130,6 +134,36 @@ class Trainer:
         finally:
             self._close()
         return self.writer.last
+
+    def dry_run(self) -> None:
+        """Make the first pass of the first update, print its losses, time and memory, and forget it (`--dry_run`).
+
+        Nothing is written, and a checkpoint in the folder is not read.
+
+        Raises:
+            InputError: the data cannot be used, or the loss is not finite.
+        """
+        try:
+            if self.settings.precision.compile:
+                print_main(f"compiling {compile_blocks(self.method)} transformer blocks")
+            self.state.model = wrap(self.method, self.run, self.plan.accum).train()
+            batches, began = self._batches(1), time.perf_counter()
+            rule = UpdateRule(self.learning_rate, self.loss_weights, seed=self.data_seed)
+            loss, values = accumulate_gradients(self.state, batches, 0, rule)
+            losses = {name: float(values[name]) for name in self.loss_weights(0) if name in values}
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            if not loss.isfinite():
+                raise InputError(f"--dry_run: found a loss that is not finite ({shown})")
+            seconds = time.perf_counter() - began
+            print_main(
+                f"dry run: {shown}\n"
+                f"  first pass of {self.plan.micro_batch} volume(s), with loading and warm-up: {seconds:.2f} s; "
+                f"{self.plan.accum} passes make an update\n"
+                f"  peak memory {peak_text(self.run.device)}; the moments of AdamW are not in it yet\n"
+                f"  nothing was written to {self.out_dir}"
+            )
+        finally:
+            self._close()
 
     def _begin(self) -> None:
         self.watchdog.reset()
@@ -192,6 +226,7 @@ class Trainer:
         rule = UpdateRule(self.learning_rate, self.loss_weights, plan.accum, clip_grad, self.data_seed)
         self.bar = progress(total=last - first, initial=state.step - first, desc=title, unit="update")
         self.watchdog.reset()
+        self.speed.start(state.step)
         batches, updates = Waiting(self._batches(last)), last - state.step
         train_one_epoch(state, batches, last, rule, first_step=first, after_update=self._after_update)
         self.bar.close()
@@ -243,8 +278,16 @@ class Trainer:
         scalars = {f"train/{name}": value for name, value in means.items()}
         self.log.add_scalars(scalars | {"lr": lr} | self.method.schedule_values(step), step)
         shown = {name: f"{means[name]:.3f}" for name in self.loss_weights(step) if name in means}
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix(shown | self._measure_speed(), refresh=False)
         self.reporter.report(self.state.guard, step, self.sampler, self.log, self.state.rollbacks)
+
+    def _measure_speed(self) -> dict[str, str]:
+        """Return the speed since the last log entry for the progress bar; once, print how long the run will take."""
+        seconds, left = self.speed.seconds_per_update(self.state.step), self.plan.total_steps - self.state.step
+        if self.speed.is_known and seconds * left >= 60:
+            rest = f"{left:,} updates in about {duration(seconds * left)}, without validation and pictures"
+            print_main(f"{seconds:.3g} s per update: the other {rest}; peak memory {peak_text(self.run.device)}")
+        return {"volumes/s": f"{self.plan.batch / seconds:.3g}"}
 
     def _check_progress(self, means: dict[str, float]) -> None:
         """Print how many updates were skipped. Stop when all were, before the checkpoint on disk is replaced; a run

@@ -336,3 +336,10 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path, spleen):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         run(tmp_path, "MSD09_Spleen", spleen, out="file/run")
+
+
+def test_a_dry_run_writes_nothing(tmp_path, spleen, capsys):
+    assert run(tmp_path, "MSD09_Spleen", spleen, "--dry_run") is None
+    printed = capsys.readouterr().out
+    assert "dry run: dice " in printed and "2 cases train, 1 validate" in printed and "FLOP per update" in printed
+    assert not (tmp_path / "run").exists()
