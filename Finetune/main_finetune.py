@@ -24,7 +24,7 @@ from common.config import group, setting, to_dict
 from common.data.datalist import DATA_ROOT_HELP
 from common.distributed import Run
 from common.errors import InputError
-from common.files import check_writable, digest, file_sha256
+from common.files import check_writable, digest
 from common.runlog import RunLog, print_main
 from common.training.checkpointing import CheckpointSettings
 from common.training.optim import OptimSettings
@@ -35,6 +35,7 @@ from common.watchdog import Watchdog
 from Finetune import leakage
 from Finetune.architectures import ModelSettings, build_model, load_encoder, model_for, resolve
 from Finetune.cases import check_classes, few_labels, find_cases, split, with_mapped_labels
+from Finetune.contract import contract_warning, recorded_args, weights_sha256
 from Finetune.data import CropDataset, VolumeDataset, Volumes
 from Finetune.engine_finetune import Finetuning, make_optimizer, segmentation_losses, validate, validate_classes
 from Finetune.heads import HEADS, Architecture
@@ -75,7 +76,7 @@ class CaseSettings(DataSettings):
 class StartSettings:
     """Settings of the initial weights."""
 
-    init: str = setting("scratch", "scratch, or a checkpoint whose encoder is loaded")
+    init: str = setting("scratch", "scratch, or a checkpoint or exported folder whose encoder is loaded")
     checkpoint: Path | None = setting(None, "the same as --init FILE")
     checkpoint_key: str = setting(
         "auto", "where the weights are in the file, e.g. teacher; auto: the first of student, state_dict and model"
@@ -202,8 +203,9 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
     print_main(f"{preset.name} {fold}: {len(training)} cases train, {len(validation)} validate; encoder from {origin}")
     updates = f"{plan.batch} volumes x {config.crops} crops per update, {plan.total_steps} updates, lr {peak:.3g}"
     print_main(f"{network}, {parameters:,} parameters; {updates}")
-    if args["leak"]:
-        print_main(f"warning: {fold}: {args['leak']}")
+    differences = contract_warning(weights_from, preset) if weights_from else ""
+    for warning in filter(None, (args["leak"] and f"{fold}: {args['leak']}", differences)):
+        print_main(f"warning: {warning}")
     order_seed = config.seed if config.order_seed is None else config.order_seed
     if preset.task == "classification":
         dataset = VolumeDataset(training, preset, architecture.roi, order_seed)
@@ -285,7 +287,7 @@ def describe(
         "architecture": to_dict(architecture),
         "grid_size": list(architecture.grid_size),
         "init": str(init) if init else "scratch",
-        "init_sha256": file_sha256(init) if init else None,
+        "init_sha256": weights_sha256(init) if init else None,
         "training_cases": [volume.name for volume in training],
         "validation_cases": [volume.name for volume in validation],
         "selected": "last",
@@ -301,7 +303,7 @@ def leak_of(fold: int, preset: Preset, init: Path | None, validation: Volumes) -
     if init is None:
         return ""
     # resolve and load_encoder have verified the file
-    seen = leakage.seen_cases(checkpoint.load(init, check=False), validation)
+    seen = leakage.seen_cases({"args": recorded_args(init)}, validation)
     if seen is not None:
         found = f"{len(seen)} of {len(validation)} validation cases were seen in pretraining: {', '.join(seen)}"
         return found if seen else ""
