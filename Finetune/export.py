@@ -18,27 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
 from common.cli import parse, run_program
 from common.config import setting, to_dict
-from common.errors import InputError, one_line
+from common.errors import InputError
 from common.files import digest, file_sha256, naming_errors, sync
 from common.runlog import print_main
-from Finetune import pretrained
-from Finetune.architectures import ENCODERS
 from Finetune.contract import AXES, recorded_preprocessing
 from Finetune.converters import NotConvertible
-from Finetune.encoder3d import Grid, fit_pos_embed, table_grid
+from Finetune.encoder_file import EncoderFile, read_encoder_file
 from Finetune.export_formats import SOURCES, TARGETS
 from Finetune.heads import Triple
 from Finetune.model_card import readme
-from Finetune.models_3dvit import VisionTransformer3D
-from Finetune.models_convvit3d import ConvViT3D
 from Finetune.predict import code_version
 from Finetune.pretrained import CARD, FORMAT, FORMAT_VERSION, WEIGHTS, State
-
-CLASSES = {"vit": VisionTransformer3D, "hybrid": ConvViT3D}
 
 
 @dataclass(kw_only=True)
@@ -56,17 +48,6 @@ class ExportSettings:
     overwrite: bool = setting(False, "replace --to if it is an export")
 
 
-@dataclass(frozen=True)
-class Source:
-    """An encoder in a file: kind in `ENCODERS`, all weights under this repository's names, and recorded settings."""
-
-    kind: str
-    state: State
-    args: dict[str, Any]
-    sizes: dict[str, Any]
-    grid: Grid
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the program."""
     words = sys.argv[1:] if argv is None else argv
@@ -74,9 +55,9 @@ def main(argv: list[str] | None = None) -> None:
         words = ["--checkpoint", *words]
     config = parse(ExportSettings, words, description=__doc__)
     check_target(config)
-    source = read_source(config)
-    arguments = arguments_of(source)
-    state = encoder_state(source, arguments, config.checkpoint)
+    source = read_encoder_file(config.checkpoint, config.key, config.source, config.num_heads, config.grid)
+    arguments = source.arguments()
+    state = {name: value.detach().contiguous() for name, value in source.build().state_dict().items()}
     card = make_card(config, source, arguments)
     if config.format == "encoder":
         write_folder(config.to, state, card)
@@ -94,92 +75,10 @@ def main(argv: list[str] | None = None) -> None:
     print_main(f"{config.to}: {card['architecture']}, {len(state)} tensors, {count:,} values")
 
 
-# ---------------------------------------------------------------- reading
-
-
-def read_source(config: ExportSettings) -> Source:
-    """Return the encoder in the file that the settings name.
-
-    Raises:
-        InputError: the file cannot be read or holds no encoder, or its heads or patch grid are not known.
-    """
-    path = config.checkpoint
-    try:
-        key = {"auto": "network_weights" if config.source == "nnssl" else None}.get(config.key, config.key)
-        state, extras = pretrained.read_checkpoint(path, key)
-        state = state if config.source == "own" else SOURCES[config.source](state, path)
-    except NotConvertible as error:
-        raise InputError(f"{path}: --source {config.source}: {error}") from None
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    args = extras["args"] if isinstance(extras.get("args"), dict) else {}
-    kind, sizes = encoder_in(state, args, path)
-    sizes["num_heads"] = config.num_heads or sizes["num_heads"]
-    if not sizes["num_heads"]:
-        raise InputError(f"{path}: found no record of the attention heads, expected --num_heads")
-    rows = state["pos_embed"].shape[1]
-    grid = table_grid(rows, config.grid or args.get("grid_size"))
-    if grid is None:
-        raise InputError(f"{path}: found a position table of {rows} rows, of no cube; expected --grid D H W")
-    return Source(kind, state, args, sizes, grid)
-
-
-def encoder_in(state: State, args: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the kind of encoder that the weights are of, and its sizes. InputError if they are of none."""
-    recorded = args["architecture"] if isinstance(args.get("architecture"), dict) else args
-    for kind, encoder in ENCODERS.items():
-        try:
-            return kind, encoder.read(state, recorded)
-        except (KeyError, ValueError, IndexError):
-            continue
-    found = pretrained.shorten(sorted(state))
-    raise InputError(f"{path}: found {found}, expected the weights of {' or '.join(e.name for e in ENCODERS.values())}")
-
-
-def arguments_of(source: Source) -> dict[str, Any]:
-    """Return the arguments of the encoder's class, as plain types."""
-    state, sizes = source.state, source.sizes
-    first = CLASSES[source.kind].patch_weight
-    width, block = state["pos_embed"].shape[-1], "blocks4.0" if source.kind == "hybrid" else "blocks.0"
-    common = {
-        "img_size": [n * p for n, p in zip(source.grid, sizes["patch_size"])],
-        "in_chans": state[first].shape[1],
-        "num_heads": sizes["num_heads"],
-        "mlp_ratio": len(state[f"{block}.mlp.fc1.weight"]) / width,
-    }
-    if source.kind == "vit":
-        own = {"patch_size": list(sizes["patch_size"]), "class_token": "cls_token" in state}
-        return common | own | {name: sizes[name] for name in ("embed_dim", "depth")}
-    own = {
-        "pyramid": "fpn.0.weight" in state,
-        "stride32_norm": "batch" if "fpn.1.running_mean" in state else "instance",
-    }
-    return common | own | {name: list(sizes[name]) for name in ("embed_dims", "depths")}
-
-
-def encoder_state(source: Source, arguments: dict[str, Any], path: Path) -> State:
-    """Return the tensors of the encoder alone, as its class has them. InputError unless all are there and fit."""
-    try:
-        model = CLASSES[source.kind](**arguments)
-        state = dict(source.state)
-        state["pos_embed"] = fit_pos_embed(
-            state["pos_embed"], model.grid_size, model.num_prefix_tokens, source.grid, False, path
-        )
-        pretrained.load_matching(model, state, required_names(model), False, path)
-    except ValueError as error:
-        raise InputError(one_line(error)) from None
-    return {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
-
-
-def required_names(model: nn.Module) -> list[str]:
-    """Return the tensors that a file must have: all, but the count of batches that a norm has seen."""
-    return [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
-
-
 # ---------------------------------------------------------------- card
 
 
-def make_card(config: ExportSettings, source: Source, arguments: dict[str, Any]) -> dict[str, Any]:
+def make_card(config: ExportSettings, source: EncoderFile, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return config.json, without the hash of the weights. Arguments of the class stand at its top level."""
     args, path = source.args, config.checkpoint
     if path.is_dir():
@@ -196,7 +95,7 @@ def make_card(config: ExportSettings, source: Source, arguments: dict[str, Any])
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "architecture": CLASSES[source.kind].__name__,
+        "architecture": source.cls.__name__,
         **arguments,
         "grid_size": list(source.grid),
         "licence": config.licence,
