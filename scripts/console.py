@@ -14,6 +14,8 @@ COMMANDS = {
     "glmae-evaluate": "Finetune.evaluate",
     "glmae-sweep": "Finetune.sweep",
     "glmae-probe": "Finetune.probe",
+    "glmae-export": "Finetune.export",
+    "glmae-embed": "Finetune.embed",
     "glmae-cache": "generate_cache_files",
 }
 
