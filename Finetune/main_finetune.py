@@ -24,7 +24,7 @@ from common.config import group, setting, shown, to_dict
 from common.data.datalist import DATA_ROOT_HELP
 from common.distributed import Run
 from common.errors import InputError
-from common.files import check_creatable, check_writable, digest, file_sha256
+from common.files import check_creatable, check_writable, digest
 from common.runlog import RunLog, print_main
 from common.training.checkpointing import CheckpointSettings
 from common.training.optim import OptimSettings
@@ -36,6 +36,7 @@ from common.watchdog import Watchdog
 from Finetune import leakage
 from Finetune.architectures import ModelSettings, build_model, load_encoder, model_for, resolve
 from Finetune.cases import check_classes, few_labels, find_cases, split, with_mapped_labels
+from Finetune.contract import contract_warning, recorded_args, weights_sha256
 from Finetune.data import CropDataset, VolumeDataset, Volumes
 from Finetune.engine_finetune import Finetuning, make_optimizer, segmentation_losses, validate, validate_classes
 from Finetune.heads import HEADS, Architecture
@@ -76,7 +77,7 @@ class CaseSettings(DataSettings):
 class StartSettings:
     """Settings of the initial weights."""
 
-    init: str = setting("scratch", "scratch, or a checkpoint whose encoder is loaded")
+    init: str = setting("scratch", "scratch, or a checkpoint or exported folder whose encoder is loaded")
     checkpoint: Path | None = setting(None, "the same as --init FILE")
     checkpoint_key: str = setting(
         "auto", "where the weights are in the file, e.g. teacher; auto: the first of student, state_dict and model"
@@ -215,8 +216,9 @@ def finetune(
         "rate": f"learning rate {peak:.3g} after {warmup:,} updates of warm-up",
     }
     print_main(start_summary(f"{preset.name}: fine-tuning", rows, method, config, plan, run, flop))
-    if args["leak"]:
-        print_main(f"warning: {fold}: {args['leak']}")
+    differences = contract_warning(weights_from, preset) if weights_from else ""
+    for warning in filter(None, (args["leak"] and f"{fold}: {args['leak']}", differences)):
+        print_main(f"warning: {warning}")
     trainer = Trainer(
         method,
         dataset,
@@ -301,7 +303,7 @@ def describe(
         "architecture": to_dict(architecture),
         "grid_size": list(architecture.grid_size),
         "init": str(init) if init else "scratch",
-        "init_sha256": file_sha256(init) if init else None,
+        "init_sha256": weights_sha256(init) if init else None,
         "training_cases": [volume.name for volume in training],
         "validation_cases": [volume.name for volume in validation],
         "selected": "last",
@@ -338,7 +340,7 @@ def leak_of(fold: int, preset: Preset, init: Path | None, validation: Volumes) -
     if init is None:
         return ""
     # resolve and load_encoder have verified the file
-    seen = leakage.seen_cases(checkpoint.load(init, check=False), validation)
+    seen = leakage.seen_cases({"args": recorded_args(init)}, validation)
     if seen is not None:
         found = f"{len(seen)} of {len(validation)} validation cases were seen in pretraining: {', '.join(seen)}"
         return found if seen else ""

@@ -10,6 +10,7 @@ import torch
 from common import checkpoint
 from common.errors import InputError
 from common.training.trainer import Trainer
+from Finetune import export
 from Finetune.architectures import load_finetuned
 from Finetune.main_finetune import main
 from Finetune.models_3dvit import VisionTransformer3D
@@ -343,3 +344,19 @@ def test_a_dry_run_writes_nothing(tmp_path, spleen, capsys):
     printed = capsys.readouterr().out
     assert "dry run: dice " in printed and "2 cases train, 1 validate" in printed and "FLOP per update" in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_an_exported_folder_is_loaded_as_its_checkpoint_is(tmp_path, spleen, capsys):
+    vit_file(tmp_path / "c.pth")
+    content = torch.load(tmp_path / "c.pth", weights_only=True)
+    recorded = {"spacing": None, "intensity": "window", "low": -1000.0, "high": 1000.0, "data": ["none of these"]}
+    torch.save(content | {"args": content["args"] | recorded}, tmp_path / "c.pth")
+    export.main([str(tmp_path / "c.pth"), "--to", str(tmp_path / "exported")])
+    weights = []
+    for name in ("c.pth", "exported"):
+        path = run(tmp_path, "MSD09_Spleen", spleen, "--init", tmp_path / name, out=f"run_{name}")
+        weights.append(checkpoint.load(path)["state_dict"])
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "other inputs" in line]
+        differs = "spacing as scanned, here 1.5 1.5 1.5 mm; intensities window -1000..1000 HU, here window -175..250 HU"
+        assert line.endswith(f"/{name}: was trained on other inputs than those of preset MSD09_Spleen: {differs}")
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
