@@ -21,7 +21,7 @@ from common.cache.statistics import input_statistics
 from common.cache.volume import CachedVolume
 from common.cli import parse, run_program
 from common.config import to_dict
-from common.data.loader import build_loader, end_workers, measure_loader, to_device
+from common.data.loader import Loading, build_loader, end_workers, measure_loader, to_device
 from common.data.sampler import StreamSampler
 from common.distributed import Run
 from common.errors import InputError
@@ -117,7 +117,7 @@ def measure(settings: PretrainSettings, run: Run, plan: BatchPlan, dataset: View
     """Load this rank's batches of the first epoch without a model, and print the speed (`--loader_only`)."""
     sampler = StreamSampler(len(dataset), plan.micro_batch, plan.accum, run.rank, run.world_size, settings.seed)
     sampler.stop = plan.steps_per_epoch
-    loader = build_loader(dataset, sampler, settings.workers, run.device)
+    loader = build_loader(Loading(dataset), sampler, settings.workers, run.device)
     try:
         print_main(measure_loader(loader, lambda batch: len(batch["key"]), views))
     finally:

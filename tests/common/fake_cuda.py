@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.data.loader import to_device
 from common.distributed import Run
 from common.training.loop import UpdateRule, train_one_epoch
 from common.training.optim import build_optimizer
@@ -161,7 +162,7 @@ def train(method: nn.Module, batch, weights: dict[str, float], make_optimizer=No
 
         with mock.patch("torch.Tensor.backward", backward), mock.patch("torch.autograd.grad", gradient):
             with Waits() as waits:
-                train_one_epoch(state, batches, updates, rule)
+                train_one_epoch(state, (to_device(host, CUDA) for host in batches), updates, rule)
         assert state.step == updates
     return reported, waits
 
