@@ -37,6 +37,7 @@ from common.watchdog import Watchdog
 from Pretrain.build import PretrainSettings, build_task, settings_class
 from Pretrain.data import ViewDataset
 from Pretrain.health import Health, by_hash, first_check, hold_out, read_log
+from Pretrain.loading import choose_loading
 from Pretrain.visualize import curves, picture
 
 
@@ -62,8 +63,9 @@ def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
     peak_lr = settings.optim.peak_lr(plan.batch * task.views)
     warmup = round(settings.optim.warmup_epochs * plan.steps_per_epoch)
     print_main(summary(settings, run, plan, len(volumes), task.views, peak_lr))
+    loading = choose_loading(dataset, settings.views, run.device)
     if settings.loader_only:
-        return measure(settings, run, plan, dataset, task.views)
+        return measure(settings, run, plan, loading, task.views)
     encoder = task.method.encoder
     encoder.set_grad_checkpointing(settings.precision.grad_checkpointing)
     hashes = [volume.content_hash for volume in volumes]
@@ -91,6 +93,7 @@ def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
             "held_out": [volume.content_hash for volume in held_out],
             "inputs": to_dict(inputs),
         },
+        loading=loading,
         data_fingerprint={"data": digest(hashes), "views": digest([task.specs])},
         **({"after_epoch": after_epoch} if run.rank == 0 else {}),
     )
@@ -113,11 +116,11 @@ def summary(settings: PretrainSettings, run: Run, plan: BatchPlan, volumes: int,
     )
 
 
-def measure(settings: PretrainSettings, run: Run, plan: BatchPlan, dataset: ViewDataset, views: int) -> None:
+def measure(settings: PretrainSettings, run: Run, plan: BatchPlan, loading: Loading, views: int) -> None:
     """Load this rank's batches of the first epoch without a model, and print the speed (`--loader_only`)."""
-    sampler = StreamSampler(len(dataset), plan.micro_batch, plan.accum, run.rank, run.world_size, settings.seed)
+    sampler = StreamSampler(len(loading.dataset), plan.micro_batch, plan.accum, run.rank, run.world_size, settings.seed)
     sampler.stop = plan.steps_per_epoch
-    loader = build_loader(Loading(dataset), sampler, settings.workers, run.device)
+    loader = build_loader(loading, sampler, settings.workers, run.device)
     try:
         print_main(measure_loader(loader, lambda batch: len(batch["key"]), views))
     finally:

@@ -137,10 +137,19 @@ def moved(method: nn.Module) -> nn.Module:
     return method
 
 
-def train(method: nn.Module, batch, weights: dict[str, float], make_optimizer=None, amp="bf16", updates=1, accum=1):
+def train(
+    method: nn.Module,
+    batch,
+    weights: dict[str, float],
+    make_optimizer=None,
+    amp="bf16",
+    updates=1,
+    accum=1,
+    prepare=to_device,
+):
     """Run `updates` of `accum` micro-batches; return the losses of every forward pass, and the Waits.
 
-    `batch()` returns a batch in host memory, as the loader does.
+    `batch()` returns a batch in host memory, as the loader does, and `prepare` makes of it what the method takes.
     """
     reported = []
     with fake_cuda():
@@ -162,7 +171,7 @@ def train(method: nn.Module, batch, weights: dict[str, float], make_optimizer=No
 
         with mock.patch("torch.Tensor.backward", backward), mock.patch("torch.autograd.grad", gradient):
             with Waits() as waits:
-                train_one_epoch(state, (to_device(host, CUDA) for host in batches), updates, rule)
+                train_one_epoch(state, (prepare(host, CUDA) for host in batches), updates, rule)
         assert state.step == updates
     return reported, waits
 
