@@ -107,7 +107,7 @@ def block_view(volume: CachedVolume, key: BlockKey, box: Box) -> BlockView:
 
 
 def collate_blocks(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a batch of samples of `Pretrain.data.BlockDataset`.
+    """Read the blocks of samples of `Pretrain.data.BlockDataset`, and return a batch.
 
     Returns:
         `numbers`: all blocks in one tensor, (voxels,) int16 or uint8; in shared memory when made by a loading process,
@@ -115,23 +115,32 @@ def collate_blocks(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
             resident volumes there is no `numbers`.
         `views`: kind -> `BlockView` of each view, sample by sample.
         Any other entry of a sample, stacked.
+
+    Raises:
+        InputError: a cached volume is missing or damaged.
     """
     kinds = samples[0]["views"]
     batch = {"views": {kind: [view for sample in samples for view in sample["views"][kind]] for kind in kinds}}
-    blocks = {key: block for sample in samples for key, block in sample["blocks"].items()}
-    batch["blocks"] = {key: tuple(block.shape) for key, block in blocks.items()}
+    blocks = {key: source for sample in samples for key, source in sample["blocks"].items()}
+    batch["blocks"] = {key: (volume.channels, *block.size) for key, (volume, block) in blocks.items()}
     if blocks:
-        batch["numbers"] = joined([block.flatten() for block in blocks.values()])
+        batch["numbers"] = read_blocks(list(blocks.values()))
     return batch | default_collate([{k: v for k, v in s.items() if k not in ("views", "blocks")} for s in samples])
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return 1D tensors one after another, in shared memory if this is a loading process."""
-    numbers = torch.empty(sum(map(len, parts)), dtype=parts[0].dtype)
+def read_blocks(sources: Sequence[tuple[CachedVolume, Block]]) -> Tensor:
+    """Return the numbers of blocks one after another, each decoded to its place.
+
+    Decoding to a tensor of its own and joining took 1.5 times as long.
+    """
+    sizes = [volume.channels * block.voxels for volume, block in sources]
+    numbers = torch.empty(sum(sizes), dtype=sources[0][0].dtype)
     if get_worker_info() is not None:
-        # before it is filled, so that it is not copied a second time
+        # before it is filled, so that it is not copied
         numbers.share_memory_()
-    return torch.cat(parts, out=numbers)
+    for (volume, block), part in zip(sources, numbers.split(sizes)):
+        volume.read_into(part.view(volume.channels, *block.size), block.start, block.level)
+    return numbers
 
 
 # ---------------------------------------------------------------- on the device

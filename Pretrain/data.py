@@ -56,8 +56,12 @@ class ViewDataset(Dataset):
 
 @dataclass(frozen=True)
 class BlockDataset(Dataset):
-    """The samples of a `ViewDataset` before their views are made: `blocks` of stored numbers, by their keys, `views`,
-    how those of each kind are made, and the rest of the sample. `Pretrain.blocks.ViewMaker` makes the views.
+    """The samples of a `ViewDataset` before anything is read.
+
+    `blocks`: key -> (volume, what to read of it); `views`: how those of each kind are made of them; and the rest of
+    the sample.
+
+    `Pretrain.blocks.collate_blocks` reads the blocks, and `Pretrain.blocks.ViewMaker` makes the views.
 
     Attributes:
         resident: all volumes are kept on the device. Then there are no blocks, and views refer to whole levels.
@@ -78,7 +82,7 @@ class BlockDataset(Dataset):
             blocks, views = {}, [block_view(volume, (index, level), box) for level, box in regions]
         else:
             planned, views = plan_blocks(volume, regions, position)
-            blocks = {key: volume.read_numbers(b.start, b.size, b.level) for key, b in planned.items()}
+            blocks = {key: (volume, block) for key, block in planned.items()}
         remaining = iter(views)
         by_kind = {kind: [next(remaining) for _ in drawn] for kind, drawn in boxes.items()}
         return {"blocks": blocks, "views": by_kind} | self.samples.without_voxels(item, boxes)

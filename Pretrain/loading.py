@@ -68,8 +68,8 @@ def becomes_resident(volumes: Sequence[CachedVolume], views: ViewSettings, devic
 def stored_bytes(volumes: Sequence[CachedVolume]) -> int:
     """Return the bytes of all levels of the volumes, as stored but not compressed. All have the number type of the
     first: it is a setting of the cache."""
-    itemsize = volumes[0].read_numbers((0, 0, 0), (1, 1, 1)).element_size()
-    return sum(volume.channels * math.prod(shape) for volume in volumes for shape in volume.levels) * itemsize
+    numbers = sum(volume.channels * math.prod(shape) for volume in volumes for shape in volume.levels)
+    return numbers * volumes[0].dtype.itemsize
 
 
 def free_memory(device: torch.device) -> float:

@@ -86,8 +86,23 @@ class CachedVolume:
         Raises:
             InputError: the cached volume is missing or damaged.
         """
-        path = self.folder / storage.level_name(level)
-        return torch.from_numpy(storage.read_box(path, start, size, outside=self.zero))
+        return torch.from_numpy(storage.read_box(self._path(level), start, size, outside=self.zero))
+
+    def read_into(self, out: torch.Tensor, start: Sequence[int], level: int = 0) -> None:
+        """Read the box of a level at `start`, which lies in the volume, into `out` (C, d, h, w), as `dtype`.
+
+        Raises:
+            InputError: the cached volume is missing or damaged.
+        """
+        storage.read_into(self._path(level), start, out.numpy())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the stored numbers, int16 or uint8. InputError if the cached volume is missing or damaged."""
+        return getattr(torch, storage.number_type(self._path(0)).name)
+
+    def _path(self, level: int) -> Path:
+        return self.folder / storage.level_name(level)
 
     def read_label(self, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
         """Return the box of the label map as (1, d, h, w) uint8, 0 outside the volume. InputError without a label."""

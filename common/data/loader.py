@@ -158,7 +158,7 @@ def check_shared_memory(sample: Any, sampler: StreamSampler, workers: int, folde
     no such folder.
 
     Args:
-        sample: one sample, about as large as the others.
+        sample: a batch of one sample, about as large as the others.
         sampler: of the batches to come.
         workers: loading processes of this process; every process on this machine has as many.
 

@@ -224,7 +224,8 @@ class Trainer:
             self.sampler.start, self.sampler.stop = self.state.step, plan.total_steps
             if workers:
                 first = next(iter(self.sampler))[0]
-                check_shared_memory(self.loading.dataset[first], self.sampler, workers)
+                sample = self.loading.collate([self.loading.dataset[first]])
+                check_shared_memory(sample, self.sampler, workers)
             self._loader = build_loader(self.loading, self.sampler, workers, run.device)
             self._stream = DeviceBatches(self._loader, self.loading.prepare, run.device)
         return self._stream

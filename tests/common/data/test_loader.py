@@ -54,7 +54,7 @@ class Recorded(torch.Tensor):
         stream.log.append(f"batch {int(self)} is used on {stream.name}")
 
 
-def test_on_cuda_a_batch_is_prepared_one_ahead_on_a_stream_of_its_own(monkeypatch):
+def test_on_cuda_a_batch_is_prepared_one_ahead(monkeypatch):
     log = []
     main, side = Stream(log, "main"), Stream(log, "side")
     active = [main]
@@ -89,7 +89,7 @@ def test_on_cuda_a_batch_is_prepared_one_ahead_on_a_stream_of_its_own(monkeypatc
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_prepared_on_a_cuda_device_are_complete_when_they_are_used():
+def test_batches_prepared_on_cuda_are_complete_when_used():
     device = torch.device("cuda", torch.cuda.current_device())
 
     def prepare(batch, device):
