@@ -22,7 +22,7 @@ from common.cache.statistics import input_statistics
 from common.cache.volume import CachedVolume
 from common.cli import parse, run_program
 from common.config import shown, to_dict
-from common.data.loader import build_loader, end_workers, measure_loader, to_device
+from common.data.loader import Loading, build_loader, end_workers, measure_loader, to_device
 from common.data.sampler import StreamSampler
 from common.distributed import Run
 from common.errors import InputError
@@ -39,6 +39,7 @@ from common.watchdog import Watchdog
 from Pretrain.build import TITLES, PretrainSettings, Task, build_task, settings_class
 from Pretrain.data import ViewDataset
 from Pretrain.health import MAX_VOLUMES, Health, by_hash, first_check, hold_out, read_log
+from Pretrain.loading import choose_loading
 from Pretrain.visualize import curves, picture
 
 
@@ -69,8 +70,9 @@ def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
     flop = update_flop(task.method, dataset, task.loss_weights, plan)
     rows = describe(settings, task, plan, len(volumes), len(held_out), peak_lr, warmup)
     print_main(start_summary(f"{settings.method}: pretraining", rows, task.method, settings, plan, run, flop))
+    loading = choose_loading(dataset, settings.views, run.device)
     if settings.loader_only:
-        return measure(settings, run, plan, dataset, task.views)
+        return measure(settings, run, plan, loading, task.views)
     hashes = [volume.content_hash for volume in volumes]
     draw = Reconstructions(settings, plan, dataset, encoder.patch_size)
     samples = ViewDataset(held_out or by_hash(volumes), task.specs, settings.seed)
@@ -97,6 +99,7 @@ def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
             "inputs": to_dict(inputs),
         },
         about=about(settings, plan, len(volumes), len(held_out)),
+        loading=loading,
         data_fingerprint={"data": digest(hashes), "views": digest([task.specs])},
         **({"after_epoch": after_epoch} if run.rank == 0 else {}),
     )
@@ -137,11 +140,11 @@ def about(settings: PretrainSettings, plan: BatchPlan, volumes: int, held_out: i
     }
 
 
-def measure(settings: PretrainSettings, run: Run, plan: BatchPlan, dataset: ViewDataset, views: int) -> None:
+def measure(settings: PretrainSettings, run: Run, plan: BatchPlan, loading: Loading, views: int) -> None:
     """Load this rank's batches of the first epoch without a model, and print the speed (`--loader_only`)."""
-    sampler = StreamSampler(len(dataset), plan.micro_batch, plan.accum, run.rank, run.world_size, settings.seed)
+    sampler = StreamSampler(len(loading.dataset), plan.micro_batch, plan.accum, run.rank, run.world_size, settings.seed)
     sampler.stop = plan.steps_per_epoch
-    loader = build_loader(dataset, sampler, settings.workers, run.device)
+    loader = build_loader(loading, sampler, settings.workers, run.device)
     try:
         print_main(measure_loader(loader, lambda batch: len(batch["key"]), views))
     finally:

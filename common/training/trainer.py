@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common import checkpoint, distributed
 from common.config import to_dict
-from common.data.loader import build_loader, end_workers
+from common.data.loader import DeviceBatches, Loading, build_loader, check_shared_memory, end_workers
 from common.data.sampler import StreamSampler, mix
 from common.distributed import Run
 from common.errors import InputError
@@ -24,7 +24,7 @@ from common.signals import MARKER, Requeue, remove_requeue_marker, write_requeue
 from common.training import checkpointing
 from common.training.fsdp import full_copy, meta_copy, shard, shard_loaded_state
 from common.training.loop import LossWeights, Schedule, UpdateRule, accumulate_gradients, train_one_epoch
-from common.training.method import Method
+from common.training.method import Batch, Method
 from common.training.nonfinite import BadUpdateReporter, RollbackRequested
 from common.training.parallel import autocast_dtype, compile_blocks, transformer_blocks, wrap
 from common.training.preemption import Stopped, StopRequests
@@ -49,6 +49,8 @@ class Trainer:
         method: on any device; it is moved to that of `run`, and sharded with `--fsdp`.
         dataset: `dataset[(position, index)]` returns a sample whose randomness is drawn from (`dataset.seed`,
             position); `dataset.name(index)` returns the name of its volume.
+        loading: how batches are loaded, where the loading processes do not read whole samples of `dataset`. It gives
+            the same batches and draws its randomness from `dataset.seed` too.
         settings: those of the program, also written to settings.yaml.
         learning_rate, loss_weights: functions of the step.
         make_optimizer: called with the method when its parameters are final (on their device, sharded).
@@ -75,10 +77,12 @@ class Trainer:
         args: dict[str, Any],
         about: dict[str, Any] | None = None,
         data_fingerprint: dict[str, Any],
+        loading: Loading | None = None,
         order_seed: int | None = None,
         after_epoch: AfterEpoch = lambda epoch, log, method: {},
     ):
         self.method, self.dataset, self.settings, self.run, self.plan = method, dataset, settings, run, plan
+        self.loading = loading or Loading(dataset)
         self.learning_rate, self.loss_weights, self.after_epoch = learning_rate, loss_weights, after_epoch
         self.args, self.about, self.out_dir = args, about or {}, Path(settings.out_dir)
         self.order_seed = settings.seed if order_seed is None else order_seed
@@ -96,7 +100,7 @@ class Trainer:
         self.speed = Speed()
         # means of the last epoch, for `after_epoch`
         self.means: dict[str, float] = {}
-        self._loader = None
+        self._loader, self._stream = None, None
         self._lock = contextlib.ExitStack()
 
     def _make_state(self, make_optimizer: Callable[[Method], torch.optim.Optimizer]) -> TrainingState:
@@ -147,7 +151,7 @@ class Trainer:
             if self.settings.precision.compile:
                 print_main(f"compiling {compile_blocks(self.method)} transformer blocks")
             self.state.model = wrap(self.method, self.run, self.plan.accum).train()
-            batches, began = self._batches(1), time.perf_counter()
+            batches, began = self._batches(), time.perf_counter()
             rule = UpdateRule(self.learning_rate, self.loss_weights, seed=self.data_seed)
             loss, values = accumulate_gradients(self.state, batches, 0, rule)
             losses = {name: float(values[name]) for name in self.loss_weights(0) if name in values}
@@ -206,7 +210,7 @@ class Trainer:
         """Leave nothing running or half written, whatever happened."""
         self.watchdog.stop()
         end_workers(self._loader)
-        self._loader = None
+        self._loader, self._stream = None, None
         if self.bar is not None:
             self.bar.close()
         if self.requests is not None:
@@ -227,7 +231,7 @@ class Trainer:
         self.bar = progress(total=last - first, initial=state.step - first, desc=title, unit="update")
         self.watchdog.reset()
         self.speed.start(state.step)
-        batches, updates = Waiting(self._batches(last)), last - state.step
+        batches, updates = Waiting(self._batches()), last - state.step
         train_one_epoch(state, batches, last, rule, first_step=first, after_update=self._after_update)
         self.bar.close()
         means = self.means = state.epoch_means.read()
@@ -248,17 +252,25 @@ class Trainer:
         rollbacks = self.state.rollbacks
         return mix(self.order_seed, rollbacks) if rollbacks else self.order_seed
 
-    def _batches(self, last: int) -> Iterator[dict]:
-        """Return the micro-batches of this rank from `state.step` to `last`."""
-        if self._loader is None:
-            plan, run, seed = self.plan, self.run, self.data_seed
+    def _batches(self) -> Iterator[Batch]:
+        """Return the micro-batches of this rank from `state.step` on.
+
+        There is one iterator for all epochs, so that the next epoch is loaded while this one is validated and saved.
+        """
+        if self._stream is None:
+            plan, run, seed, workers = self.plan, self.run, self.data_seed, self.settings.workers
             shape = plan.micro_batch, plan.accum, run.rank, run.world_size
             self.sampler = StreamSampler(len(self.dataset), *shape, seed)
             if self.state.rollbacks:
                 self.dataset.seed = seed
-            self._loader = build_loader(self.dataset, self.sampler, self.settings.workers, run.device)
-        self.sampler.start, self.sampler.stop = self.state.step, last
-        return iter(self._loader)
+            self.sampler.start, self.sampler.stop = self.state.step, plan.total_steps
+            if workers:
+                first = next(iter(self.sampler))[0]
+                sample = self.loading.collate([self.loading.dataset[first]])
+                check_shared_memory(sample, self.sampler, workers)
+            self._loader = build_loader(self.loading, self.sampler, workers, run.device)
+            self._stream = DeviceBatches(self._loader, self.loading.prepare, run.device)
+        return self._stream
 
     def _after_update(self, lr: float) -> None:
         """Log when it is time to, then save or stop when some rank asks for it."""
@@ -366,6 +378,7 @@ class Trainer:
         paths = checkpointing.existing_checkpoints(self.out_dir)
         path, content = checkpointing.load_first_intact(paths, self.run)
         self.state.load(path, content, self.invariants)
-        self.state.rollbacks, self._loader = rollbacks, None
+        end_workers(self._loader)
+        self.state.rollbacks, self._loader, self._stream = rollbacks, None, None
         self.log = self._open_log()
         print_main(f"{reason}: returned to {path} ({self.state.step} updates done), other data from here on")

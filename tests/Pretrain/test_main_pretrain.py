@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common.errors import InputError
+from common.runlog import TIMES
 from common.training.speed import Speed
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain import main_pretrain
@@ -123,9 +124,18 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(scans, tmp_path):
                 assert abs(a[term] - b[term]) < 1e-3 * max(1, abs(a[term])), (other, a["epoch"], term)
 
 
-def test_a_resumed_run_equals_an_undisturbed_one(scans, tmp_path, monkeypatch):
-    """Teacher, centre, schedules and data go on where they stopped: bit for bit."""
-    pretrain(scans, tmp_path / "whole", "--epochs", "3")
+WHERE = {
+    "loader": ["--views_on", "loader"],
+    "device": ["--views_on", "device"],
+    "resident": ["--resident", "on"],
+}
+
+
+@pytest.mark.parametrize("where", ["loader", "device", pytest.param("resident", marks=pytest.mark.slow)])
+def test_a_resumed_run_equals_an_undisturbed_one(scans, tmp_path, monkeypatch, where):
+    """Teacher, centre, schedules and data go on where they stopped: bit for bit, wherever views are made."""
+    more = ["--epochs", "3", *WHERE[where]]
+    pretrain(scans, tmp_path / "whole", *more)
 
     class Stop(Exception):
         pass
@@ -137,12 +147,30 @@ def test_a_resumed_run_equals_an_undisturbed_one(scans, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(main_pretrain.Reconstructions, "__call__", stop)
-        pretrain(scans, tmp_path / "cut", "--epochs", "3")
-    pretrain(scans, tmp_path / "cut", "--epochs", "3")
+        pretrain(scans, tmp_path / "cut", *more)
+    pretrain(scans, tmp_path / "cut", *more)
     a, b = (torch.load(tmp_path / n / "checkpoint-last.pth", weights_only=True) for n in ("whole", "cut"))
     assert all(torch.equal(v, b["student"][k]) for k, v in a["student"].items())
     assert all(torch.equal(v, b["teacher"][k]) for k, v in a["teacher"].items())
     assert torch.equal(a["dino_loss"]["center"], b["dino_loss"]["center"])
+
+
+def test_where_views_are_made_changes_no_number(scans, tmp_path, capsys):
+    """Losses, and the measures on the fixed batch, with padding that is ignored."""
+    more = ["--crop_mode", "fixed", "--ignore_padding", "--placement", "random", "--epochs", "1", "--workers", "1"]
+    logs, printed = {}, {}
+    for where, flags in WHERE.items():
+        pretrain(scans, tmp_path / where, *more, *flags)
+        (logs[where],), printed[where] = read_log(tmp_path / where), capsys.readouterr().out
+        assert (tmp_path / where / "reconstruction-0.png").exists()
+    assert "views: made in the loading processes" in printed["loader"]
+    assert "views: made on cpu, of blocks from" in printed["device"]
+    assert "views: made on cpu, where all 3 volumes are kept in 0.0 of the" in printed["resident"]
+    for where in ("device", "resident"):
+        for name, value in logs["loader"].items():
+            if name != "seconds":
+                # rounding errors can be larger than what is nearly zero
+                assert logs[where][name] == pytest.approx(value, rel=1e-3, abs=1e-3), (where, name)
 
 
 @pytest.mark.parametrize(
