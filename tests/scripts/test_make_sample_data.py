@@ -1,6 +1,8 @@
 """The data set of the demo: synthetic without a network, real and checked with one, made once."""
 
+import gzip
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ def test_layout(synthetic):
     # the DICOM scan validates fold 0
     assert (a.fold, b.fold) == (1, 0) and b.image.is_dir()
     pretraining = {case.image for case in read_cases(synthetic, section="pretraining")}
-    assert a.image in pretraining and b.image not in pretraining and len(pretraining) == 2
+    assert a.image in pretraining and b.image not in pretraining and len(pretraining) == 3
     # as in the real pair the second has no kidneys
     for case, missing in ((a, set()), (b, {2, 3})):
         image = read_image(case.image)
@@ -52,14 +54,14 @@ def test_an_incomplete_folder_is_made_again(tmp_path):
 
 
 def test_without_a_network_the_scans_are_synthetic(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(make_sample_data, "download", lambda folder: None)
+    monkeypatch.setattr(make_sample_data, "download", lambda package, folder: None)
     make_sample_data.make(tmp_path / "s")
     assert "SYNTHETIC" in capsys.readouterr().out and make_sample_data.is_synthetic(tmp_path / "s")
 
 
 def test_a_failed_download_returns_none(tmp_path, monkeypatch):
     monkeypatch.setattr(make_sample_data.sys, "executable", "/nowhere/python")
-    assert make_sample_data.download(tmp_path) is None
+    assert make_sample_data.download(make_sample_data.SLICERIO, tmp_path) is None
 
 
 def test_another_archive_is_refused_and_leaves_nothing(tmp_path):
@@ -68,6 +70,20 @@ def test_another_archive_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="SHA-256"):
         make_sample_data.make(tmp_path / "s", archive=tmp_path / "x.tar.gz")
     assert [p.name for p in tmp_path.iterdir()] == ["x.tar.gz"]
+
+
+def test_a_trunk_is_read_in_ras(tmp_path):
+    """A file in the layout of slicerio's: its axes point left, posterior and superior."""
+    hu = np.arange(24, dtype="<i4").reshape(2, 3, 4)
+    header = (
+        "NRRD0004\ntype: int\nsizes: 2 3 4\nspace directions: (-3,0,0) (0,-3,0) (0,0,10)\n"
+        "encoding: gzip\nspace origin: (5,6,-7)\n\n"
+    )
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as wheel:
+        wheel.writestr(make_sample_data.TRUNK, header.encode() + gzip.compress(hu.tobytes(order="F")))
+    found, affine = make_sample_data.read_trunk(tmp_path / "x.whl")
+    np.testing.assert_array_equal(found, hu)
+    np.testing.assert_array_equal(affine, [[3, 0, 0, -5], [0, 3, 0, -6], [0, 0, 10, -7], [0, 0, 0, 1]])
 
 
 def test_ids_are_mapped_to_those_of_btcv():
@@ -101,4 +117,9 @@ def test_the_real_scans(tmp_path):
         assert aorta[0] < hu[label.as_tensor() == 8].mean() < aorta[1]
         found = set(label.unique().tolist()) - {0}
         assert found <= set(make_sample_data.ORGANS) and len(found) >= organs
-    assert read_image(read_cases(listing, section="pretraining")[1].image).shape == (1, 233, 167, 191)
+    _, chest, trunk = (read_image(case.image) for case in read_cases(listing, section="pretraining"))
+    assert chest.shape == (1, 233, 167, 191) and trunk.shape == (1, 128, 128, 34)
+    # An erect spine: bone behind the middle of the body, in most slices, and none before it.
+    bone = (trunk.as_tensor()[0, 44:84] > 300).any(dim=0).float().mean(dim=1)
+    assert bone[:64].max() > 0.8
+    np.testing.assert_allclose(np.asarray(trunk.pixdim), [3.0469, 3.0469, 10], atol=1e-3)
