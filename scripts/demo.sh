@@ -23,6 +23,8 @@ while [ $# -gt 0 ]; do
   shift
 done
 
+# Two fine-tunings run at the same time. Where other work shares the cores, threads that wait for each other are slower than one.
+export OMP_NUM_THREADS=1
 preset=scripts/demo.yaml
 data="${DATA:-data/sample_abdomen}"
 cache="${CACHE:-cache/sample_abdomen}"
@@ -38,11 +40,11 @@ case "$method" in
       --model tiny --depth 6 --patch_size 8 --decoder_embed_dim 96 --decoder_depth 2 --decoder_num_heads 4 --norm_pix_loss false
       --weight_rec_global 20 --weight_rec_local 20 --crop_mode fixed --global_views 2 --global_size 96 96 8 --local_views 4 --local_size 48 48 8 --flip_prob 0
       --mask_ratio_global 0.6 --mask_ratio_local 0.6 --out_dim 256 --hidden_dim 256 --bottleneck_dim 64
-      --batch_size 4 --lr 1e-3 --teacher_temp_epochs 2 --momentum 0.98 1
+      --batch_size 4 --lr 1e-3 --teacher_temp 0.03 0.04 --teacher_temp_epochs 2 --momentum 0.98 1
     )
-    finetune=(--model unetr --patch_size 8 --feature_size 8 --crops 2 --lr 3e-3)
-    pretrain_epochs=8 pretrain_samples=160 finetune_epochs=10 finetune_samples=50
-    minutes=(1.5 5)
+    finetune=(--model unetr --patch_size 8 --feature_size 8 --crops 2 --lr 1e-3)
+    pretrain_epochs=12 pretrain_samples=160 finetune_epochs=12 finetune_samples=50
+    minutes=(3 5)
     ;;
   mim)
     names=(MiM "MiM's network")
@@ -55,7 +57,7 @@ case "$method" in
       --mask_ratio_up 0.5 --mask_ratio_mid 0.6 --mask_ratio_down 0.5 --align cosine
       --batch_size 2 --lr 1e-3
     )
-    finetune=(--model mim --roi 96 96 32 --drop_path 0 --crops 1 --lr 3e-3)
+    finetune=(--model mim --roi 96 96 32 --drop_path 0 --crops 1 --lr 1e-3)
     pretrain_epochs=4 pretrain_samples=20 finetune_epochs=6 finetune_samples=20
     minutes=(2 5)
     ;;
@@ -89,11 +91,11 @@ launch Pretrain.main_pretrain --method "$method" "${pretrain[@]}" "${preprocessi
   --epochs "$pretrain_epochs" --samples_per_epoch "$pretrain_samples" --warmup_epochs 1 --save_every 100 --log_every 1 --workers 0 --seed 0 \
   --out_dir "$out/pretrain"
 
-# Fine-tune into the folder $1, with further settings. Each of the two runs has one core.
+# Fine-tune into the folder $1, with further settings.
 finetune() {
-  OMP_NUM_THREADS=1 launch Finetune.main_finetune --preset "$preset" --data "$data" --cache_dir "$cache" --fold 0 \
+  launch Finetune.main_finetune --preset "$preset" --data "$data" --cache_dir "$cache" --fold 0 \
     --init "$out/pretrain/checkpoint-last.pth" "${finetune[@]}" \
-    --epochs "$finetune_epochs" --samples_per_epoch "$finetune_samples" --warmup_epochs 0.5 --batch_size 1 --validate_every 0 \
+    --epochs "$finetune_epochs" --samples_per_epoch "$finetune_samples" --warmup_epochs 0.5 --batch_size 1 --class_balance 0.6 --validate_every 0 \
     --save_every 1000 --workers 0 --seed 0 --out_dir "$@"
 }
 
@@ -104,11 +106,12 @@ scratch=$!
 trap 'kill "$scratch" 2>/dev/null || true' EXIT
 finetune "$out/finetune"
 wait "$scratch" || { tail -n 5 "$out/scratch/finetune.log" >&2; exit 1; }
+trap - EXIT
 
-# Predict the other scan and score it, in the folder $1. Ribs and back muscles have several parts, other structures one.
+# Predict the other scan and score it, in the folder $1. Bones and back muscles have several parts.
 predict() {
   "$PYTHON" -m Finetune.predict --checkpoint "$1/finetune/checkpoint-last.pth" --images "$data/imagesTs" --out "$1/predictions" \
-    --largest_component 1 2 3 4 5 6 7 9
+    --largest_component 1 2 3 4 6
   "$PYTHON" -m Finetune.evaluate --predictions "$1/predictions" --labels "$data/structuresTs" --preset "$preset" \
     --images "$data/imagesTs" --out "$1/scores"
 }

@@ -70,10 +70,10 @@ ORGANS = load_preset("sample_abdomen").foreground
 DEMO_PRESET = Path(__file__).parent / "demo.yaml"
 # TotalSegmentator's id -> BTCV's
 TO_BTCV = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 7, 7: 11, 8: 12, 9: 13, 15: 5, 52: 8, 63: 9, 64: 10}
-# TotalSegmentator's id -> that of scripts/demo.yaml: what at least 5 ml of both labelled scans show
-TO_STRUCTURES = {1: 1, 5: 2, 6: 3, 52: 4, 63: 5, 64: 6, 79: 9, 86: 10, 87: 10}
-TO_STRUCTURES |= dict.fromkeys(range(26, 51), 7) | dict.fromkeys(range(92, 116), 8)
-BTCV_TO_STRUCTURES = {1: 1, 6: 2, 7: 3, 8: 4, 9: 5, 10: 6}
+# TotalSegmentator's id -> that of scripts/demo.yaml. Bones are all that the package knows, but for costal cartilage.
+BONES = (*range(25, 51), *range(69, 79), *range(91, 117))
+TO_STRUCTURES = {5: 1, 1: 2, 6: 3, 52: 4, 79: 6, 86: 7, 87: 7} | dict.fromkeys(BONES, 5)
+BTCV_TO_STRUCTURES = {6: 1, 1: 2, 7: 3, 8: 4}
 IMAGES = ("imagesTr/abdomen_a.nii.gz", "imagesTs/abdomen_b", "unlabelled/chest.nii.gz", "unlabelled/trunk.nii.gz")
 LABELS = ("labelsTr/abdomen_a.nii.gz", "labelsTs/abdomen_b.nii.gz")
 STRUCTURES = ("structuresTr/abdomen_a.nii.gz", "structuresTs/abdomen_b.nii.gz")
@@ -327,7 +327,7 @@ Labels:  made by {labels_by}; BTCV's 13 ids. Mention this with every score on th
 {IMAGES[2]}     chest, a third patient; pretrains, has no labels
 {IMAGES[3]}     trunk, a fourth patient, slices of 10 mm; pretrains, has no labels
 labelsTr/, labelsTs/       BTCV's ids
-structuresTr/, structuresTs/   organs, bones and muscles with the ids of scripts/demo.yaml
+structuresTr/, structuresTs/   organs, bones and muscles, ids of scripts/demo.yaml
 dataset.json               the scans and BTCV's labels as a list in the Decathlon's layout
 structures.json            the same with the labels of the demo
 """

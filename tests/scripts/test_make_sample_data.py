@@ -11,6 +11,7 @@ import torch
 from common.data.datalist import read_cases
 from common.data.volume_io import read_image, read_label
 from common.errors import InputError
+from Finetune.presets import load_preset
 from scripts import make_sample_data
 
 
@@ -91,6 +92,20 @@ def test_ids_are_mapped_to_those_of_btcv():
     for theirs, name in names.items():
         assert make_sample_data.ORGANS[make_sample_data.TO_BTCV[theirs]].startswith(name)
     assert sorted(make_sample_data.TO_BTCV.values()) == sorted(make_sample_data.ORGANS) == list(range(1, 14))
+
+
+def test_the_structures_of_the_demo(synthetic):
+    """The labels of the demo are those of BTCV with the ids of scripts/demo.yaml."""
+    btcv, structures = (read_cases(synthetic.parent / name) for name in make_sample_data.LISTS)
+    names = load_preset(make_sample_data.DEMO_PRESET).labels
+    for a, b in zip(btcv, structures):
+        assert a.image == b.image and a.fold == b.fold
+        image = read_image(a.image)
+        theirs, ours = read_label(a.label, image), read_label(b.label, image)
+        for number, mine in make_sample_data.BTCV_TO_STRUCTURES.items():
+            assert make_sample_data.ORGANS[number] == names[mine]
+            assert torch.equal(theirs == number, ours == mine)
+    assert set(make_sample_data.TO_STRUCTURES.values()) == set(names) - {0}
 
 
 def test_the_synthetic_dicom_scan_is_a_complete_series(synthetic):
