@@ -43,7 +43,7 @@ case "$method" in
       --batch_size 4 --lr 1e-3 --teacher_temp 0.03 0.04 --teacher_temp_epochs 2 --momentum 0.98 1
     )
     finetune=(--model unetr --patch_size 8 --feature_size 8 --crops 2 --lr 1e-3)
-    pretrain_epochs=12 pretrain_samples=160 finetune_epochs=12 finetune_samples=50
+    pretrain_epochs=12 pretrain_samples=160 finetune_epochs=10 finetune_samples=50
     minutes=(3 5)
     ;;
   mim)
@@ -79,7 +79,7 @@ step "1/6 Data: two abdominal CT scans with labels, a chest and a trunk without"
 "$PYTHON" -m scripts.make_sample_data --out "$data"
 
 step "2/6 Cache: preprocess the volumes once" "$cache"
-preprocessing=(--spacing 3 --low -175 --high 250)
+preprocessing=(--spacing 3 --low -200 --high 600)
 "$PYTHON" generate_cache_files.py --datalist "$data/structures.json" --section pretraining --cache_dir "$cache" "${preprocessing[@]}"
 "$PYTHON" generate_cache_files.py --preset "$preset" --data_root "$data" --cache_dir "$cache"
 
@@ -91,22 +91,33 @@ launch Pretrain.main_pretrain --method "$method" "${pretrain[@]}" "${preprocessi
   --epochs "$pretrain_epochs" --samples_per_epoch "$pretrain_samples" --warmup_epochs 1 --save_every 100 --log_every 1 --workers 0 --seed 0 \
   --out_dir "$out/pretrain"
 
+# Start the command "${@:2}" with its output in the file $1. It is ended when this script ends.
+in_background() {
+  log="$1"
+  "${@:2}" >"$log" 2>&1 &
+  background=$!
+  trap 'kill "$background" 2>/dev/null || true' EXIT
+}
+
+# Wait for that command. Where it fails, show the end of its output and stop.
+await_background() {
+  wait "$background" || { tail -n 5 "$log" >&2; exit 1; }
+  trap - EXIT
+}
+
 # Fine-tune into the folder $1, with further settings.
 finetune() {
   launch Finetune.main_finetune --preset "$preset" --data "$data" --cache_dir "$cache" --fold 0 \
     --init "$out/pretrain/checkpoint-last.pth" "${finetune[@]}" \
-    --epochs "$finetune_epochs" --samples_per_epoch "$finetune_samples" --warmup_epochs 0.5 --batch_size 1 --class_balance 0.6 --validate_every 0 \
+    --epochs "$finetune_epochs" --samples_per_epoch "$finetune_samples" --warmup_epochs 0.5 --batch_size 1 --class_balance 0.7 --validate_every 0 \
     --save_every 1000 --workers 0 --seed 0 --out_dir "$@"
 }
 
 step "4/6 Fine-tuning: ${names[1]} on one scan, from that checkpoint; the same from random weights at the same time" "$out/finetune"
 mkdir -p "$out/scratch"
-finetune "$out/scratch/finetune" --scratch_twin >"$out/scratch/finetune.log" 2>&1 &
-scratch=$!
-trap 'kill "$scratch" 2>/dev/null || true' EXIT
+in_background "$out/scratch/finetune.log" finetune "$out/scratch/finetune" --scratch_twin
 finetune "$out/finetune"
-wait "$scratch" || { tail -n 5 "$out/scratch/finetune.log" >&2; exit 1; }
-trap - EXIT
+await_background
 
 # Predict the other scan and score it, in the folder $1. Bones and back muscles have several parts.
 predict() {
@@ -117,12 +128,11 @@ predict() {
 }
 
 step "5/6 Prediction: the other scan, a DICOM series, in its own geometry; scores against its reference labels" "$out/scores"
+in_background "$out/scratch/predict.log" predict "$out/scratch"
 predict "$out"
+await_background
 
-step "6/6 The same for the network from random weights" "$out/scratch/scores"
-predict "$out/scratch" >/dev/null
-
-printf '\n== Dice, the encoder pretrained and from random weights   [%d s]\n' "$SECONDS"
+step "6/6 Dice: the encoder pretrained, and from random weights" "$out/dice.txt"
 "$PYTHON" -m scripts.demo_table --pretrained "$out/scores" --scratch "$out/scratch/scores" --out "$out/dice.txt"
 
 printf '\nDone. Results:\n'

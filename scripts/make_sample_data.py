@@ -77,6 +77,8 @@ BTCV_TO_STRUCTURES = {6: 1, 1: 2, 7: 3, 8: 4}
 IMAGES = ("imagesTr/abdomen_a.nii.gz", "imagesTs/abdomen_b", "unlabelled/chest.nii.gz", "unlabelled/trunk.nii.gz")
 LABELS = ("labelsTr/abdomen_a.nii.gz", "labelsTs/abdomen_b.nii.gz")
 STRUCTURES = ("structuresTr/abdomen_a.nii.gz", "structuresTs/abdomen_b.nii.gz")
+# the part of the training scan above this share of its height: what the other labelled scan shows, and kidneys
+UPPER, LOWEST = "imagesTr/abdomen_a_upper.nii.gz", 0.4
 LISTS = ("dataset.json", "structures.json")
 NOT_REAL = f"""{"!" * 100}
 !! {TOTALSEGMENTATOR.title} OR {SLICERIO.title} COULD NOT BE DOWNLOADED.
@@ -134,7 +136,7 @@ def make(out: Path, synthetic: bool = False, archive: Path | None = None, wheel:
 
 def is_complete(out: Path) -> bool:
     """Return whether all files of the data set exist."""
-    return all((out / name).exists() for name in (*LISTS, "README.txt", *IMAGES, *LABELS, *STRUCTURES))
+    return all((out / name).exists() for name in (*LISTS, "README.txt", *IMAGES, UPPER, *LABELS, *STRUCTURES))
 
 
 def is_synthetic(out: Path) -> bool:
@@ -247,7 +249,21 @@ def write_real(source: Path, wheel: Path, out: Path) -> None:
     for names, table in ((LABELS, TO_BTCV), (STRUCTURES, TO_STRUCTURES)):
         write_nifti(out / names[1], mapped(label.numpy()[0], table), label.affine.numpy())
     write_nifti(out / IMAGES[3], *read_trunk(wheel))
+    crop_upper(out)
     describe(out, synthetic=False)
+
+
+def crop_upper(out: Path) -> None:
+    """Write the upper part of the training scan, and crop its structures to it."""
+    import nibabel as nib
+
+    from common.data.nifti import write_nifti
+
+    for source, target in ((IMAGES[0], UPPER), (STRUCTURES[0], STRUCTURES[0])):
+        image = nib.load(out / source)
+        # The array is read before its file is replaced.
+        upper = image.slicer[..., round(LOWEST * image.shape[2]) :]
+        write_nifti(out / target, nib.Nifti1Image(np.asarray(upper.dataobj), upper.affine, upper.header))
 
 
 def mapped(label: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
@@ -279,6 +295,7 @@ def write_synthetic(out: Path) -> None:
     for seed, name in enumerate(IMAGES[2:], start=2):
         hu, _ = phantom((96, 96, 96), seed=seed)
         write_nifti(out / name, hu, affine_of(hu.shape, (3, 3, 3)))
+    crop_upper(out)
     describe(out, synthetic=True)
 
 
@@ -314,6 +331,7 @@ def describe(out: Path, synthetic: bool) -> None:
     }
     structures = load_preset(DEMO_PRESET).labels
     labelled = [case | {"label": label} for case, label in zip(training, STRUCTURES)]
+    labelled[0]["image"] = UPPER
     changed = {"labels": {str(number): name for number, name in structures.items()}, "training": labelled}
     listings = {"dataset.json": listing, "structures.json": listing | changed}
     readme = f"""sample_abdomen, made by `python -m scripts.make_sample_data`
@@ -323,6 +341,7 @@ Licence: {licence}
 Labels:  made by {labels_by}; BTCV's 13 ids. Mention this with every score on them.
 
 {IMAGES[0]}   abdomen and pelvis; trains (fold 1), and pretrains
+{UPPER}   its upper part; trains in the demo
 {IMAGES[1]}/          another patient, upper abdomen, a DICOM series; validates (fold 0)
 {IMAGES[2]}     chest, a third patient; pretrains, has no labels
 {IMAGES[3]}     trunk, a fourth patient, slices of 10 mm; pretrains, has no labels
