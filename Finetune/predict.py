@@ -8,7 +8,6 @@ Memory does not grow with the depth of a volume times the number of classes (see
 """
 
 import os
-import subprocess
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -25,6 +24,7 @@ from common.config import setting
 from common.data import volume_io
 from common.data.datalist import DATA_ROOT_HELP, Case, read_cases
 from common.distributed import setup
+from common.environment import code_version
 from common.errors import InputError
 from common.files import check_writable
 from common.runlog import print_main, progress
@@ -207,16 +207,6 @@ def describe(
         "failed": failed,
         "trained_on": [name for name in cases if name in ensemble.training_cases],
     }
-
-
-def code_version() -> str:
-    """Return the commit of the checkout, with -dirty if files differ from it; "unknown" outside a checkout."""
-    # --exclude=*: the hash, not a tag
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,6 +71,9 @@ def compile_blocks(method: nn.Module) -> int:
     The blocks and not the method: they are compiled once for all depths, and the masks and views around them would
     break the graph.
     """
+    if not torch.cuda.is_available():
+        # compiling for a CPU loads torch's search for CUDA, which warns that there is none
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     blocks = transformer_blocks(method)
     for block in blocks:
         block.compile()

@@ -57,6 +57,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.runlog import TIMES
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset, make_scans
 from tests.helpers import read_log, run_module, write_scans
@@ -67,7 +68,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWa
 FOLDER = Path(__file__).parent
 UPDATES = 20
 TOLERANCE = 5e-5
-NOT_RECORDED = ("epoch", "step", "seconds", "skipped")
+NOT_RECORDED = ("epoch", "step", *TIMES, "skipped")
 PRETRAIN, FINETUNE = "Pretrain.main_pretrain", "Finetune.main_finetune"
 
 # An epoch of one update, so that log.jsonl has a line for each.

@@ -324,4 +324,3 @@ def test_memory_of_a_worker_stays_flat_over_a_thousand_volumes(tmp_path):
     early, late = (results.get(timeout=600) for _ in counts)
     worker.join()
     assert late - early < 24 * 2**20, f"{early / 2**20:.0f} MiB after 200 volumes, {late / 2**20:.0f} after 1000"
-    assert build.peak_memory() > 0
