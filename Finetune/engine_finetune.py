@@ -66,12 +66,13 @@ class Finetuning(Method):
         load_state(self.model, content["state_dict"], "checkpoint")
 
 
-def segmentation_losses(preset: Preset) -> Losses:
+def segmentation_losses(preset: Preset, weight: Tensor | None = None) -> Losses:
     """Return the losses of a batch: `dice` and `ce`, or `dice` alone for overlapping regions.
 
-    A batch holds `image` (B, crops, C, d, h, w) and `label` (B, crops, 1, d, h, w).
+    A batch holds `image` (B, crops, C, d, h, w) and `label` (B, crops, 1, d, h, w). `weight` (K,) is that of the
+    classes in the cross-entropy.
     """
-    criterion = partial(region_dice, regions=preset.regions) if preset.regions else dice_ce
+    criterion = partial(region_dice, regions=preset.regions) if preset.regions else partial(dice_ce, weight=weight)
 
     def losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return criterion(model(batch["image"].flatten(0, 1)), batch["label"].flatten(0, 1))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common import checkpoint, distributed, signals
 from common.cache.build import build_cache
@@ -42,7 +42,7 @@ from Finetune.engine_finetune import Finetuning, make_optimizer, segmentation_lo
 from Finetune.heads import HEADS, Architecture
 from Finetune.inference.ensemble import BEST
 from Finetune.inference.sliding_window import Window
-from Finetune.losses import classification_losses
+from Finetune.losses import class_weights, classification_losses
 from Finetune.presets import Preset, load_preset
 
 CROPS_AT_BLR = 16
@@ -135,6 +135,12 @@ class FinetuneSettings(LoopSettings):
     batch_size: int = setting(4, "volumes per update, over all processes together", least=1, most=65536)
     micro_batch_size: int | None = setting(1, "volumes per pass and process; the rest accumulates", least=1, most=65536)
     crops: int = setting(4, "crops per volume", least=1, most=1024)
+    class_balance: float = setting(
+        0.0,
+        "weight classes in the cross-entropy by their share of the training voxels to the power -class_balance",
+        least=0,
+        most=1,
+    )
     order_seed: int | None = setting(
         None, "seed of data order, crops and augmentation; none: --seed", least=-(2**63), most=2**63 - 1
     )
@@ -145,6 +151,9 @@ def check_settings(config: FinetuneSettings, preset: Preset) -> None:
     model = config.network.model = model_for(config.network.model, preset)
     if config.validation.select == "best" and not config.validation.validate_every:
         raise InputError("--select best: expected a validation, found --validate_every 0")
+    if config.class_balance and (preset.regions or preset.task == "classification"):
+        expected = "0 for a preset with regions or of classification"
+        raise InputError(f"--class_balance {config.class_balance}: expected {expected}, as {preset.name} is")
     encoder_only = {"freeze": config.freeze, "grad_checkpointing": config.precision.grad_checkpointing}
     encoder_only |= {name: getattr(config.optim, name) for name in ("layer_decay", "head_warmup_epochs")}
     for name, value in encoder_only.items():
@@ -194,7 +203,7 @@ def finetune(
     training, validation = prepare_volumes(config, preset, run)
     weights_from = None if config.start.scratch_twin else init
     plan = plan_updates(config, len(training), run.world_size)
-    method = build_method(config, preset, architecture, weights_from, run, plan)
+    method = build_method(config, preset, architecture, weights_from, run, plan, training)
     random_encoder = HEADS[architecture.model].encoder and not weights_from
     inputs = standardize(method, training) if random_encoder and config.start.standardize else None
     optim = config.optim
@@ -263,7 +272,13 @@ def prepare_volumes(config: FinetuneSettings, preset: Preset, run: Run) -> tuple
 
 
 def build_method(
-    config: FinetuneSettings, preset: Preset, architecture: Architecture, init: Path | None, run: Run, plan: BatchPlan
+    config: FinetuneSettings,
+    preset: Preset,
+    architecture: Architecture,
+    init: Path | None,
+    run: Run,
+    plan: BatchPlan,
+    training: Volumes,
 ) -> Finetuning:
     """Return the network, with the encoder of `init` if given, and its losses."""
     # all weights from the seed, so that a scratch twin has the same head
@@ -276,9 +291,20 @@ def build_method(
     # for the hybrid's map of stride 32, as in the authors' code
     if run.world_size > 1 and run.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    losses = classification_losses if preset.task == "classification" else segmentation_losses(preset)
+    if preset.task == "classification":
+        losses = classification_losses
+    else:
+        balance = config.class_balance
+        weight = class_weights(count_voxels(training, preset.out_channels), balance).to(run.device) if balance else None
+        losses = segmentation_losses(preset, weight)
     head_warmup = round(config.optim.head_warmup_epochs * plan.steps_per_epoch)
     return Finetuning(model, losses, config.freeze or HEADS[architecture.model].frozen, head_warmup)
+
+
+def count_voxels(volumes: Volumes, classes: int) -> Tensor:
+    """Return the number of voxels of each class (K,) in the labels of cached volumes."""
+    labels = (volume.read_label((0, 0, 0), volume.shape) for volume in volumes)
+    return sum(torch.bincount(label.flatten().long(), minlength=classes) for label in labels)
 
 
 def standardize(method: Finetuning, training: Volumes) -> InputStatistics:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from scipy import ndimage
 from torch import Tensor
 
 from common.data.nifti import write_nifti
@@ -40,6 +41,18 @@ def label_map(logits: Tensor, preset: Preset) -> Tensor:
         smaller = {number for _, other in order[position + 1 :] for number in other if set(other) < set(members)}
         ids[logits[channel] > 0] = min(set(members) - smaller or members)
     return ids
+
+
+def keep_largest_components(labels: np.ndarray, ids: Collection[int]) -> None:
+    """Remove from a label map (D, H, W), in place, all but the largest connected component of each class in `ids`.
+
+    Voxels are connected through faces. What is removed becomes the background.
+    """
+    for number in ids:
+        components, count = ndimage.label(labels == number)
+        if count > 1:
+            largest = 1 + np.bincount(components.ravel())[1:].argmax()
+            labels[(components > 0) & (components != largest)] = 0
 
 
 def write_label_map(path: Path, labels: np.ndarray, space: Space, source: Path) -> None:

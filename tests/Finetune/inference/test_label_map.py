@@ -1,8 +1,9 @@
 """Logits to ids."""
 
+import numpy as np
 import torch
 
-from Finetune.inference.label_map import label_map
+from Finetune.inference.label_map import keep_largest_components, label_map
 from Finetune.presets import load_preset
 
 
@@ -14,3 +15,9 @@ def test_nested_regions_become_ids():
     logits[0, ..., 2:4] = 1
     logits[2, ..., 3:5] = 1
     assert label_map(logits, brain).flatten().tolist() == [0, 1, 2, 3, 3]
+
+
+def test_only_the_largest_component_of_the_given_classes_is_kept():
+    labels = np.array([1, 0, 1, 1, 2, 0, 2, 2, 3], np.uint8).reshape(1, 1, 9)
+    keep_largest_components(labels, (1, 3))
+    assert labels.flatten().tolist() == [0, 0, 1, 1, 2, 0, 2, 2, 3]
