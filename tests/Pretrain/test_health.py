@@ -135,7 +135,11 @@ def test_held_out_volumes_are_recorded_and_not_trained_on(tmp_path, capsys):
     args = torch.load(tmp_path / "run/checkpoint-last.pth", weights_only=True)["args"]
     assert len(args["held_out"]) == 2 and len(args["data"]) == 19 and not set(args["held_out"]) & set(args["data"])
     printed = capsys.readouterr().out
-    assert "19 volumes, 2 held out for measures" in printed and "2 held-out volume(s)" in printed and "warning" not in printed
+    assert (
+        "19 volumes, 2 held out for measures" in printed
+        and "2 held-out volume(s)" in printed
+        and "warning" not in printed
+    )
 
 
 MIM = """--method mim --model tiny --num_heads 2 --embed_dims 6 6 12 24 --depths 1 1 1 1 --decoder_embed_dim 24
