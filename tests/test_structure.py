@@ -211,13 +211,6 @@ def test_unsafe_loads_are_found(source, count):
     assert len(unsafe_loads(source)) == count
 
 
-def test_links_in_the_documents_lead_to_files():
-    documents = [ROOT / name for name in tracked() if name.endswith(".md")]
-    links = [(path, link) for path in documents for link in re.findall(r"\]\(([^)\s#]+)[^)]*\)", path.read_text())]
-    local = [(path, link) for path, link in links if not re.match(r"\w+:", link)]
-    assert len(local) > 5 and [link for path, link in local if not (path.parent / link).exists()] == []
-
-
 def test_paths_in_texts_exist():
     """`common/files.py` in a docstring, comment or document names a file that is there."""
     ending = r"[\w/.-]*\.(?:py|md|sh|sbatch|yaml|png|ipynb)\b"
