@@ -1,8 +1,8 @@
 """Measure functions beside each other: time in turn, peak memory, arithmetic, and the machine's own matrix rate.
 
 A benchmark is a function `measure(quick: bool, device: torch.device) -> list[dict]` whose rows are made by `compare` or
-`Row(...).as_dict()`. Every value is one of which less is better (seconds, bytes, bytes per set), so that `ratio`, theirs
-divided by ours, says how many times ours is better. Peak memory is given as ours divided by theirs.
+`Row(...).as_dict()`. Every value is one of which less is better (seconds, bytes, bytes per set), so that `ratio`,
+theirs divided by ours, says how many times ours is better. Peak memory is given as ours divided by theirs.
 """
 
 import statistics
