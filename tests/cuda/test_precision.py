@@ -27,8 +27,8 @@ def test_updates_are_finite_and_lower_the_loss(device, name, amp):
     method.register_forward_hook(lambda module, args, values: curve.append(dict(values)))
     rule = UpdateRule(lambda step: 3e-3, lambda step: reconstruction | others, clip_grad=3.0)
     train_one_epoch(state, [batch] * UPDATES, UPDATES, rule)
-    # fp16 finds its scale by overflowing. On a CPU torch 2.14.1 sometimes returns an infinite weight gradient of a narrow
-    # depthwise convolution in bf16 (seen in MiM's blocks3 with 12 channels); such an update is skipped.
+    # fp16 finds its scale by overflowing. On a CPU the weight gradient of a depthwise convolution in bf16 is sometimes
+    # infinite (torch 2.14.1, seen in blocks3 of the toy, 12 channels); such an update is skipped.
     may_skip = amp == "fp16" or device.type == "cpu"
     assert state.epoch_means.read()["skipped"] <= (0.3 if may_skip else 0.0)
     assert all(torch.isfinite(p).all() for p in method.parameters())
