@@ -15,9 +15,22 @@ pytestmark = pytest.mark.cuda
 UPDATES = 20
 
 
+def avoid_wrong_gradient(device, monkeypatch):
+    """On a CPU, compute convolutions without oneDNN.
+
+    With torch 2.14.1 and AVX-512, the weight gradient of a 5^3 depthwise convolution in bf16, of channels-last maps whose
+    first axis has 2 to 4 voxels, had a relative error of about 1; equal runs differed, and some were infinite. With 1 or
+    at least 5 voxels, in fp16, for contiguous maps and without oneDNN it was right. Stage 3 of the toy has 4.
+    """
+    if device.type == "cpu":
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", METHODS)
-def test_updates_are_finite_and_lower_the_loss(device, name, amp):
+def test_updates_are_finite_and_lower_the_loss(device, monkeypatch, name, amp):
+    if amp == "bf16":
+        avoid_wrong_gradient(device, monkeypatch)
     method = build(name).to(device)
     state = TrainingState(method, build_optimizer(method, 0.05), Run(device), autocast_dtype(amp, device))
     reconstruction = {term: 1.0 for term in METHODS[name] if term.startswith("rec_")}
@@ -27,10 +40,8 @@ def test_updates_are_finite_and_lower_the_loss(device, name, amp):
     method.register_forward_hook(lambda module, args, values: curve.append(dict(values)))
     rule = UpdateRule(lambda step: 3e-3, lambda step: reconstruction | others, clip_grad=3.0)
     train_one_epoch(state, [batch] * UPDATES, UPDATES, rule)
-    # fp16 finds its scale by overflowing. On a CPU the weight gradient of a depthwise convolution in bf16 is sometimes
-    # infinite (torch 2.14.1, seen in blocks3 of the toy, 12 channels); such an update is skipped.
-    may_skip = amp == "fp16" or device.type == "cpu"
-    assert state.epoch_means.read()["skipped"] <= (0.3 if may_skip else 0.0)
+    # fp16 finds its scale by overflowing
+    assert state.epoch_means.read()["skipped"] <= (0.3 if amp == "fp16" else 0.0)
     assert all(torch.isfinite(p).all() for p in method.parameters())
     # MiM has several passes in an update, each with some of the losses
     values = [[losses[term].item() for losses in curve if term in losses] for term in reconstruction]
@@ -69,9 +80,13 @@ def test_attention_trains_its_position_bias(device, dtype):
     assert_close(found, wanted, TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("shape", [(12, 10, 8), (4, 4, 4)], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_depthwise_convolutions(device, dtype):
-    block, x = ConvBlock(16), torch.randn(2, 16, 12, 10, 8)
-    visible = (torch.rand(2, 1, 12, 10, 8) > 0.5).float()
+def test_depthwise_convolutions(device, monkeypatch, dtype, shape):
+    """Also on a map smaller than the kernel."""
+    if dtype is torch.bfloat16:
+        avoid_wrong_gradient(device, monkeypatch)
+    block, x = ConvBlock(16), torch.randn(2, 16, *shape)
+    visible = (torch.rand(2, 1, *shape) > 0.5).float()
     wanted = gradients(block, x, None, visible)
     assert_close(gradients(block.to(device), x.to(device), dtype, visible.to(device)), wanted, TOLERANCES[dtype])

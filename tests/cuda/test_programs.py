@@ -1,5 +1,7 @@
 """The pretraining program on the GPU: its options do not change the losses, and a stopped run goes on as it was."""
 
+import math
+
 import pytest
 import torch
 
@@ -16,16 +18,17 @@ def scans(tmp_path_factory):
 
 
 def curves(folder):
-    """The losses and gradient norms of each epoch."""
-    names = ("rec_", "global_", "grad_norm")
+    """The losses, gradient norms and share of skipped updates of each epoch."""
+    names = ("rec_", "global_", "grad_norm", "skipped")
     return [{k: v for k, v in line.items() if k.startswith(names)} for line in read_log(folder)]
 
 
 def assert_same_curves(folder, other, tolerance):
     one, two = curves(folder), curves(other)
-    assert len(one) == len(two) > 1 and one[0]
+    assert len(one) == len(two) > 1 and all(map(math.isfinite, one[-1].values()))
     for a, b in zip(one, two):
-        assert b == pytest.approx(a, rel=tolerance, abs=tolerance)
+        # an epoch in which fp16 skipped every update, to find its scale, has no means
+        assert b == pytest.approx(a, rel=tolerance, abs=tolerance, nan_ok=True)
 
 
 @pytest.mark.parametrize(
