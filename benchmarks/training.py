@@ -1,7 +1,8 @@
 """Updates of pretraining end to end, beside their arithmetic alone and their loading alone.
 
 Each method trains on cached synthetic volumes with the program's own loader and loop. "Arithmetic alone" repeats one
-batch that is in host memory, so that what an update takes beyond that is time in which the device waits for data.
+batch that is in host memory, so that what an update takes beyond that is time in which the device waits for data. On a
+CPU it is also time that the loader's processes take from the arithmetic.
 """
 
 import os
@@ -86,7 +87,7 @@ def method_rows(
     method: str, volumes: Sequence[CachedVolume], quick: bool, device: torch.device
 ) -> list[dict[str, Any]]:
     on_cuda = device.type == "cuda"
-    batch, updates = (4, 20) if on_cuda else (1, 2)
+    batch, updates = (4, 20) if on_cuda else (1, 4)
     workers = max(1, min(8, (os.cpu_count() or 1) - 1))
     smaller = [*QUICK, *QUICK_VIEWS, *(("--global_size", "96") if method == "glmae" else ())] if quick else ()
     settings = settings_of(method, batch, smaller)
@@ -97,8 +98,8 @@ def method_rows(
     arithmetic = lambda: training.update(fixed)  # noqa: E731
     product, product_flops = matrix_product(device, training.dtype or torch.float32)
     seconds = alternate({"arithmetic": arithmetic, "product": product}, 5 if on_cuda else 2)
-    loading = seconds_per_batch(dataset, lambda batches: list(islice(batches, 12)), 12, **with_loader)
-    whole = seconds_per_batch(dataset, lambda batches: training.update(batches, updates), updates, **with_loader)
+    loading = seconds_per_batch(dataset, lambda batches, count: list(islice(batches, count)), 12, **with_loader)
+    whole = seconds_per_batch(dataset, training.update, updates, **with_loader)
     rate, flops = product_flops / seconds["product"], count_flops(arithmetic)
     title = f"{method} {settings.encoder.model}, {batch} volume(s) per update"
     waiting = f"{max(0.0, 1 - seconds['arithmetic'] / whole):.0%} of the time waiting for data"
@@ -120,17 +121,19 @@ def method_rows(
 
 
 def seconds_per_batch(
-    dataset: ViewDataset, consume: Callable[[Iterator[Batch]], object], count: int, **with_loader: Any
+    dataset: ViewDataset, consume: Callable[[Iterator[Batch], int], object], count: int, **with_loader: Any
 ) -> float:
-    """Return the seconds per batch of `consume(batches)`, which takes `count` of them.
+    """Return the seconds per batch of `consume(batches, count)`, which takes `count` of them.
 
-    What the loader has prepared in advance is taken out first, or the first batches would cost nothing.
+    The first batch does not count: after the workers are forked, the first write to each page of memory copies it. Then
+    what the loader has prepared in advance is taken out, or the first batches would cost nothing.
     """
     batches = batches_of(dataset, **with_loader)
     try:
+        consume(batches, 1)
         for _ in range(PREFETCHED * with_loader["workers"]):
             next(batches)
-        return timed(lambda: consume(batches)) / count
+        return timed(lambda: consume(batches, count)) / count
     finally:
         batches.close()
 

@@ -18,9 +18,10 @@ UPDATES = 20
 def avoid_wrong_gradient(device, monkeypatch):
     """On a CPU, compute convolutions without oneDNN.
 
-    With torch 2.14.1 and AVX-512, the weight gradient of a 5^3 depthwise convolution in bf16, of channels-last maps whose
-    first axis has 2 to 4 voxels, had a relative error of about 1; equal runs differed, and some were infinite. With 1 or
-    at least 5 voxels, in fp16, for contiguous maps and without oneDNN it was right. Stage 3 of the toy has 4.
+    With torch 2.14.1 and AVX-512, the weight gradient of a 5^3 depthwise convolution in bf16, of channels-last maps
+    whose first axis has 2 to 4 voxels, had a relative error of about 1. Equal runs differed, and at times it was
+    infinite. With 1 or at least 5 voxels, in fp16, for contiguous maps and without oneDNN it was right. Stage 3 of the
+    toy has 4.
     """
     if device.type == "cpu":
         monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
