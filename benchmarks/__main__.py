@@ -91,7 +91,7 @@ def run(settings: BenchmarkSettings) -> None:
     if settings.json:
         picture = settings.json.with_suffix(".png")
         with naming_errors(picture):
-            table.draw(rows, picture)
+            table.save(rows, picture)
         print_main(f"\nwritten: {settings.json}, {picture}")
 
 

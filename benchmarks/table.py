@@ -79,16 +79,24 @@ def markdown(rows: Rows) -> str:
     return "\n".join([*lines, "", *(f"| {' | '.join(line)} |" for line in table), "", LEGEND])
 
 
-def draw(rows: Rows, path: Path) -> None:
-    """Write a picture of the ratios, with a mark at each aim."""
+def draw(rows: Rows) -> Figure:
+    """Return a picture of the ratios: a bar from 1 to each, and a mark at each aim."""
     found = [row for row in reversed(rows) if row["ratio"]]
-    figure = Figure(figsize=(10, 1.2 + 0.3 * len(found)), layout="constrained")
+    figure = Figure(figsize=(12, 1.2 + 0.3 * len(found)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.barh([row["name"] for row in found], [row["ratio"] for row in found], color="tab:blue")
+    axes.set_xscale("log")
+    widths = [row["ratio"] - 1.0 for row in found]
+    bars = axes.barh([row["name"] for row in found], widths, left=1.0, color="tab:blue")
+    axes.bar_label(bars, [f"{row['ratio']:.2f}" for row in found], padding=3)
+    axes.margins(x=0.15)
     aims = [(number, row["aim"]) for number, row in enumerate(found) if row["aim"]]
     axes.scatter([aim for _, aim in aims], [number for number, _ in aims], marker="|", s=150, color="black", zorder=3)
     axes.axvline(1.0, color="grey", linewidth=0.8)
-    axes.set_xscale("log")
     axes.set_xlabel("theirs / ours (more than 1 is better); black mark: aim")
-    figure.savefig(path, dpi=100)
+    return figure
+
+
+def save(rows: Rows, path: Path) -> None:
+    """Write the picture of `draw` as PNG."""
+    draw(rows).savefig(path, dpi=100)

@@ -136,6 +136,29 @@ def test_markdown_is_made_from_the_file(fake, tmp_path, capsys):
     assert len(fake) == 2
 
 
+def rows_of(*ratios):
+    """Rows with these ratios, and 1.2 as the aim of the last one."""
+    rows = [harness.Row(name=f"work {ratio}", against="a", ours=1.0, theirs=ratio).as_dict() for ratio in ratios]
+    return [*rows[:-1], rows[-1] | {"aim": 1.2}]
+
+
+def test_bars_are_logarithms_of_the_ratios():
+    alone = harness.Row(name="alone", against="none", ours=1.0).as_dict()
+    lines = table.bars([*rows_of(16.0, 4.0, 0.25, 1.0), alone])
+    assert [line.rpartition(" ")[2] for line in lines] == ["+" * table.WIDTH, "+" * 20, "-" * 20, ""]
+    assert lines[2].startswith("work 0.25") and "0.25 -" in lines[2]
+    assert table.plain(rows_of(4.0)).endswith("4.00 " + "+" * table.WIDTH)
+
+
+def test_the_picture_has_a_bar_from_one_to_each_ratio_and_a_mark_at_its_aim():
+    axes = table.draw(rows_of(4.0, 0.25)).axes[0]
+    # the first row is at the top
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    bars = {name: (bar.get_x(), bar.get_x() + bar.get_width()) for name, bar in zip(names, axes.patches)}
+    assert bars == {"work 4.0": (1.0, 4.0), "work 0.25": (1.0, 0.25)} and names[-1] == "work 4.0"
+    assert axes.collections[0].get_offsets().tolist() == [[1.2, 0.0]] and axes.get_xscale() == "log"
+
+
 @pytest.mark.parametrize("content", ["", "{}", '[{"name": 1}]', "[1]"])
 def test_a_file_without_rows_is_named(tmp_path, capsys, content):
     (tmp_path / "rows.json").write_text(content)
