@@ -16,6 +16,7 @@ from benchmarks.harness import Row, alternate, peak_memory, peak_resident
 from common import checkpoint
 from common.config import to_dict
 from Finetune.architectures import Architecture, build_model
+from Finetune.inference.label_map import largest_channel
 from Finetune.inference.sliding_window import Window, predictor, slabs
 from Finetune.presets import load_preset
 
@@ -57,7 +58,7 @@ def our_labels(model: nn.Module, image: Tensor, device: torch.device) -> Tensor:
     """Return the label map (D, H, W) uint8 of an image (C, D, H, W), slab by slab."""
     labels = torch.empty(image.shape[1:], dtype=torch.uint8)
     for row, logits in slabs(image, predictor(model, device, None), WINDOW):
-        labels[row : row + logits.shape[1]] = logits.argmax(0)
+        labels[row : row + logits.shape[1]] = largest_channel(logits)
     return labels
 
 

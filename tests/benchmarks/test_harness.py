@@ -150,7 +150,7 @@ def test_bars_are_logarithms_of_the_ratios():
     assert table.plain(rows_of(4.0)).endswith("4.00 " + "+" * table.WIDTH)
 
 
-def test_the_picture_has_a_bar_from_one_to_each_ratio_and_a_mark_at_its_aim():
+def test_the_picture_has_bars_from_one_and_marks_at_aims():
     axes = table.draw(rows_of(4.0, 0.25)).axes[0]
     # the first row is at the top
     names = [label.get_text() for label in axes.get_yticklabels()]
