@@ -21,6 +21,7 @@ from Finetune.cases import class_of
 from Finetune.data import Volumes, resized
 from Finetune.evaluation.classification import class_scores, write_scores
 from Finetune.evaluation.metrics import dice_of
+from Finetune.inference.label_map import largest_channel
 from Finetune.inference.sliding_window import Predictor, Window, predictor, slabs
 from Finetune.losses import dice_ce, region_dice
 from Finetune.presets import Preset
@@ -153,7 +154,7 @@ def decide(logits: Tensor, preset: Preset) -> Tensor:
     """Return ids (1, D, H, W) from logits (K, D, H, W), or a mask per region (K, D, H, W), uint8."""
     if preset.regions:
         return (logits > 0).to(torch.uint8)
-    return logits.argmax(dim=0, keepdim=True).to(torch.uint8)
+    return largest_channel(logits)[None]
 
 
 def validate_classes(

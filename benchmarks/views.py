@@ -25,10 +25,10 @@ decoding takes all of the loader's time. A level that may be coarser by up to th
 voxels of these volumes (23 to 11 million), but would change the views.
 """
 
+import itertools
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,9 @@ from monai.data import PersistentDataset
 from monai.transforms import Resize, SpatialCrop
 from torch import Tensor
 
-from benchmarks.cache_peers import persistent_dataset
+from benchmarks.cache import persistent_dataset
+from benchmarks.harness import Row, threads
+from benchmarks.harness import alternate as in_turn
 from common.cache.build import build_cache
 from common.data.datalist import Case
 from common.data.loader import tensor_bytes
@@ -51,24 +53,18 @@ from scripts.synthetic_ct import affine_of, phantom, write_nifti
 
 SPECS = {"global": ViewSpec(2, (160,) * 3, (0.5, 1.0)), "local": ViewSpec(8, (96,) * 3, (0.2, 0.5))}
 SHAPE, SPACING = (512, 512, 200), (0.8, 0.8, 1.5)
-CPU = torch.device("cpu")
 
 
-def measure(quick: bool, device: torch.device = CPU) -> list[dict[str, Any]]:
-    """Return the rows: name, against, ours, theirs (seconds or bytes per set), their ratio, and the aim of the ratio.
+def measure(quick: bool, device: torch.device) -> list[dict[str, Any]]:
+    """Return the rows, in seconds or bytes per set.
 
     Args:
         quick: one volume and three sets instead of two and eight.
         device: where views are made.
     """
     count, sets = (1, 3) if quick else (2, 8)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory(prefix="views-", dir=os.environ.get("BENCH_DIR")) as folder:
-            return compare(Path(folder), count, sets, device)
-    finally:
-        torch.set_num_threads(before)
+    with threads(1), tempfile.TemporaryDirectory(prefix="views-", dir=os.environ.get("BENCH_DIR")) as folder:
+        return compare(Path(folder), count, sets, device)
 
 
 def compare(folder: Path, count: int, sets: int, device: torch.device) -> list[dict[str, Any]]:
@@ -113,7 +109,7 @@ def compare(folder: Path, count: int, sets: int, device: torch.device) -> list[d
 
 
 def row(name: str, against: str, ours: float, theirs: float, unit: str, aim: float | None = None) -> dict[str, Any]:
-    return dict(name=name, against=against, ours=ours, theirs=theirs, ratio=theirs / ours, unit=unit, aim=aim)
+    return Row(name=name, against=against, ours=ours, theirs=theirs, unit=unit, aim=aim).as_dict()
 
 
 def write_ct(path: Path, seed: int) -> Path:
@@ -152,12 +148,10 @@ def check(made: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def alternate(functions: dict[str, Callable[[int], Any]], calls: int) -> dict[str, float]:
-    """Return the median seconds of a call of each function after a first one. They take turns, with n = 0, 1, ..."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(-1, calls):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function(max(turn, 0))
-            if turn >= 0:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    """Return the median seconds of a call of each function. Each is called with 0, 1, ... in turn."""
+
+    def numbered(function: Callable[[int], Any]) -> Callable[[], Any]:
+        numbers = itertools.cycle(range(calls))
+        return lambda: function(next(numbers))
+
+    return in_turn({name: numbered(function) for name, function in functions.items()}, calls)

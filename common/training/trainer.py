@@ -26,7 +26,7 @@ from common.training.fsdp import full_copy, meta_copy, shard, shard_loaded_state
 from common.training.loop import LossWeights, Schedule, UpdateRule, accumulate_gradients, train_one_epoch
 from common.training.method import Batch, Method
 from common.training.nonfinite import BadUpdateReporter, RollbackRequested
-from common.training.parallel import autocast_dtype, compile_blocks, transformer_blocks, wrap
+from common.training.parallel import autocast_dtype, compile_blocks, set_cuda_options, transformer_blocks, wrap
 from common.training.preemption import Stopped, StopRequests
 from common.training.record import write_record
 from common.training.settings import BatchPlan, LoopSettings
@@ -105,6 +105,7 @@ class Trainer:
 
     def _make_state(self, make_optimizer: Callable[[Method], torch.optim.Optimizer]) -> TrainingState:
         precision, method = self.settings.precision, self.method.to(self.run.device)
+        set_cuda_options(precision)
         self.unsharded = None
         if precision.fsdp and self.run.world_size == 1:
             print_main("--fsdp: has no effect on one process")

@@ -88,6 +88,7 @@ def test_on_cuda_a_batch_is_prepared_one_ahead(monkeypatch):
     assert list(batches) == []
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_prepared_on_cuda_are_complete_when_used():
     device = torch.device("cuda", torch.cuda.current_device())
