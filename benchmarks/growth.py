@@ -20,6 +20,7 @@ from benchmarks.harness import ROOT, Row, alternate, peak_memory, peak_resident,
 from benchmarks.training import QUICK, Training, settings_of
 from common.cache.build import build_cache
 from common.data.datalist import Case, stem
+from common.data.loader import to_device
 from common.data.preprocessing import Preprocessing
 from common.distributed import Run
 
@@ -71,6 +72,7 @@ def update_of(volumes: int, edge: int, more: Sequence[str], device: torch.device
     flags = [*more, "--local_views", "1", "--local_size", str(edge)]
     training = Training(settings_of("mae", volumes, flags), Run(device), volumes)
     batch = {"local": torch.rand(volumes, 1, 1, edge, edge, edge), "key": torch.arange(volumes)}
+    batch = to_device(batch, device)
     return lambda: training.update([batch])
 
 

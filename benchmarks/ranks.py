@@ -11,6 +11,7 @@ import torch
 from benchmarks.harness import alternate
 from benchmarks.training import QUICK, Training, settings_of
 from common import distributed
+from common.data.loader import to_device
 from common.runlog import print_main
 
 
@@ -20,6 +21,7 @@ def main(device: str, model: str, updates: int) -> None:
     settings = settings_of("mae", run.world_size, [*(QUICK if model == "tiny" else ()), "--local_views", "2"])
     training = Training(settings, run, run.world_size)
     batch = {"local": torch.rand(1, 2, 1, 96, 96, 96), "key": torch.tensor([run.rank])}
+    batch = to_device(batch, run.device)
     print_main(str(alternate({"update": lambda: training.update(repeat(batch))}, updates)["update"]))
     distributed.shutdown()
 

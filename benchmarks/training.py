@@ -1,7 +1,7 @@
 """Updates of pretraining end to end, beside their arithmetic alone and their loading alone.
 
 Each method trains on cached synthetic volumes with the program's own loader and loop. "Arithmetic alone" repeats one
-batch that is in host memory, so that what an update takes beyond that is time in which the device waits for data. On a
+batch that is on the device, so that what an update takes beyond that is time in which the device waits for data. On a
 CPU it is also time that the loader's processes take from the arithmetic.
 """
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from benchmarks.cache import SHAPE, write_volumes
 from benchmarks.harness import Row, alternate, count_flops, matrix_product, peak_memory, timed
@@ -21,7 +20,7 @@ from common.cache.build import build_cache
 from common.cache.volume import CachedVolume
 from common.cli import parse
 from common.data.datalist import Case, stem
-from common.data.loader import build_loader, end_workers
+from common.data.loader import PREFETCH, DeviceBatches, Loading, build_loader, end_workers
 from common.data.sampler import StreamSampler
 from common.distributed import Run
 from common.training.loop import UpdateRule, train_one_epoch
@@ -32,14 +31,13 @@ from common.training.settings import plan_updates
 from common.training.state import TrainingState
 from Pretrain.build import PretrainSettings, build_task, settings_class
 from Pretrain.data import ViewDataset
+from Pretrain.loading import choose_loading
 
 # A smaller model and smaller views; otherwise both are those of the recipe.
 QUICK = "--model tiny --decoder_embed_dim 192 --decoder_depth 2 --decoder_num_heads 3".split()
 QUICK_VIEWS = "--local_size 64 --local_views 2".split()
 # A step of MiM takes a minute on a few cores.
 METHODS = {"cpu": ("mae", "glmae"), "cuda": ("mae", "glmae", "mim")}
-# batches per worker that a DataLoader prepares in advance
-PREFETCHED = 2
 
 
 class Training:
@@ -92,20 +90,20 @@ def method_rows(
     smaller = [*QUICK, *QUICK_VIEWS, *(("--global_size", "96") if method == "glmae" else ())] if quick else ()
     settings = settings_of(method, batch, smaller)
     training = Training(settings, Run(device), len(volumes))
-    dataset = ViewDataset(volumes, training.specs)
+    loading = choose_loading(ViewDataset(volumes, training.specs), settings.views, device)
     with_loader = {"workers": workers, "batch": batch, "device": device}
-    fixed = repeat(next(iter(batches_of(dataset, **with_loader))))
+    fixed = repeat(next(iter(batches_of(loading, **with_loader))))
     arithmetic = lambda: training.update(fixed)  # noqa: E731
     product, product_flops = matrix_product(device, training.dtype or torch.float32)
     seconds = alternate({"arithmetic": arithmetic, "product": product}, 5 if on_cuda else 2)
-    loading = seconds_per_batch(dataset, lambda batches, count: list(islice(batches, count)), 12, **with_loader)
-    whole = seconds_per_batch(dataset, training.update, updates, **with_loader)
+    loaded = seconds_per_batch(loading, lambda batches, count: list(islice(batches, count)), 12, **with_loader)
+    whole = seconds_per_batch(loading, training.update, updates, **with_loader)
     rate, flops = product_flops / seconds["product"], count_flops(arithmetic)
     title = f"{method} {settings.encoder.model}, {batch} volume(s) per update"
     waiting = f"{max(0.0, 1 - seconds['arithmetic'] / whole):.0%} of the time waiting for data"
     common = {"theirs": seconds["arithmetic"], "against": "arithmetic alone", "unit": "s per update"}
     return [
-        Row(name=f"{title}: loading with {workers} worker(s)", ours=loading, **common).as_dict(),
+        Row(name=f"{title}: loading with {workers} worker(s)", ours=loaded, **common).as_dict(),
         Row(
             name=f"{title}: arithmetic",
             against="a matrix product",
@@ -121,29 +119,29 @@ def method_rows(
 
 
 def seconds_per_batch(
-    dataset: ViewDataset, consume: Callable[[Iterator[Batch], int], object], count: int, **with_loader: Any
+    loading: Loading, consume: Callable[[Iterator[Batch], int], object], count: int, **with_loader: Any
 ) -> float:
     """Return the seconds per batch of `consume(batches, count)`, which takes `count` of them.
 
     The first batch does not count: after the workers are forked, the first write to each page of memory copies it. Then
     what the loader has prepared in advance is taken out, or the first batches would cost nothing.
     """
-    batches = batches_of(dataset, **with_loader)
+    batches = batches_of(loading, **with_loader)
     try:
         consume(batches, 1)
-        for _ in range(PREFETCHED * with_loader["workers"]):
+        for _ in range(PREFETCH * with_loader["workers"]):
             next(batches)
         return timed(lambda: consume(batches, count)) / count
     finally:
         batches.close()
 
 
-def batches_of(dataset: ViewDataset, workers: int, batch: int, device: torch.device) -> Iterator[Batch]:
-    """Yield batches from the program's loader without end; `close` ends its workers."""
-    sampler = StreamSampler(len(dataset), batch, accum=1)
+def batches_of(loading: Loading, workers: int, batch: int, device: torch.device) -> Iterator[Batch]:
+    """Yield batches on the device from the program's loader without end; `close` ends its workers."""
+    sampler = StreamSampler(len(loading.dataset), batch, accum=1)
     sampler.stop = 10**6
-    loader: DataLoader = build_loader(dataset, sampler, workers, device)
+    loader = build_loader(loading, sampler, workers, device)
     try:
-        yield from loader
+        yield from DeviceBatches(loader, loading.prepare, device)
     finally:
         end_workers(loader)
