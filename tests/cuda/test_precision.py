@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from common.data.loader import to_device
 from common.distributed import Run
 from common.training.loop import UpdateRule, train_one_epoch
 from common.training.optim import build_optimizer
@@ -36,7 +37,7 @@ def test_updates_are_finite_and_lower_the_loss(device, monkeypatch, name, amp):
     state = TrainingState(method, build_optimizer(method, 0.05), Run(device), autocast_dtype(amp, device))
     reconstruction = {term: 1.0 for term in METHODS[name] if term.startswith("rec_")}
     others = {term: 0.1 for term in METHODS[name] if not term.startswith(("rec_", "monitor/"))}
-    batch = volumes() if name.startswith("mim") else views()
+    batch = to_device(volumes() if name.startswith("mim") else views(), device)
     curve = []
     method.register_forward_hook(lambda module, args, values: curve.append(dict(values)))
     rule = UpdateRule(lambda step: 3e-3, lambda step: reconstruction | others, clip_grad=3.0)
