@@ -156,8 +156,8 @@ class MaskedDecoder(nn.Module):
         self.decoder_pred = nn.Linear(width, patch_voxels)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latent: Tensor, ids_restore: Tensor) -> tuple[Tensor, Tensor]:
-        """Return decoded features (M, T, E) and voxels (M, T, P) of all tokens in raster order.
+    def forward(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """Return decoded features (M, T, E) of all tokens in raster order. `decoder_pred` makes voxels (P) of them.
 
         Args:
             latent: (M, K, C), encoded visible tokens.
@@ -168,8 +168,7 @@ class MaskedDecoder(nn.Module):
         x = take(torch.cat([x, removed], dim=1), ids_restore) + self.decoder_pos_embed  # (M, T, E)
         for block in self.decoder_blocks:
             x = block(x)
-        feature = self.decoder_norm(x)
-        return feature, self.decoder_pred(feature)
+        return self.decoder_norm(x)
 
 
 class MiM(Method):
@@ -365,12 +364,14 @@ class MiM(Method):
 
     def _reconstruct(self, x: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
         """Return the loss of the removed tokens of x (M, C, D, H, W), and the decoded features (M, T, E)."""
-        feature, prediction = self.decoder(self.encoder(x, ids_keep=masking.ids_keep), masking.ids_restore)
+        feature = self.decoder(self.encoder(x, ids_keep=masking.ids_keep), masking.ids_restore)
         if self._seen is not None:
-            self._seen.append(Reconstruction(x, masking.mask, prediction))
-        target = patchify(x, self.encoder.patch_size)
+            self._seen.append(Reconstruction(x, masking.mask, self.decoder.decoder_pred(feature)))
+        removed = masking.ids_restore.argsort(dim=1)[:, masking.ids_keep.shape[1] :]  # (M, T-K)
+        prediction = self.decoder.decoder_pred(take(feature, removed))  # (M, T-K, P)
+        target = take(patchify(x, self.encoder.patch_size), removed)
         target = norm_pix(target, self.norm_pix_eps) if self.norm_pix_loss else target
-        return masked_mse(prediction, target, masking.mask), feature
+        return masked_mse(prediction, target, masking.mask.gather(1, removed)), feature
 
     def _chance(self, levels: str, child: Tensor, keys: Tensor, share: float = 1.0) -> dict[str, Tensor]:
         """Return the alignment by chance while the model is evaluated and there are places to choose from."""
