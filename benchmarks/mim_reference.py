@@ -101,7 +101,7 @@ class ReferenceEncoder(nn.Module):
 class ReferenceMiM(MiM):
     """`MiM` with this encoder, and with predictions, targets and their normalisation for all tokens."""
 
-    def _reconstruct(self, x: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
+    def reconstruct(self, x: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
         feature = self.decoder(self.encoder(x, masking.ids_keep), masking.ids_restore)
         target = norm_pix(patchify(x, self.encoder.patch_size), self.norm_pix_eps)
         return masked_mse(self.decoder.decoder_pred(feature), target, masking.mask), feature

@@ -220,6 +220,7 @@ def test_level_schedules():
         (dict(down_parts=7), r"down_parts 7 must be in 1..6"),
         (dict(mask_ratio_up=0.0), "mask_ratio_up 0.0 removes none of 8"),
         (dict(align="byol"), "align: found 'byol'"),
+        (dict(img_size=48, group=3, half_down=True), r"half_down: found the token grid \(3, 3, 3\)"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_numbers(kwargs, words):

@@ -74,8 +74,8 @@ def changed(method, offsets):
     method = copy.deepcopy(method)
     calls = iter(offsets)
     if isinstance(method, MiM):
-        owner, name = method, "_reconstruct"
-        reconstruct = method._reconstruct
+        owner, name = method, "reconstruct"
+        reconstruct = method.reconstruct
 
         def shifted(x, masking):
             offset = next(calls).gather(1, masking.ids_restore.argsort(dim=1))[:, masking.ids_keep.shape[1] :]
