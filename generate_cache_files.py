@@ -19,6 +19,7 @@ from common.config import setting
 from common.data.datalist import Case
 from common.data.preprocessing import Preprocessing
 from common.errors import InputError
+from common.resources import duration
 from common.runlog import print_main
 from Pretrain.catalog import DataSettings
 
@@ -113,7 +114,7 @@ def build(settings: CacheSettings, cases: Sequence[Case], preprocessing: Preproc
     skipped = settings.skipped()
     size = sum(maintenance.folder_bytes(volume.folder) for volume in result.volumes)
     text = f"cache: {len(result.volumes)} of {len(cases)} volumes in {settings.cache_dir}, {size / 1e9:.2f} GB; "
-    text += f"{result.built} built in {maintenance.duration(result.seconds)}"
+    text += f"{result.built} built in {duration(result.seconds)}"
     text += f", largest memory of a process {result.peak_memory / 2**30:.2f} GiB" if result.built else ""
     print_main(text + (f"; {len(skipped)} files or folders skipped" if skipped else ""))
     if settings.report:

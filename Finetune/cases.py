@@ -51,7 +51,7 @@ def _from_patterns(preset: Preset, data: Path) -> list[Case]:
     layout, cases = preset.layout, {}
     for image_pattern, label_pattern in zip(layout.images, layout.labels or [None] * len(layout.images)):
         for path in sorted(data.glob(image_pattern.replace("{case}", "*"))):
-            match = re.fullmatch(_expression(image_pattern, layout), path.relative_to(data).as_posix())
+            match = re.fullmatch(expression(image_pattern, layout), path.relative_to(data).as_posix())
             if not match:
                 continue
             if stem(path) in cases:
@@ -65,7 +65,8 @@ def _from_patterns(preset: Preset, data: Path) -> list[Case]:
     return list(cases.values())
 
 
-def _expression(pattern: str, layout: Layout) -> str:
+def expression(pattern: str, layout: Layout) -> str:
+    """Return the regular expression of a layout's pattern; its group `case` is what {case} stands for."""
     parts = [re.escape(part) for part in pattern.split("{case}")]
     return f"(?P<case>{layout.case})".join(parts[:2]) + "".join("(?P=case)" + part for part in parts[2:])
 
@@ -87,7 +88,7 @@ def label_for(preset: Preset, name: str, labels: Path) -> Path | None:
     layout = preset.layout
     places = []
     for image, label in zip(layout.images, layout.labels):
-        match = re.fullmatch(_expression(stem(image), layout), name)
+        match = re.fullmatch(expression(stem(image), layout), name)
         if match:
             path = label.replace("{case}", match["case"])
             places += [labels / path, labels / Path(path).name]

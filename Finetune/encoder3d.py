@@ -5,6 +5,7 @@
 Needs torch and pretrained.py beside it, nothing else of this repository.
 """
 
+import inspect
 import math
 import os
 from collections.abc import Sequence
@@ -102,11 +103,9 @@ def fit_pos_embed(
     if table.ndim != 3:
         raise ValueError(f"{where}: found a position table of shape {tuple(table.shape)}, expected (1, rows, width)")
     rows, target = table.shape[1], tuple(target_grid)
-    cubes = [(side,) * 3 for side in (round(n ** (1 / 3)) for n in (rows - 1, rows)) if side > 0]
-    candidates = [triple(source_grid, "source_grid")] if source_grid else [target, *cubes]
-    grid = next((grid for grid in candidates if rows - math.prod(grid) in (0, 1)), None)
+    grid = table_grid(rows, source_grid, target)
     if grid is None:
-        expected = f"the grid {candidates[0]}" if source_grid else f"the grid {target} or a cube"
+        expected = f"the grid {tuple(source_grid)}" if source_grid else f"the grid {target} or a cube"
         raise ValueError(f"{where}: position table: found {rows} rows, expected {expected}; pass source_grid=(d, h, w)")
     if grid != target and not resample:
         raise ValueError(f"{where}: position table: found the grid {grid}, expected {target} as resampling is off")
@@ -114,6 +113,16 @@ def fit_pos_embed(
     patches = resample_pos_embed(table[:, prefix:], grid, target, num_prefix_tokens=0)
     cls_row = table[:, :1] if prefix else torch.zeros_like(table[:, :1])
     return torch.cat([cls_row, patches], dim=1) if num_prefix_tokens else patches
+
+
+def table_grid(rows: int, recorded: Sequence[int] | None = None, likely: Grid | None = None) -> Grid | None:
+    """Return the patch grid of a position table with `rows` rows, one of which may be that of the CLS token.
+
+    It is `recorded`; if there is no record `likely` if the number of rows fits, else a cube. None if nothing fits.
+    """
+    cubes = [(side,) * 3 for side in (round(n ** (1 / 3)) for n in (rows - 1, rows)) if side > 0]
+    grids = [triple(recorded, "source_grid")] if recorded else [*([likely] if likely else []), *cubes]
+    return next((grid for grid in grids if rows - math.prod(grid) in (0, 1)), None)
 
 
 def take(tokens: Tensor, ids: Tensor) -> Tensor:
@@ -176,6 +185,29 @@ class Encoder3D(nn.Module):
             if name in self.encoder_names:
                 parameter.requires_grad_(False)
 
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike, revision: str | None = None, **arguments) -> "Encoder3D":
+        """Return the encoder of a folder written by Finetune.export, in evaluation mode.
+
+        Args:
+            source: the folder, or the id `owner/name` of a model with its files on the Hugging Face hub.
+            revision: branch, tag or commit on the hub.
+            **arguments: replace those of the folder, e.g. `img_size`, for which the position table is resampled.
+
+        Raises:
+            ValueError: there is no such folder or model, its config.json has another format or is of another class, or
+                the weights are damaged or do not fit.
+        """
+        folder = pretrained.locate(source, revision)
+        card = pretrained.read_card(folder, cls.__name__)
+        own = {name: card[name] for name in inspect.signature(cls).parameters if name in card}
+        try:
+            model = cls(**(own | arguments))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder}: {cls.__name__} cannot be built from its {pretrained.CARD}: {error}") from None
+        model.load_pretrained_checkpoint(folder)
+        return model.eval()
+
     def load_pretrained_checkpoint(
         self,
         path: str | os.PathLike,
@@ -189,7 +221,7 @@ class Encoder3D(nn.Module):
         """Load pretrained weights and print a short report on rank 0.
 
         Args:
-            path: a checkpoint of this repository or of the authors. Nothing in the file is executed.
+            path: a checkpoint of this repository or of the authors, or an exported folder. Nothing in it is executed.
             encoder_only: load the encoder alone. False also loads other tensors that fit by name and shape.
             interpolate_pos_embed: resample the position table if the patch grids differ. False makes that an error.
             checkpoint_key: where the weights are in the file; by default under `student`, `state_dict` or `model`, or

@@ -21,6 +21,7 @@ from Finetune.cases import class_of
 from Finetune.data import Volumes, resized
 from Finetune.evaluation.classification import class_scores, write_scores
 from Finetune.evaluation.metrics import dice_of
+from Finetune.inference.label_map import largest_channel
 from Finetune.inference.sliding_window import Predictor, Window, predictor, slabs
 from Finetune.losses import dice_ce, region_dice
 from Finetune.presets import Preset
@@ -66,12 +67,13 @@ class Finetuning(Method):
         load_state(self.model, content["state_dict"], "checkpoint")
 
 
-def segmentation_losses(preset: Preset) -> Losses:
+def segmentation_losses(preset: Preset, weight: Tensor | None = None) -> Losses:
     """Return the losses of a batch: `dice` and `ce`, or `dice` alone for overlapping regions.
 
-    A batch holds `image` (B, crops, C, d, h, w) and `label` (B, crops, 1, d, h, w).
+    A batch holds `image` (B, crops, C, d, h, w) and `label` (B, crops, 1, d, h, w). `weight` (K,) is that of the
+    classes in the cross-entropy.
     """
-    criterion = partial(region_dice, regions=preset.regions) if preset.regions else dice_ce
+    criterion = partial(region_dice, regions=preset.regions) if preset.regions else partial(dice_ce, weight=weight)
 
     def losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return criterion(model(batch["image"].flatten(0, 1)), batch["label"].flatten(0, 1))
@@ -152,7 +154,7 @@ def decide(logits: Tensor, preset: Preset) -> Tensor:
     """Return ids (1, D, H, W) from logits (K, D, H, W), or a mask per region (K, D, H, W), uint8."""
     if preset.regions:
         return (logits > 0).to(torch.uint8)
-    return logits.argmax(dim=0, keepdim=True).to(torch.uint8)
+    return largest_channel(logits)[None]
 
 
 def validate_classes(

@@ -13,15 +13,30 @@ SOFTMAX_DICE = DiceLoss(to_onehot_y=True, softmax=True, **DICE)
 SIGMOID_DICE = DiceLoss(sigmoid=True, **DICE)
 
 
-def dice_ce(logits: Tensor, label: Tensor) -> dict[str, Tensor]:
+def dice_ce(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
     """Return {`dice`, `ce`}: soft Dice and cross-entropy over a softmax, in float32 under autocast too.
 
     Args:
         logits: (B, K, D, H, W).
         label: ids (B, 1, D, H, W).
+        weight: (K,) of the classes in the cross-entropy, on the device of the logits; none: equal.
     """
     logits, label = logits.float(), label.long()
-    return {"dice": SOFTMAX_DICE(logits, label), "ce": F.cross_entropy(logits, label[:, 0])}
+    return {"dice": SOFTMAX_DICE(logits, label), "ce": F.cross_entropy(logits, label[:, 0], weight)}
+
+
+def class_weights(counts: Tensor, power: float) -> Tensor:
+    """Return weights (K,) of the cross-entropy, proportional to (share of voxels) ** -power; our choice.
+
+    They are scaled so that their mean over voxels is 1. Classes without voxels count as if they had one.
+
+    Args:
+        counts: voxels of each class (K,) in the training volumes.
+        power: 0 gives equal weights, 1 gives each class the same part in the loss.
+    """
+    share = counts.double().clamp(min=1) / counts.sum()
+    weight = share**-power
+    return (weight / (weight * share).sum()).float()
 
 
 def region_dice(logits: Tensor, label: Tensor, regions: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

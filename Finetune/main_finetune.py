@@ -14,33 +14,35 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common import checkpoint, distributed, signals
 from common.cache.build import build_cache
 from common.cache.statistics import InputStatistics, input_statistics
 from common.cli import parse, run_program
-from common.config import group, setting, to_dict
+from common.config import group, setting, shown, to_dict
 from common.data.datalist import DATA_ROOT_HELP
 from common.distributed import Run
 from common.errors import InputError
-from common.files import check_writable, digest, file_sha256
+from common.files import check_creatable, check_writable, digest
 from common.runlog import RunLog, print_main
 from common.training.checkpointing import CheckpointSettings
 from common.training.optim import OptimSettings
 from common.training.schedules import warmup_cosine
 from common.training.settings import BatchPlan, LoopSettings, plan_updates
+from common.training.summary import start_summary, update_flop
 from common.training.trainer import Trainer
 from common.watchdog import Watchdog
 from Finetune import leakage
 from Finetune.architectures import ModelSettings, build_model, load_encoder, model_for, resolve
 from Finetune.cases import check_classes, few_labels, find_cases, split, with_mapped_labels
+from Finetune.contract import contract_warning, recorded_args, weights_sha256
 from Finetune.data import CropDataset, VolumeDataset, Volumes
 from Finetune.engine_finetune import Finetuning, make_optimizer, segmentation_losses, validate, validate_classes
 from Finetune.heads import HEADS, Architecture
 from Finetune.inference.ensemble import BEST
 from Finetune.inference.sliding_window import Window
-from Finetune.losses import classification_losses
+from Finetune.losses import class_weights, classification_losses
 from Finetune.presets import Preset, load_preset
 
 CROPS_AT_BLR = 16
@@ -75,7 +77,7 @@ class CaseSettings(DataSettings):
 class StartSettings:
     """Settings of the initial weights."""
 
-    init: str = setting("scratch", "scratch, or a checkpoint whose encoder is loaded")
+    init: str = setting("scratch", "scratch, or a checkpoint or exported folder whose encoder is loaded")
     checkpoint: Path | None = setting(None, "the same as --init FILE")
     checkpoint_key: str = setting(
         "auto", "where the weights are in the file, e.g. teacher; auto: the first of student, state_dict and model"
@@ -133,6 +135,12 @@ class FinetuneSettings(LoopSettings):
     batch_size: int = setting(4, "volumes per update, over all processes together", least=1, most=65536)
     micro_batch_size: int | None = setting(1, "volumes per pass and process; the rest accumulates", least=1, most=65536)
     crops: int = setting(4, "crops per volume", least=1, most=1024)
+    class_balance: float = setting(
+        0.0,
+        "weight classes in the cross-entropy by their share of the training voxels to the power -class_balance",
+        least=0,
+        most=1,
+    )
     order_seed: int | None = setting(
         None, "seed of data order, crops and augmentation; none: --seed", least=-(2**63), most=2**63 - 1
     )
@@ -143,6 +151,9 @@ def check_settings(config: FinetuneSettings, preset: Preset) -> None:
     model = config.network.model = model_for(config.network.model, preset)
     if config.validation.select == "best" and not config.validation.validate_every:
         raise InputError("--select best: expected a validation, found --validate_every 0")
+    if config.class_balance and (preset.regions or preset.task == "classification"):
+        expected = "0 for a preset with regions or of classification"
+        raise InputError(f"--class_balance {config.class_balance}: expected {expected}, as {preset.name} is")
     encoder_only = {"freeze": config.freeze, "grad_checkpointing": config.precision.grad_checkpointing}
     encoder_only |= {name: getattr(config.optim, name) for name in ("layer_decay", "head_warmup_epochs")}
     for name, value in encoder_only.items():
@@ -168,10 +179,11 @@ def weights_key(start: StartSettings) -> str | None:
 # ---------------------------------------------------------------- the run
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Run the program. Return the path of the last checkpoint."""
+def main(argv: list[str] | None = None) -> Path | None:
+    """Run the program. Return the path of the last checkpoint, None with `--dry_run`."""
     config = parse(FinetuneSettings, argv, description=__doc__)
-    signals.write_marker_on_stop(config.out_dir)
+    if not config.dry_run:
+        signals.write_marker_on_stop(config.out_dir)
     preset = load_preset(config.cases.preset)
     check_settings(config, preset)
     init = initial_checkpoint(config.start)
@@ -183,32 +195,39 @@ def main(argv: list[str] | None = None) -> Path:
         distributed.shutdown()
 
 
-def finetune(config: FinetuneSettings, preset: Preset, architecture: Architecture, init: Path | None, run: Run) -> Path:
-    """Fine-tune to the last epoch. Return the path of the last checkpoint."""
-    check_writable(config.out_dir)
+def finetune(
+    config: FinetuneSettings, preset: Preset, architecture: Architecture, init: Path | None, run: Run
+) -> Path | None:
+    """Fine-tune to the last epoch. Return the path of the last checkpoint, None with `--dry_run`."""
+    (check_creatable if config.dry_run else check_writable)(config.out_dir)
     training, validation = prepare_volumes(config, preset, run)
     weights_from = None if config.start.scratch_twin else init
     plan = plan_updates(config, len(training), run.world_size)
-    method = build_method(config, preset, architecture, weights_from, run, plan)
+    method = build_method(config, preset, architecture, weights_from, run, plan, training)
     random_encoder = HEADS[architecture.model].encoder and not weights_from
     inputs = standardize(method, training) if random_encoder and config.start.standardize else None
     optim = config.optim
     peak = optim.peak_lr(plan.batch * config.crops, CROPS_AT_BLR)
     warmup = round(min(optim.warmup_epochs, config.epochs / 2) * plan.steps_per_epoch)
     args = describe(config, preset, architecture, weights_from, training, validation) | {"inputs": to_dict(inputs)}
-    parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    fold, origin = f"fold {config.cases.fold}", weights_from or "random weights"
-    network = f"{architecture.model}, roi {architecture.roi}, patch {architecture.patch_size}"
-    print_main(f"{preset.name} {fold}: {len(training)} cases train, {len(validation)} validate; encoder from {origin}")
-    updates = f"{plan.batch} volumes x {config.crops} crops per update, {plan.total_steps} updates, lr {peak:.3g}"
-    print_main(f"{network}, {parameters:,} parameters; {updates}")
-    if args["leak"]:
-        print_main(f"warning: {fold}: {args['leak']}")
     order_seed = config.seed if config.order_seed is None else config.order_seed
     if preset.task == "classification":
         dataset = VolumeDataset(training, preset, architecture.roi, order_seed)
     else:
         dataset = CropDataset(training, architecture.roi, preset.augmentation, config.crops, order_seed)
+    flop = update_flop(method, dataset, loss_weights, plan)
+    fold = f"fold {config.cases.fold}"
+    rows = {
+        "model": f"{architecture.model}, crops of {shown(architecture.roi)} voxels, patches of "
+        f"{shown(architecture.patch_size)}; encoder from {weights_from or 'random weights'}",
+        "data": f"{preset.name} {fold}: {len(training)} cases train, {len(validation)} validate",
+        "crops": f"{config.crops} per volume; {plan.batch * config.crops} per update",
+        "rate": f"learning rate {peak:.3g} after {warmup:,} updates of warm-up",
+    }
+    print_main(start_summary(f"{preset.name}: fine-tuning", rows, method, config, plan, run, flop))
+    differences = contract_warning(weights_from, preset) if weights_from else ""
+    for warning in filter(None, (args["leak"] and f"{fold}: {args['leak']}", differences)):
+        print_main(f"warning: {warning}")
     trainer = Trainer(
         method,
         dataset,
@@ -216,8 +235,9 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         run,
         plan,
         learning_rate=lambda step: warmup_cosine(step, plan.total_steps, warmup, peak),
-        loss_weights=lambda step: {"dice": 1.0, "ce": 1.0},
+        loss_weights=loss_weights,
         args=args,
+        about=about(config, preset, architecture, args),
         data_fingerprint={
             "training data": digest([*(e.content_hash for e in training), preset.preprocessing]),
             "validation data": digest([e.content_hash for e in validation]),
@@ -227,9 +247,16 @@ def finetune(config: FinetuneSettings, preset: Preset, architecture: Architectur
         make_optimizer=partial(make_optimizer, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay),
         after_epoch=Validation(config, preset, architecture, validation, run, plan, args),
     )
+    if config.dry_run:
+        return trainer.dry_run()
     path = trainer.fit()
     print_main(f"done: {path}")
     return path
+
+
+def loss_weights(step: int) -> dict[str, float]:
+    """Return the weights of the losses, at every step the same; a method reports those that it has."""
+    return {"dice": 1.0, "ce": 1.0}
 
 
 def prepare_volumes(config: FinetuneSettings, preset: Preset, run: Run) -> tuple[Volumes, Volumes]:
@@ -245,7 +272,13 @@ def prepare_volumes(config: FinetuneSettings, preset: Preset, run: Run) -> tuple
 
 
 def build_method(
-    config: FinetuneSettings, preset: Preset, architecture: Architecture, init: Path | None, run: Run, plan: BatchPlan
+    config: FinetuneSettings,
+    preset: Preset,
+    architecture: Architecture,
+    init: Path | None,
+    run: Run,
+    plan: BatchPlan,
+    training: Volumes,
 ) -> Finetuning:
     """Return the network, with the encoder of `init` if given, and its losses."""
     # all weights from the seed, so that a scratch twin has the same head
@@ -258,9 +291,20 @@ def build_method(
     # for the hybrid's map of stride 32, as in the authors' code
     if run.world_size > 1 and run.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    losses = classification_losses if preset.task == "classification" else segmentation_losses(preset)
+    if preset.task == "classification":
+        losses = classification_losses
+    else:
+        balance = config.class_balance
+        weight = class_weights(count_voxels(training, preset.out_channels), balance).to(run.device) if balance else None
+        losses = segmentation_losses(preset, weight)
     head_warmup = round(config.optim.head_warmup_epochs * plan.steps_per_epoch)
     return Finetuning(model, losses, config.freeze or HEADS[architecture.model].frozen, head_warmup)
+
+
+def count_voxels(volumes: Volumes, classes: int) -> Tensor:
+    """Return the number of voxels of each class (K,) in the labels of cached volumes."""
+    labels = (volume.read_label((0, 0, 0), volume.shape) for volume in volumes)
+    return sum(torch.bincount(label.flatten().long(), minlength=classes) for label in labels)
 
 
 def standardize(method: Finetuning, training: Volumes) -> InputStatistics:
@@ -285,11 +329,32 @@ def describe(
         "architecture": to_dict(architecture),
         "grid_size": list(architecture.grid_size),
         "init": str(init) if init else "scratch",
-        "init_sha256": file_sha256(init) if init else None,
+        "init_sha256": weights_sha256(init) if init else None,
         "training_cases": [volume.name for volume in training],
         "validation_cases": [volume.name for volume in validation],
         "selected": "last",
         "leak": leak_of(config.cases.fold, preset, init, validation),
+    }
+
+
+def about(config: FinetuneSettings, preset: Preset, architecture: Architecture, args: dict[str, Any]) -> dict[str, Any]:
+    """Return what run.json tells about the run beyond its settings.
+
+    Args:
+        args: what `describe` returns.
+    """
+    return {
+        "program": "fine-tuning",
+        "title": f"{preset.name}, fold {config.cases.fold}",
+        "task": preset.task,
+        "network": architecture.model,
+        "roi": list(architecture.roi),
+        "patch_size": list(architecture.patch_size),
+        "initial_weights": args["init"],
+        "training_cases": len(args["training_cases"]),
+        "validation_cases": len(args["validation_cases"]),
+        "labels_by": preset.labels_by,
+        "leak": args["leak"],
     }
 
 
@@ -301,7 +366,7 @@ def leak_of(fold: int, preset: Preset, init: Path | None, validation: Volumes) -
     if init is None:
         return ""
     # resolve and load_encoder have verified the file
-    seen = leakage.seen_cases(checkpoint.load(init, check=False), validation)
+    seen = leakage.seen_cases({"args": recorded_args(init)}, validation)
     if seen is not None:
         found = f"{len(seen)} of {len(validation)} validation cases were seen in pretraining: {', '.join(seen)}"
         return found if seen else ""

@@ -8,7 +8,6 @@ Memory does not grow with the depth of a volume times the number of classes (see
 """
 
 import os
-import subprocess
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -25,6 +24,7 @@ from common.config import setting
 from common.data import volume_io
 from common.data.datalist import DATA_ROOT_HELP, Case, read_cases
 from common.distributed import setup
+from common.environment import code_version
 from common.errors import InputError
 from common.files import check_writable
 from common.runlog import print_main, progress
@@ -33,7 +33,13 @@ from Finetune.evaluation.formats import write_json
 from Finetune.evaluation.protocol import PROTOCOL
 from Finetune.evaluation.visualize import overlay, save_png, to_grey
 from Finetune.inference.ensemble import Ensemble, find_checkpoint, load_ensemble, mean_logits
-from Finetune.inference.label_map import file_space, label_map, probability_map, write_label_map
+from Finetune.inference.label_map import (
+    file_space,
+    keep_largest_components,
+    label_map,
+    probability_map,
+    write_label_map,
+)
 from Finetune.inference.resample import Space, Where, resample_logits
 from Finetune.inference.sliding_window import Predictor, Window, slabs, window_starts
 from Finetune.presets import Preset
@@ -54,6 +60,9 @@ class PredictSettings:
     flips: bool = setting(
         False, "average over the mirror images of each window along the preset's flip_axes: up to 8 times the work"
     )
+    largest_component: tuple[int, ...] = setting(
+        (), "ids of which only the largest connected component is kept, in label maps and overlays", least=1, most=254
+    )
     probabilities: bool = setting(False, "also write NAME_probabilities.nii: one channel per class, steps of 1/255")
     overlays: bool = setting(True, "also write overlays/NAME.png: three planes with the classes over the image")
     amp: Literal["auto", "bf16", "fp16", "off"] = setting("auto", "autocast; auto: bf16 on CUDA, off on a CPU")
@@ -64,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(PredictSettings, argv, description=__doc__)
     device = setup(config.device).device
     ensemble = load_ensemble([find_checkpoint(path) for path in config.checkpoint])
+    check_ids(config.largest_component, ensemble.preset)
     window = choose_window(config, ensemble, device)
     cases = choose_cases(config, ensemble.validation_cases)
     check_writable(config.out)
@@ -92,6 +102,14 @@ def choose_window(config: PredictSettings, ensemble: Ensemble, device: torch.dev
     overlap = ensemble.run.overlap if config.overlap is None else config.overlap
     blending = config.blending or ensemble.run.blending
     return Window(ensemble.roi, overlap, blending, config.sw_batch_size or (4 if device.type == "cuda" else 1))
+
+
+def check_ids(ids: tuple[int, ...], preset: Preset) -> None:
+    """Raise InputError unless all ids are classes of the preset."""
+    for number in ids:
+        if number not in preset.foreground:
+            expected = ", ".join(map(str, preset.foreground))
+            raise InputError(f"--largest_component {number}: expected ids of preset {preset.name}, {expected}")
 
 
 # ---------------------------------------------------------------- cases
@@ -153,6 +171,7 @@ def predict_case(
         total = len(window_starts(source.shape, window))
         with progress(total=total, desc=f"predict {title}", unit="window") as bar:
             resample_logits(slabs(tensor, predict, window, bar.update), source, space, emit)
+        keep_largest_components(labels, config.largest_component)
         write_label_map(config.out / f"{case.name}.nii.gz", labels, space, case.image)
     if grey is not None:
         draw_overlay(config.out / "overlays" / f"{case.name}.png", grey, labels, space, preset)
@@ -181,22 +200,13 @@ def describe(
         "overlap": window.overlap,
         "blending": window.blending,
         "flips": config.flips,
+        "largest_component": list(config.largest_component),
         "ensemble": len(ensemble.members),
         "code_version": code_version(),
         "cases": cases,
         "failed": failed,
         "trained_on": [name for name in cases if name in ensemble.training_cases],
     }
-
-
-def code_version() -> str:
-    """Return the commit of the checkout, with -dirty if files differ from it; "unknown" outside a checkout."""
-    # --exclude=*: the hash, not a tag
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Literal
 
 from common.config import did_you_mean, read_yaml, setting
 from common.data.preprocessing import Preprocessing
+from common.data.published import Published
 from common.errors import InputError, one_line
 
 DATASETS = Path(__file__).parent / "datasets"
@@ -80,6 +81,7 @@ class Preset:
     clean_folds: tuple[int, ...] = setting((), "folds that no published pretraining list has seen; (): none is known")
     leak: str = setting("", "what is wrong with the other folds; printed by runs from a checkpoint, and on their card")
     label_order: tuple[str, ...] = setting((), "training cases in the order in which --label_count takes them")
+    published: Published | None = setting(None, "what the download holds, for scripts.prepare")
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -174,6 +176,8 @@ def _layout_problems(preset: Preset) -> Iterator[str]:
             re.compile(getattr(layout, name) or "")
         except re.error as error:
             yield f"layout: {name}: found '{getattr(layout, name)}', expected a regular expression: {one_line(error)}"
+    if preset.published and len(preset.published.cases) not in (0, max(1, len(layout.images))):
+        yield f"published: found {len(preset.published.cases)} numbers of cases, expected one per pattern of images"
     numbers = sorted(set(layout.classes.values()))
     if preset.task == "classification" and numbers != sorted(preset.labels):
         yield f"layout: classes: found the numbers {numbers}, expected {sorted(preset.labels)}"

@@ -1,21 +1,27 @@
-"""Read pretrained checkpoints and copy their tensors into a model. Needs torch and nothing else.
+"""Read pretrained checkpoints and copy their tensors into a model. Needs torch; exported folders also need safetensors.
 
 The loader of models_3dvit.py and models_convvit3d.py: copy this file and encoder3d.py along with either of them,
 and depthwise3d.py with the latter.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
 WEIGHTS_KEYS = ("student", "state_dict", "model")
+# an exported folder: see Finetune/export.py
+FORMAT, FORMAT_VERSION = "mask-volumes encoder", 1
+CARD, WEIGHTS = "config.json", "model.safetensors"
 _PREFIXES = re.compile(r"^((module|_orig_mod|backbone|vit|encoder)\.)+")
 
 
@@ -100,12 +106,17 @@ def read_checkpoint(path: str | os.PathLike, checkpoint_key: str | None = None) 
     """Return the weights of a checkpoint under clean names, and what else it holds (epoch, args, ...).
 
     The weights are those under `checkpoint_key`, or under the first of `student`, `state_dict` and `model`, or the top
-    level of the file. Only tensors, plain types and `argparse.Namespace` are unpickled.
+    level of the file. Only tensors, plain types and `argparse.Namespace` are unpickled. An exported folder is read
+    too; its card is then `args`.
 
     Raises:
         ValueError: the file does not exist, is torn, fails its checksums, holds other objects, has no weights under
             the keys, or a weight is not a dense tensor.
     """
+    if os.path.isdir(path):
+        if checkpoint_key:
+            raise ValueError(f"{path}: found the key '{checkpoint_key}', expected none: a folder holds one encoder")
+        return read_exported(path)
     content = _read_file(path)
     extras = {key: value for key, value in content.items() if not isinstance(value, (dict, Tensor)) or key == "args"}
     if isinstance(extras.get("args"), argparse.Namespace):
@@ -172,3 +183,81 @@ def clean_keys(state: State, where: object = "state dict") -> State:
             raise ValueError(f"{where}: two tensors are called '{name}' without their prefixes (one is '{key}')")
         cleaned[name] = value
     return cleaned
+
+
+# ---------------------------------------------------------------- exported folders
+
+
+def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
+    """Return the exported folder `source`, or one downloaded from the Hugging Face hub if there is no such folder.
+
+    Args:
+        source: a folder, which needs no network, or the id of a model on the hub, `owner/name`.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ValueError: there is no such folder or model, or it cannot be downloaded.
+    """
+    if os.path.isdir(source) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return Path(source)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f"{source}: no such folder; a model of the hub needs `pip install huggingface_hub`") from None
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=[CARD, WEIGHTS]))
+    # the hub's errors and those of its network library have no common type
+    except Exception as error:
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{source}: no such folder, and no such model on the hub ({detail})") from None
+
+
+def read_card(folder: str | os.PathLike, architecture: str | None = None) -> dict:
+    """Return the config.json of an exported folder.
+
+    Args:
+        architecture: class that the folder must hold, e.g. `VisionTransformer3D`.
+
+    Raises:
+        ValueError: it is missing, no JSON, of another format, or of another class.
+    """
+    path = Path(folder, CARD)
+    try:
+        card = json.loads(path.read_bytes())
+    except OSError:
+        raise ValueError(f"{folder}: found no readable {CARD}, expected a folder of Finetune.export") from None
+    except ValueError:
+        raise ValueError(f"{path}: found no JSON, expected the card of an exported folder") from None
+    found = card.get("format") if isinstance(card, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{path}: found the format {found!r}, expected {FORMAT!r}")
+    if card.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path}: found version {card.get('format_version')!r} of its format, expected 1")
+    if architecture and card.get("architecture") != architecture:
+        raise ValueError(f"{path}: found the architecture {card.get('architecture')!r}, expected {architecture!r}")
+    return card
+
+
+def read_exported(folder: str | os.PathLike) -> tuple[State, dict]:
+    """Return the weights of an exported folder, and its card under `args` as `read_checkpoint` returns settings.
+
+    Raises:
+        ValueError: a file is missing, damaged, or not the one that was exported, or safetensors is not installed.
+    """
+    card, path = read_card(folder), Path(folder, WEIGHTS)
+    try:
+        from safetensors.torch import load
+    except ImportError:
+        raise ValueError(f"{path}: reading this file needs `pip install safetensors`") from None
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    # safetensors has no checksums
+    if hashlib.sha256(content).hexdigest() != card.get("weights_sha256"):
+        raise ValueError(f"{path}: damaged: its SHA-256 is not the one in {CARD}")
+    try:
+        return load(content), {"args": card}
+    # safetensors' own error type is known only where it is installed
+    except Exception as error:
+        raise ValueError(f"{path}: not a safetensors file ({str(error)[:200]})") from None

@@ -68,6 +68,7 @@ class Source:
     folders: tuple[str, ...] = setting(help="folder in the data root; the first that exists is used")
     layout: str = setting(help="description of the files in the folder")
     count: int = setting(help="number of volumes in the papers' tables")
+    published: int | None = setting(None, "number of volumes at the source; none: not verified", least=1)
     include: tuple[str, ...] = setting(("*",), "patterns of paths relative to the folder")
     exclude: tuple[str, ...] = setting((), "patterns of paths to leave out")
     modality: str = "CT"
@@ -139,8 +140,11 @@ def load_all(names: Sequence[str]) -> list[Source]:
 def find(source: Source, root: Path) -> tuple[list[Case], list[Skipped]]:
     """Return the images of a data set in `root`, with the name of the set in theirs, and what was skipped."""
     folder = next((root / name for name in source.folders if (root / name).is_dir()), None)
-    if folder is None:
-        return [], []
+    return ([], []) if folder is None else find_in(source, folder)
+
+
+def find_in(source: Source, folder: Path) -> tuple[list[Case], list[Skipped]]:
+    """Return the images of a data set in its own folder, and what was skipped, as `find`."""
     cases = []
     volumes, skipped = find_volumes(folder)
     for path in volumes:

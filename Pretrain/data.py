@@ -1,6 +1,8 @@
 """Samples for pretraining: views of cached volumes, drawn from (seed, position in the stream) alone."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +10,8 @@ from torch.utils.data import Dataset
 
 from common.cache.volume import CachedVolume
 from common.data.sampler import generator, mix
-from Pretrain.views import ViewSpec, content_box, crop, draw_box
+from Pretrain.blocks import block_view, plan_blocks
+from Pretrain.views import Box, ViewSpec, content_box, crop, draw_box, level_box
 
 
 class ViewDataset(Dataset):
@@ -31,13 +34,55 @@ class ViewDataset(Dataset):
         return self.volumes[index].name
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
+        volume, boxes = self.volumes[item[1]], self.boxes(item)
+        views = {kind: [crop(volume, box, self.specs[kind].size) for box in drawn] for kind, drawn in boxes.items()}
+        return {kind: torch.stack(made) for kind, made in views.items()} | self.without_voxels(item, boxes)
+
+    def boxes(self, item: tuple[int, int]) -> dict[str, list[Box]]:
+        """Return the boxes of the views of a sample, in voxels of the full level."""
         position, index = item
-        volume, rng = self.volumes[index], generator(self.seed, position)
-        sample = {}
+        rng, shape = generator(self.seed, position), self.volumes[index].levels[0]
+        return {kind: [draw_box(shape, spec, rng) for _ in range(spec.count)] for kind, spec in self.specs.items()}
+
+    def without_voxels(self, item: tuple[int, int], boxes: dict[str, list[Box]]) -> dict[str, Tensor]:
+        """Return what a sample holds besides its views: content boxes and the seed of its masks."""
+        position, index = item
+        shape, sample = self.volumes[index].levels[0], {}
         for kind, spec in self.specs.items():
-            boxes = [draw_box(volume.levels[0], spec, rng) for _ in range(spec.count)]
-            sample[kind] = torch.stack([crop(volume, box, spec.size) for box in boxes])
             if spec.ignore_padding:
-                spans = [content_box(volume.levels[0], box, spec.size) for box in boxes]
-                sample[f"{kind}_content"] = torch.tensor(spans)
+                sample[f"{kind}_content"] = torch.tensor([content_box(shape, box, spec.size) for box in boxes[kind]])
         return sample | {"key": torch.tensor(mix(self.seed, position, 1))}
+
+
+@dataclass(frozen=True)
+class BlockDataset(Dataset):
+    """The samples of a `ViewDataset` before anything is read.
+
+    `blocks`: key -> (volume, what to read of it); `views`: how those of each kind are made of them; and the rest of
+    the sample.
+
+    `Pretrain.blocks.collate_blocks` reads the blocks, and `Pretrain.blocks.ViewMaker` makes the views.
+
+    Attributes:
+        resident: all volumes are kept on the device. Then there are no blocks, and views refer to whole levels.
+    """
+
+    samples: ViewDataset
+    resident: bool = False
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        position, index = item
+        volume, boxes = self.samples.volumes[index], self.samples.boxes(item)
+        sizes = {kind: spec.size for kind, spec in self.samples.specs.items()}
+        regions = [level_box(volume.levels, box, sizes[kind]) for kind, drawn in boxes.items() for box in drawn]
+        if self.resident:
+            blocks, views = {}, [block_view(volume, (index, level), box) for level, box in regions]
+        else:
+            planned, views = plan_blocks(volume, regions, position)
+            blocks = {key: (volume, block) for key, block in planned.items()}
+        remaining = iter(views)
+        by_kind = {kind: [next(remaining) for _ in drawn] for kind, drawn in boxes.items()}
+        return {"blocks": blocks, "views": by_kind} | self.samples.without_voxels(item, boxes)

@@ -227,6 +227,8 @@ class Health:
     dtype: torch.dtype | None = None
     batches: list[Batch] = field(default_factory=list)
     printed: set[str] = field(default_factory=set)
+    # warnings of the last measurement, by kind
+    failed: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, epoch: int, step: int, method: Method, means: Values) -> dict[str, float]:
         """Return the measures as `health/...`.
@@ -238,7 +240,8 @@ class Health:
         values = self.measure(method, step)
         if step + 1 >= self.first_check:
             monitors = {name: value for name, value in means.items() if name.startswith("monitor/")}
-            self.warn(warnings({**values, **monitors}, self.norm_pix_eps is not None), epoch)
+            self.failed = warnings({**values, **monitors}, self.norm_pix_eps is not None)
+            self.warn(self.failed, epoch)
         return {f"{PREFIX}{name}": value for name, value in values.items()}
 
     def warn(self, found: Mapping[str, str], epoch: int) -> None:

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,29 +21,32 @@ from common.cache.build import build_cache
 from common.cache.statistics import input_statistics
 from common.cache.volume import CachedVolume
 from common.cli import parse, run_program
-from common.config import to_dict
-from common.data.loader import build_loader, end_workers, measure_loader, to_device
+from common.config import shown, to_dict
+from common.data.loader import Loading, build_loader, end_workers, measure_loader, to_device
 from common.data.sampler import StreamSampler
 from common.distributed import Run
 from common.errors import InputError
-from common.files import check_writable, digest, save_bytes
+from common.files import check_creatable, check_writable, digest, save_bytes
 from common.runlog import RunLog, print_main
 from common.training.method import Method
 from common.training.optim import build_optimizer
 from common.training.parallel import autocast_dtype
 from common.training.schedules import warmup_cosine
 from common.training.settings import BatchPlan, plan_updates
+from common.training.summary import start_summary, update_flop
 from common.training.trainer import Trainer
 from common.watchdog import Watchdog
-from Pretrain.build import PretrainSettings, build_task, settings_class
+from Pretrain.build import TITLES, PretrainSettings, Task, build_task, settings_class
 from Pretrain.data import ViewDataset
-from Pretrain.health import Health, by_hash, first_check, hold_out, read_log
+from Pretrain.health import MAX_VOLUMES, Health, by_hash, first_check, hold_out, read_log
+from Pretrain.loading import choose_loading
 from Pretrain.visualize import curves, picture
 
 
 def main() -> None:
     settings = parse(settings_class(), description=__doc__)
-    signals.write_marker_on_stop(settings.out_dir)
+    if not settings.dry_run:
+        signals.write_marker_on_stop(settings.out_dir)
     run = distributed.setup(settings.device)
     try:
         pretrain(settings, run)
@@ -51,8 +55,8 @@ def main() -> None:
 
 
 def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
-    """Run the whole program. Returns the last checkpoint, or None with `--loader_only`."""
-    check_writable(settings.out_dir)
+    """Run the whole program. Returns the last checkpoint, or None with `--loader_only` or `--dry_run`."""
+    (check_creatable if settings.dry_run else check_writable)(settings.out_dir)
     volumes, held_out = hold_out(prepare_volumes(settings), settings.health.holdout)
     plan = plan_updates(settings, len(volumes), run.world_size)
     inputs = input_statistics(volumes) if settings.encoder.standardize else None
@@ -61,11 +65,14 @@ def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
     dataset = ViewDataset(volumes, task.specs, settings.seed)
     peak_lr = settings.optim.peak_lr(plan.batch * task.views)
     warmup = round(settings.optim.warmup_epochs * plan.steps_per_epoch)
-    print_main(summary(settings, run, plan, len(volumes), task.views, peak_lr))
-    if settings.loader_only:
-        return measure(settings, run, plan, dataset, task.views)
     encoder = task.method.encoder
     encoder.set_grad_checkpointing(settings.precision.grad_checkpointing)
+    flop = update_flop(task.method, dataset, task.loss_weights, plan)
+    rows = describe(settings, task, plan, len(volumes), len(held_out), peak_lr, warmup)
+    print_main(start_summary(f"{settings.method}: pretraining", rows, task.method, settings, plan, run, flop))
+    loading = choose_loading(dataset, settings.views, run.device)
+    if settings.loader_only:
+        return measure(settings, run, plan, loading, task.views)
     hashes = [volume.content_hash for volume in volumes]
     draw = Reconstructions(settings, plan, dataset, encoder.patch_size)
     samples = ViewDataset(held_out or by_hash(volumes), task.specs, settings.seed)
@@ -91,10 +98,12 @@ def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
             "held_out": [volume.content_hash for volume in held_out],
             "inputs": to_dict(inputs),
         },
+        about=about(settings, plan, len(volumes), len(held_out)),
+        loading=loading,
         data_fingerprint={"data": digest(hashes), "views": digest([task.specs])},
         **({"after_epoch": after_epoch} if run.rank == 0 else {}),
     )
-    return trainer.fit()
+    return trainer.dry_run() if settings.dry_run else trainer.fit()
 
 
 def prepare_volumes(settings: PretrainSettings) -> list[CachedVolume]:
@@ -104,20 +113,38 @@ def prepare_volumes(settings: PretrainSettings) -> list[CachedVolume]:
         return build_cache(data.cases(), data.preprocessing, data.cache_dir, settings.workers, data.allow_failures)
 
 
-def summary(settings: PretrainSettings, run: Run, plan: BatchPlan, volumes: int, views: int, peak_lr: float) -> str:
-    """Return what is printed at the start."""
-    return (
-        f"{settings.method}: {volumes} volumes, {plan.total_steps} updates ({plan.steps_per_epoch} per epoch), "
-        f"effective batch {plan.batch} volumes = {plan.batch * views} views ({run.world_size} process(es) x "
-        f"{plan.micro_batch} x {plan.accum} accumulated), learning rate {peak_lr:.3g}, on {run.device}"
-    )
+def describe(
+    settings: PretrainSettings, task: Task, plan: BatchPlan, volumes: int, held_out: int, peak_lr: float, warmup: int
+) -> dict[str, str]:
+    """Return what the summary at the start prints of pretraining, name -> text."""
+    encoder, specs = settings.encoder, task.specs.items()
+    kinds = [f"{spec.count} {kind} of {shown(spec.size)} voxels" for kind, spec in specs if spec.count]
+    return {
+        "model": f"{encoder.model}, patches of {shown(encoder.patch_size)} voxels",
+        "data": f"{volumes} volumes" + (f", {held_out} held out for measures" if held_out else ""),
+        "views": f"{', '.join(kinds)} per volume; {plan.batch * task.views} views per update",
+        "rate": f"learning rate {peak_lr:.3g} after {warmup:,} updates of warm-up",
+    }
 
 
-def measure(settings: PretrainSettings, run: Run, plan: BatchPlan, dataset: ViewDataset, views: int) -> None:
+def about(settings: PretrainSettings, plan: BatchPlan, volumes: int, held_out: int) -> dict[str, Any]:
+    """Return what run.json tells about the run beyond its settings."""
+    return {
+        "program": "pretraining",
+        "title": f"{TITLES.get(settings.method, settings.method.upper())} pretraining",
+        "method": settings.method,
+        "training_volumes": volumes,
+        "held_out_volumes": held_out,
+        "health_volumes": min(MAX_VOLUMES, held_out or volumes),
+        "health_checked_from_update": first_check(plan, settings.optim.warmup_epochs),
+    }
+
+
+def measure(settings: PretrainSettings, run: Run, plan: BatchPlan, loading: Loading, views: int) -> None:
     """Load this rank's batches of the first epoch without a model, and print the speed (`--loader_only`)."""
-    sampler = StreamSampler(len(dataset), plan.micro_batch, plan.accum, run.rank, run.world_size, settings.seed)
+    sampler = StreamSampler(len(loading.dataset), plan.micro_batch, plan.accum, run.rank, run.world_size, settings.seed)
     sampler.stop = plan.steps_per_epoch
-    loader = build_loader(dataset, sampler, settings.workers, run.device)
+    loader = build_loader(loading, sampler, settings.workers, run.device)
     try:
         print_main(measure_loader(loader, lambda batch: len(batch["key"]), views))
     finally:
@@ -145,7 +172,7 @@ class Reconstructions:
             rows = method.reconstructions(to_device(sample, next(method.parameters()).device))
         if rows:
             encoder = self.settings.encoder
-            pixels = picture(rows, self.patch_size, encoder.norm_pix_loss, norm_pix_eps=encoder.norm_pix_eps)
+            pixels = picture(rows, self.patch_size, encoder.norm_pix_loss, encoder.norm_pix_eps)
             content = io.BytesIO()
             Image.fromarray(pixels).save(content, format="PNG")
             save_picture(self.settings.out_dir / f"reconstruction-{epoch}.png", content.getvalue())
@@ -172,6 +199,8 @@ class HealthLog:
         step = (epoch + 1) * self.plan.steps_per_epoch - 1
         values = self.health(epoch, step, method, means)
         log.add_scalars(values, step)
+        for kind, text in self.health.failed.items():
+            log.add_warning(epoch, kind, text)
         if draws_after(epoch, settings):
             lines = [*read_log(log.epochs_path), {"epoch": epoch, **means, **values}]
             save_picture(settings.out_dir / "health.png", curves(lines))

@@ -45,6 +45,12 @@ class ViewSettings:
         False, "fixed views: leave patches of nothing but padding out of the masks and of the reconstruction losses"
     )
     flip_prob: float = setting(0.2, "probability of a flip, per axis", least=0, most=1)
+    views_on: Literal["auto", "device", "loader"] = setting(
+        "auto", "where views are resized: on the model's device or in the loading processes; auto: device on CUDA"
+    )
+    resident: Literal["auto", "on", "off"] = setting(
+        "auto", "keep all training volumes in the device's memory; auto: on CUDA, where they fit into half of it"
+    )
 
     def spec(self, count: int, size: tuple[int, int, int], scale: tuple[float, float]) -> "ViewSpec":
         """Return one kind of view with these settings."""
@@ -109,18 +115,31 @@ def content_box(shape: Sequence[int], box: Box, out_size: Sequence[int]) -> list
     return spans
 
 
+def level_box(levels: Sequence[Sequence[int]], box: Box, out_size: Sequence[int]) -> tuple[int, Box]:
+    """Return the resolution level that a view is made from, and its box in voxels of that level.
+
+    It is the coarsest level that is at least as fine as the view along every axis that the level reduces.
+
+    Args:
+        levels: shape (D, H, W) of each level, the full one first.
+        out_size: size of the view.
+    """
+    full, level = levels[0], 0
+    for index, shape in enumerate(levels):
+        if all(s == f or extent * s >= out * f for extent, s, out, f in zip(box.size, shape, out_size, full)):
+            level = index
+    start = tuple(round(a * s / f) for a, s, f in zip(box.start, levels[level], full))
+    size = tuple(max(1, round(e * s / f)) for e, s, f in zip(box.size, levels[level], full))
+    return level, Box(start, size, box.flips)
+
+
 def crop(volume: CachedVolume, box: Box, out_size: Sequence[int]) -> Tensor:
     """Read a box as a view (C, *out_size), trilinearly resized if its size differs, and flipped along `box.flips`.
 
-    It is read from the coarsest level that is at least as fine as the view along every axis that the level reduces.
+    It is read from the level that `level_box` chooses. Many views at once, on any device: Pretrain/blocks.py.
     """
-    full, level = volume.levels[0], 0
-    for index, shape in enumerate(volume.levels):
-        if all(s == f or extent * s >= out * f for extent, s, out, f in zip(box.size, shape, out_size, full)):
-            level = index
-    # in voxels of that level
-    start = [round(a * s / f) for a, s, f in zip(box.start, volume.levels[level], full)]
-    size = [max(1, round(e * s / f)) for e, s, f in zip(box.size, volume.levels[level], full)]
-    view = volume.read(start, size, level=level, out_size=out_size if tuple(size) != tuple(out_size) else None)
+    level, region = level_box(volume.levels, box, out_size)
+    resized = tuple(region.size) != tuple(out_size)
+    view = volume.read(region.start, region.size, level=level, out_size=out_size if resized else None)
     axes = [axis + 1 for axis, flip in enumerate(box.flips) if flip]
     return view.flip(axes) if axes else view

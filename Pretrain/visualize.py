@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -14,7 +15,10 @@ from Finetune.encoder3d import grid_of
 from Pretrain.health import PREFIX
 from Pretrain.losses import patchify, undo_norm_pix, unpatchify
 
-PANELS = ("view", "visible", "reconstruction")
+PANELS = ("visible", "reconstruction")
+# the axis across which each plane of a RAS volume (D, H, W) lies
+PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}
+ERROR_COLOURS = colormaps["inferno"]
 # title and lines of each curve over epochs; a line is drawn when the log has it
 CURVES = {
     "PSNR above the patch mean, dB": ("over_mean",),
@@ -47,37 +51,49 @@ def panels(
 
 
 def picture(
-    rows: dict[str, Reconstruction],
+    rows: Mapping[str, Reconstruction],
     patch_size: Sequence[int],
     norm_pix_loss: bool,
-    zoom: int = 3,
     norm_pix_eps: float = 1e-6,
+    width: int = 192,
 ) -> np.ndarray:
-    """Draw three panels per kind of view: axial middle slices, first view and channel, as (H, W, 3) uint8."""
+    """Draw, as (H, W, 3) uint8, the first view of each kind in its three middle planes: the view, what is visible, the
+    reconstruction, and its absolute error.
+
+    Args:
+        width: pixels of a panel; the view is enlarged to it by a whole factor.
+    """
     strips = []
     for name, made in rows.items():
-        volumes = panels(Reconstruction(*(t[:1] for t in made)), patch_size, norm_pix_loss, norm_pix_eps)
-        slices = np.stack([axial(volume[0, 0].cpu().numpy()) for volume in volumes])  # (3, H, W)
-        # the contrast of the view, for all three
-        low, high = np.percentile(slices[0], (1, 99))
-        pixels = (255 * ((slices - low) / max(high - low, 1e-6)).clip(0, 1)).astype(np.uint8)
-        strips.append(_strip(name, pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)))
-    width = max(strip.shape[1] for strip in strips)
-    gray = np.vstack([np.pad(strip, ((0, 0), (0, width - strip.shape[1]))) for strip in strips])
-    return np.stack([gray] * 3, axis=-1)
+        shown = panels(Reconstruction(*(t[:1] for t in made)), patch_size, norm_pix_loss, norm_pix_eps)
+        volumes = np.stack([volume[0, 0].float().cpu().numpy() for volume in shown])  # (3, D, H, W)
+        low, high = np.percentile(volumes[0], (1, 99))
+        contrast = max(high - low, 1e-6)
+        zoom = max(1, width // max(volumes.shape[1:]))
+        for plane, axis in PLANES.items():
+            slices = np.stack([middle(volume, axis) for volume in volumes])  # (3, H, W)
+            gray = (255 * ((slices - low) / contrast).clip(0, 1)).astype(np.uint8)[..., None].repeat(3, axis=-1)
+            # the full range of colours is half of the contrast
+            error = 2 * np.abs(slices[2] - slices[0]) / contrast
+            coloured = (255 * ERROR_COLOURS(error.clip(0, 1))[..., :3]).astype(np.uint8)
+            drawn = np.concatenate([gray, coloured[None]]).repeat(zoom, axis=1).repeat(zoom, axis=2)
+            strips.append(_strip(f"{name} {plane}", drawn, f"error 0..{contrast / 2:.2f}"))
+    extent = max(strip.shape[1] for strip in strips)
+    return np.vstack([np.pad(strip, ((0, 0), (0, extent - strip.shape[1]), (0, 0))) for strip in strips])
 
 
-def axial(volume: np.ndarray) -> np.ndarray:
-    """Return the middle axial slice of a RAS volume (D, H, W) as radiologists see it: anterior up, right side left."""
-    return np.flip(volume[:, :, volume.shape[2] // 2].T, axis=(0, 1))
+def middle(volume: np.ndarray, axis: int) -> np.ndarray:
+    """Return the middle slice across an axis of a RAS volume (D, H, W) as radiologists see it: anterior or superior up,
+    the patient's right on the left, in the sagittal plane anterior on the left."""
+    return np.flip(volume.take(volume.shape[axis] // 2, axis).T, axis=(0, 1))
 
 
-def _strip(name: str, slices: np.ndarray, title: int = 18, gap: int = 4) -> np.ndarray:
-    """Return slices (3, H, W) side by side under their titles."""
-    framed = np.pad(slices, ((0, 0), (title, 0), (0, gap)))
+def _strip(name: str, slices: np.ndarray, error: str, title: int = 18, gap: int = 4) -> np.ndarray:
+    """Return slices (4, H, W, 3) side by side under their titles; `error` is that of the last."""
+    framed = np.pad(slices, ((0, 0), (title, 0), (0, gap), (0, 0)))
     image = Image.fromarray(np.hstack(framed)[:, :-gap])
-    for number, panel in enumerate(PANELS):
-        ImageDraw.Draw(image).text((number * framed.shape[2] + 3, 3), f"{name}: {panel}", fill=255)
+    for number, text in enumerate((name, *PANELS, error)):
+        ImageDraw.Draw(image).text((number * framed.shape[2] + 3, 3), text, fill=(255, 255, 255))
     return np.asarray(image)
 
 

@@ -1,14 +1,11 @@
-"""Compare array formats for the cache: bytes on disk, time to write, time and bytes read per random crop.
+"""Array formats for the cache: bytes on disk, and time and bytes read per random crop of 96^3.
 
-    python -m benchmarks.cache_formats                        a synthetic volume of 512 x 512 x 200
-    python -m benchmarks.cache_formats --volume SCAN          a NIfTI file or a folder with a DICOM series
+One thread; every format returns the crop as float32 in [0, 1]. Warm: the file is in the page cache. Cold: it is dropped
+from there before each crop, and what counts are the bytes that the kernel then reads, with read-ahead. h5py and zarr
+are measured if they are installed.
 
-One thread; every format returns the crop as float32 in [0, 1]. Warm: median of `repeats` crops from the page cache.
-Cold: the file is dropped from the page cache before each crop; bytes read: those that the kernel read, with read-ahead.
-h5py and zarr are measured if they are installed.
-
-Measured 2026-11-22 with `--repeats 7` (two cores of an AMD EPYC, other work running; blosc2 4.14.1, numpy 2.4.6,
-h5py 3.16.0, zarr 3.1.6): MB on disk, seconds to write, and milliseconds per warm crop of 96^3, 160^3, 192^3.
+Measured 2026-11-22 on a volume of 512 x 512 x 200 (two cores of an AMD EPYC, other work running; blosc2 4.14.1, numpy
+2.4.6, h5py 3.16.0, zarr 3.1.6): MB on disk, seconds to write, and milliseconds per warm crop of 96^3, 160^3, 192^3.
 
     numpy memory map, int16              104.9   0.02    7.71  18.02  17.61
     blosc2 lz4hc 5 shuffle c64 b32        49.4   1.35    2.23   9.09  13.88
@@ -29,98 +26,96 @@ long. Bitshuffle needs 5 % fewer bytes than shuffle here, 9 % on a real series (
 import importlib.util
 import os
 import statistics
-import sys
 import tempfile
-import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import numpy as np
 import torch
 
+from benchmarks.harness import Row, alternate, threads
 from common.cache import storage
-from common.cli import parse, run_program
-from common.config import setting
 from common.data.loader import disk_bytes
 from common.data.preprocessing import Preprocessing
-from common.data.volume_io import read_image
-from common.runlog import print_main
-from Finetune.evaluation.formats import aligned
 from scripts.synthetic_ct import phantom
 
-
-@dataclass(kw_only=True)
-class FormatSettings:
-    """Settings of the comparison."""
-
-    volume: Path | None = setting(None, "a CT scan; none: a synthetic one")
-    shape: tuple[int, int, int] = setting((512, 512, 200), "shape of the synthetic volume")
-    sizes: tuple[int, ...] = setting((96, 160, 192), "edges of the crops")
-    repeats: int = setting(9, "crops per size")
+EDGE = 96
 
 
-def main() -> None:
-    settings = parse(FormatSettings, description=__doc__)
-    torch.set_num_threads(1)
-    numbers, name = load(settings)
-    versions = f"blosc2 {blosc2.__version__}, numpy {np.__version__}"
-    print_main(f"{name}: {numbers.shape} int16, {numbers.nbytes / 1e6:.1f} MB; {versions}")
-    header = ["format", "MB", "ratio", "write s"]
-    header += [title for n in settings.sizes for title in (f"{n}^3 warm ms", "cold ms", "MB read")]
-    with tempfile.TemporaryDirectory(prefix="cache-formats-", dir=os.environ.get("BENCH_DIR")) as folder:
-        print_main("\n".join(aligned([header, *measure(Path(folder), numbers, settings)])))
+@dataclass(frozen=True)
+class Format:
+    """A format, its functions, and where it wrote the volume."""
+
+    name: str
+    path: Path
+    write: Callable[[Path, np.ndarray], None]
+    read: Callable[[Path, tuple[slice, ...]], torch.Tensor]
 
 
-def load(settings: FormatSettings) -> tuple[np.ndarray, str]:
-    """Return the stored numbers (1, D, H, W) int16 of a preprocessed volume, and its description."""
-    if settings.volume is None:
-        hu = torch.from_numpy(phantom(settings.shape, noise=20.0)[0])[None].float()
-        return storage.quantise(((hu + 1000) / 2000).clamp(0, 1), Preprocessing()), "synthetic, white noise of 20 HU"
-    image, _ = Preprocessing().apply(read_image(settings.volume))
-    return storage.quantise(image.as_tensor(), Preprocessing()), settings.volume.name
+def measure(quick: bool, device: torch.device) -> list[dict[str, Any]]:
+    """Return the rows: the cache's format against every other one."""
+    shape, crops = ((256, 256, 100), 3) if quick else ((512, 512, 200), 9)
+    numbers = stored_numbers(shape)
+    with tempfile.TemporaryDirectory(prefix="benchmark-formats-") as folder, threads(1):
+        found = [Format(name, Path(folder) / str(i), *functions) for i, (name, *functions) in enumerate(formats())]
+        for format in found:
+            format.write(format.path, numbers)
+        os.sync()
+        sizes = {format.name: float(sum(file.stat().st_size for file in files(format.path))) for format in found}
+        boxes = draw_boxes(shape, EDGE, crops)
+        warm, cold = warm_seconds(found, numbers, boxes), cold_bytes(found, boxes[:3])
+    rows = []
+    for title, unit, values in (
+        ("the volume on disk", "bytes", sizes),
+        (f"a warm crop of {EDGE}^3", "s", warm),
+        (f"read from disk for a cold crop of {EDGE}^3", "bytes", cold),
+    ):
+        rows += comparisons(f"{title}, {'x'.join(map(str, shape))}", unit, values)
+    return rows
 
 
-def measure(folder: Path, numbers: np.ndarray, settings: FormatSettings) -> list[list[str]]:
-    """Return a row per format. The formats take turns, so that other load on the machine affects all of them."""
-    rows, reads = {}, {}
-    for name, write, read in formats():
-        path = folder / f"{len(reads)}"
-        seconds, _ = timed(write, path, numbers)
-        size = sum(file.stat().st_size for file in files(path))
-        rows[name] = [name, f"{size / 1e6:.1f}", f"{numbers.nbytes / size:.2f}", f"{seconds:.2f}"]
-        reads[name] = (read, path)
-    os.sync()
-    for edge in settings.sizes:
-        boxes = draw_boxes(numbers.shape[1:], edge, settings.repeats)
-        for read, path in reads.values():
-            check(read(path, boxes[0]), numbers, boxes[0])
-        warm, cold = defaultdict(list), defaultdict(list)
-        for number, box in enumerate(boxes):
-            for name, (read, path) in reads.items():
-                warm[name].append(timed(read, path, box)[0])
-                if number < 3:
-                    drop(path)
-                    cold[name].append(timed(read, path, box))
-        for name, row in rows.items():
-            seconds, count = map(statistics.median, zip(*cold[name]))
-            row += [f"{statistics.median(warm[name]) * 1e3:.2f}", f"{seconds * 1e3:.1f}", f"{count / 1e6:.1f}"]
-    return list(rows.values())
+def comparisons(title: str, unit: str, values: dict[str, float]) -> list[dict[str, Any]]:
+    """Return a row for each other format. Where the kernel does not report what it reads, there is none."""
+    ours = values[OURS]
+    others = {name: value for name, value in values.items() if name != OURS and ours > 0}
+    return [
+        Row(name=title, against=name, ours=ours, theirs=value, unit=unit).as_dict() for name, value in others.items()
+    ]
+
+
+def stored_numbers(shape: Sequence[int]) -> np.ndarray:
+    """Return the numbers (1, D, H, W) int16 that the cache stores of a synthetic volume with white noise of 20 HU."""
+    hu = torch.from_numpy(phantom(shape, noise=20.0)[0])[None].float()
+    return storage.quantise(((hu + 1000) / 2000).clamp(0, 1), Preprocessing())
+
+
+def warm_seconds(found: Sequence[Format], numbers: np.ndarray, boxes: Sequence[tuple[slice, ...]]) -> dict[str, float]:
+    """Return the median seconds per crop. The formats take turns."""
+    for format in found:
+        check(format.read(format.path, boxes[0]), numbers, boxes[0])
+    rounds = [alternate({f.name: lambda f=f, box=box: f.read(f.path, box) for f in found}, 1) for box in boxes]
+    return {format.name: statistics.median(times[format.name] for times in rounds) for format in found}
+
+
+def cold_bytes(found: Sequence[Format], boxes: Sequence[tuple[slice, ...]]) -> dict[str, float]:
+    """Return the median bytes that the kernel reads for a crop of a file that is not in the page cache."""
+    counts: dict[str, list[int]] = {format.name: [] for format in found}
+    for box in boxes:
+        for format in found:
+            drop(format.path)
+            before = disk_bytes()
+            format.read(format.path, box)
+            counts[format.name].append(disk_bytes() - before)
+    return {name: float(statistics.median(values)) for name, values in counts.items()}
 
 
 def draw_boxes(shape: Sequence[int], edge: int, count: int) -> list[tuple[slice, ...]]:
     rng = np.random.default_rng(edge)
     starts = [[int(rng.integers(max(n - edge, 0) + 1)) for n in shape] for _ in range(count)]
     return [tuple(slice(a, min(a + edge, n)) for a, n in zip(start, shape)) for start in starts]
-
-
-def timed(function: Callable, *args) -> tuple[float, int]:
-    """Return the seconds that a call takes, and the bytes that it reads from disk."""
-    before, start = disk_bytes(), time.perf_counter()
-    function(*args)
-    return time.perf_counter() - start, disk_bytes() - before
 
 
 def files(path: Path) -> list[Path]:
@@ -147,21 +142,15 @@ def scaled(crop: np.ndarray) -> torch.Tensor:
 # ---------------------------------------------------------------- formats
 
 
+OURS = "blosc2 lz4hc 5 bitshuffle"
+
+
 def formats() -> list[tuple[str, Callable, Callable]]:
     """Return (name, write(path, numbers), read(path, box) -> float32) of each format."""
     found = [("numpy memory map, int16", write_npy, read_npy)]
-    for codec, level, filter_, chunk, block in (
-        ("LZ4HC", 5, "SHUFFLE", 64, 32),
-        ("LZ4HC", 5, "BITSHUFFLE", 64, 32),
-        ("LZ4HC", 9, "BITSHUFFLE", 64, 32),
-        ("LZ4HC", 9, "BITSHUFFLE", 32, 32),
-        ("LZ4HC", 9, "BITSHUFFLE", 64, 16),
-        ("ZSTD", 5, "SHUFFLE", 64, 32),
-        ("ZSTD", 1, "BITSHUFFLE", 64, 32),
-        ("ZSTD", 5, "BITSHUFFLE", 64, 32),
-    ):
-        name = f"blosc2 {codec.lower()} {level} {filter_.lower()} c{chunk} b{block}"
-        found.append((name, blosc_writer(codec, level, filter_, chunk, block), read_blosc))
+    for codec, level, filter_ in (("LZ4HC", 5, "BITSHUFFLE"), ("LZ4HC", 5, "SHUFFLE"), ("ZSTD", 5, "BITSHUFFLE")):
+        name = f"blosc2 {codec.lower()} {level} {filter_.lower()}"
+        found.append((name, blosc_writer(codec, level, filter_), read_blosc))
     if importlib.util.find_spec("h5py"):
         found.append(("HDF5 lzf shuffle c64", write_h5, read_h5))
     if importlib.util.find_spec("zarr"):
@@ -178,11 +167,11 @@ def read_npy(path: Path, box: tuple[slice, ...]) -> torch.Tensor:
     return scaled(np.load(path, mmap_mode="r")[(0, *box)])
 
 
-def blosc_writer(codec: str, level: int, filter_: str, chunk: int, block: int) -> Callable:
+def blosc_writer(codec: str, level: int, filter_: str) -> Callable:
     def write(path: Path, numbers: np.ndarray) -> None:
         params = blosc2.CParams(codec=blosc2.Codec[codec], clevel=level, nthreads=1, filters=[blosc2.Filter[filter_]])
-        chunks = (1, *(min(chunk, n) for n in numbers.shape[1:]))
-        blocks = (1, *(min(block, n) for n in chunks[1:]))
+        chunks = (1, *(min(64, n) for n in numbers.shape[1:]))
+        blocks = (1, *(min(32, n) for n in chunks[1:]))
         blosc2.asarray(numbers, chunks=chunks, blocks=blocks, cparams=params, urlpath=str(path), mode="w")
 
     return write
@@ -219,7 +208,3 @@ def read_zarr(path: Path, box: tuple[slice, ...]) -> torch.Tensor:
     import zarr
 
     return scaled(zarr.open_array(str(path), mode="r")[(0, *box)])
-
-
-if __name__ == "__main__":
-    sys.exit(run_program(main))

@@ -1,14 +1,20 @@
 """Measure functions beside each other: time in turn, peak memory, arithmetic, and the machine's own matrix rate.
 
 A benchmark is a function `measure(quick: bool, device: torch.device) -> list[dict]` whose rows are made by `compare` or
-`Row(...).as_dict()`. Every value is one of which less is better (seconds, bytes, bytes per set), so that `ratio`, theirs
-divided by ours, says how many times ours is better. Peak memory is given as ours divided by theirs.
+`Row(...).as_dict()`. Every value is one of which less is better (seconds, bytes, bytes per set), so that `ratio`,
+theirs divided by ours, says how many times ours is better. Peak memory is given as ours divided by theirs.
 """
 
+import contextlib
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +22,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(kw_only=True)
@@ -120,6 +128,17 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run the block with `count` threads of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def synchronize() -> None:
     """Wait for the GPU, if this process uses one."""
     if torch.cuda.is_initialized():
@@ -147,6 +166,23 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
         used += change.nbytes()
         peak = max(peak, used)
     return peak
+
+
+def peak_resident(command: Sequence[str]) -> float:
+    """Run a program from the root of the repository, and return the peak of its resident memory in bytes.
+
+    Raises:
+        RuntimeError: it failed; the end of what it wrote is in the message.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{output.read()[-2000:]}")
+    # Linux reports kilobytes, macOS bytes
+    return usage.ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
 def count_flops(function: Callable[[], Any]) -> int:

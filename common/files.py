@@ -127,6 +127,21 @@ def check_writable(folder: Path) -> None:
             pass
 
 
+def nearest_folder(path: Path) -> Path:
+    """Return the path itself if it exists, else the nearest folder above it that does."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def check_creatable(folder: Path) -> None:
+    """Raise InputError unless the folder can be created, or written to where it exists. Nothing is written."""
+    nearest = nearest_folder(folder)
+    with naming_errors(folder):
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is a file")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"no permission in {nearest}")
+
+
 def check_regular(path: str | Path) -> None:
     """Raise OSError if `path` is a pipe or a device, whose content may have no end."""
     mode = os.stat(path).st_mode

@@ -13,6 +13,9 @@ from tqdm import tqdm
 from common.errors import InputError
 from common.files import naming_errors, save_bytes, sync
 
+# values of a line of log.jsonl that measure the machine: a repeated run has others
+TIMES = ("seconds", "volumes_per_second", "data_wait")
+
 
 def is_main() -> bool:
     """Return True on rank 0 of a torchrun launch, and without torchrun."""
@@ -33,7 +36,9 @@ def progress(*args: Any, **kwargs: Any) -> tqdm:
 
 
 class RunLog:
-    """Write TensorBoard events, `log.jsonl` and `anomalies.jsonl` (skipped updates) into `out_dir`, on rank 0 only.
+    """Write TensorBoard events, `log.jsonl`, `warnings.jsonl` and `anomalies.jsonl` (skipped updates) into `out_dir`.
+
+    Only rank 0 writes.
 
     The x axis in TensorBoard is the 0-based number of the last update. A resumed run first removes what an earlier
     process logged after the checkpoint. If `flush` is called before each checkpoint, no line and no point is then
@@ -49,11 +54,13 @@ class RunLog:
     def __init__(self, out_dir: str | Path, first_step: int = 0, first_epoch: int = 0, rollbacks: int = 0):
         self.folder, self.writer = Path(out_dir), None
         self.epochs_path, self.skipped_path = self.folder / "log.jsonl", self.folder / "anomalies.jsonl"
+        self.warnings_path = self.folder / "warnings.jsonl"
         if is_main():
             # Slow to import, so only a run that logs imports it.
             from torch.utils.tensorboard import SummaryWriter
 
-            _filter_lines(self.epochs_path, lambda line: line["epoch"] < first_epoch)
+            for path in (self.epochs_path, self.warnings_path):
+                _filter_lines(path, lambda line: line["epoch"] < first_epoch)
             _filter_lines(self.skipped_path, lambda line: line["step"] < first_step or line["rollbacks"] < rollbacks)
             with naming_errors(self.folder):
                 self.writer = SummaryWriter(str(out_dir), purge_step=first_step)
@@ -79,13 +86,17 @@ class RunLog:
         """Append a line to `anomalies.jsonl`. `record` has `step`, the update that was skipped, and `rollbacks`."""
         self._append(self.skipped_path, record)
 
+    def add_warning(self, epoch: int, kind: str, text: str) -> None:
+        """Append a line to `warnings.jsonl`: a value that was out of its range after an epoch, and the remedy."""
+        self._append(self.warnings_path, {"epoch": epoch, "kind": kind, "text": text})
+
     def flush(self) -> None:
         """Write everything logged so far to disk, so that it survives a power cut."""
         if self.writer:
             with naming_errors(self.folder):
                 self.writer.flush()
                 events = max(self.folder.glob("events.*"), key=os.path.getmtime)
-                for path in (self.epochs_path, self.skipped_path, events):
+                for path in (self.epochs_path, self.skipped_path, self.warnings_path, events):
                     if path.exists():
                         sync(path)
 

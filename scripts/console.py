@@ -14,7 +14,12 @@ COMMANDS = {
     "glmae-evaluate": "Finetune.evaluate",
     "glmae-sweep": "Finetune.sweep",
     "glmae-probe": "Finetune.probe",
+    "glmae-report": "common.report.__main__",
+    "glmae-export": "Finetune.export",
+    "glmae-embed": "Finetune.embed",
     "glmae-cache": "generate_cache_files",
+    "glmae-prepare": "scripts.prepare",
+    "glmae-doctor": "common.doctor",
 }
 
 

@@ -33,7 +33,7 @@ make_venv() {
   if [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     return
   fi
-  echo "== Installing requirements.txt into $VENV (once; torch is large, this takes minutes)"
+  echo "== Installing requirements.txt into $VENV (once; about 6 GB, several minutes without further output)"
   "$1" -c 'import sys; sys.exit(f"error: Python: found {sys.version.split()[0]}, expected 3.11 or newer" if sys.version_info < (3, 11) else 0)'
   [ -x "$VENV/bin/python" ] || "$1" -m venv "$VENV"
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt

@@ -17,7 +17,7 @@ finetune() {
         echo "error: $word: this recipe is for $preset; prediction and scores use it too" >&2
         exit 2
         ;;
-      --help | -h)
+      --help | -h | --dry_run)
         launch Finetune.main_finetune --preset "$preset" --data "$data" --out_dir "$out" --fold 0 "$@"
         return
         ;;

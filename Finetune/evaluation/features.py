@@ -25,6 +25,7 @@ from Finetune.inference.sliding_window import Window, window_starts
 from Finetune.presets import Preset
 
 Grid = tuple[int, int, int]
+Reader = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def crops_of(volume: CachedVolume, preset: Preset, roi: Grid, patch: Grid, extra
 # ---------------------------------------------------------------- features
 
 
-def token_reader(encoder: nn.Module, device: torch.device, amp: str = "auto") -> Callable[[Tensor], Tensor]:
+def token_reader(encoder: nn.Module, device: torch.device, amp: str = "auto") -> Reader:
     """Return a function from crops (B, in_chans, D, H, W) to the tokens (B, P+N, C) of the frozen encoder, float32."""
     encoder, dtype = encoder.eval().to(device), autocast_dtype(amp, device)
 

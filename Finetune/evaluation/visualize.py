@@ -1,5 +1,5 @@
-"""Pictures of segmentations: three planes, one colour per class, in radiological view (the patient's right is on the
-left)."""
+"""Pictures of segmentations: label maps side by side in three planes, one colour per class, in radiological view (the
+patient's right is on the left)."""
 
 import colorsys
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,10 @@ from torch import Tensor
 from common.files import replacing
 from Finetune.presets import Preset
 
-# pixels of the longer side of a plane
-PANEL = 320
+# pixels: width of the column of a label map, and of the gap between planes
+COLUMN, GAP = 480, 4
+# mm around the labels that a picture shows
+MARGIN = 25
 # (H, W, 3) uint8
 Pixels = np.ndarray
 
@@ -37,7 +39,10 @@ def overlay(
     names: dict[int, str],
     titles: Sequence[str],
 ) -> Pixels:
-    """Draw each label map over the image in a row of its own: axial, beside it coronal above sagittal; and a legend.
+    """Draw each label map over the image in a column of its own: axial, below it coronal and sagittal; and a legend.
+
+    The planes are cropped to the labels and a margin, and fill the column. The coronal and the sagittal plane of a
+    thick scan are beside each other, those of a thin one below each other.
 
     Args:
         image: (D, H, W) in [0, 1], RAS.
@@ -47,17 +52,39 @@ def overlay(
         names: id -> name in the legend.
         titles: one per label map.
     """
+    box = labelled_box(labels, spacing)
+    image, labels = image[box], [label[box] for label in labels]
     reference = next((label for label in labels if label.any()), labels[0])
-    planes = [most_labelled(reference, axis) for axis in (2, 1, 0)]
-    rows = []
-    for label, title in zip(labels, titles):
-        axial, coronal, sagittal = (panel(image, label, *cut, spacing) for cut in zip((2, 1, 0), planes))
-        # planes of thick scans fit beside the axial plane at half the size
-        if len(coronal) + len(sagittal) > len(axial):
-            coronal, sagittal = coronal[::2, ::2], sagittal[::2, ::2]
-        rows.append(_titled(_join([axial, _join([coronal, sagittal], axis=0)], axis=1), title))
+    cuts = [(axis, most_labelled(reference, axis)) for axis in (2, 1, 0)]
+    columns = [_titled(_column(image, label, cuts, spacing), title) for label, title in zip(labels, titles)]
     present = {number: name for number, name in names.items() if any((label == number).any() for label in labels)}
-    return _legend(_join(rows, axis=0), present)
+    return _legend(_join(columns, axis=1), present)
+
+
+def _column(image: np.ndarray, label: np.ndarray, cuts: Sequence[tuple[int, int]], spacing: Sequence[float]) -> Pixels:
+    """Draw the planes `cuts` (axis, index), axial, coronal and sagittal, in a column."""
+    width, depth, height = np.multiply(image.shape, spacing)
+    if 2 * height < width:
+        return _join([panel(image, label, *cut, spacing, COLUMN) for cut in cuts], axis=0)
+    # of the same height, and together as wide as the axial plane
+    left = round((COLUMN - GAP) * width / (width + depth))
+    axial, *beside = (
+        panel(image, label, *cut, spacing, pixels) for cut, pixels in zip(cuts, (COLUMN, left, COLUMN - GAP - left))
+    )
+    return _join([axial, _join(beside, axis=1)], axis=0)
+
+
+def labelled_box(labels: Sequence[np.ndarray], spacing: Sequence[float]) -> tuple[slice, ...]:
+    """Return the box of the voxels that a label map labels, with MARGIN; all of the image if there are none."""
+    labelled = np.any([label > 0 for label in labels], axis=0)
+    box = []
+    for axis, (length, mm) in enumerate(zip(labelled.shape, spacing)):
+        found = np.flatnonzero(labelled.any(axis=tuple(a for a in range(3) if a != axis)))
+        if not len(found):
+            return (slice(None),) * 3
+        margin = round(MARGIN / mm)
+        box.append(slice(max(0, found[0] - margin), min(length, found[-1] + margin + 1)))
+    return tuple(box)
 
 
 def colour(number: int) -> tuple[int, int, int]:
@@ -72,13 +99,12 @@ def most_labelled(label: np.ndarray, axis: int) -> int:
     return int(counts.argmax()) if counts.any() else label.shape[axis] // 2
 
 
-def panel(image: np.ndarray, label: np.ndarray, axis: int, index: int, spacing: Sequence[float]) -> Pixels:
-    """Draw one plane upright, with square pixels and the classes blended over it."""
+def panel(image: np.ndarray, label: np.ndarray, axis: int, index: int, spacing: Sequence[float], width: int) -> Pixels:
+    """Draw one plane upright, `width` pixels wide, with square pixels and the classes blended over it."""
     grey = np.clip(image.take(index, axis), 0, 1).T[::-1, ::-1]
     classes = label.take(index, axis).T[::-1, ::-1]
     columns, rows = (s for a, s in enumerate(spacing) if a != axis)
-    extent = np.array([grey.shape[1] * columns, grey.shape[0] * rows])
-    size = tuple(np.maximum(1, np.round(extent * PANEL / extent.max())).astype(int).tolist())
+    size = (width, max(1, round(width * grey.shape[0] * rows / (grey.shape[1] * columns))))
     base = np.asarray(Image.fromarray((grey * 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR))
     mask = np.asarray(Image.fromarray(classes.astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
     pixels = np.repeat(base[..., None], 3, axis=2).astype(np.float32)
@@ -94,11 +120,16 @@ def save_png(path: Path, pixels: Pixels) -> None:
         Image.fromarray(pixels).save(temporary, "png")
 
 
-def _join(parts: Sequence[Pixels], axis: int, gap: int = 4) -> Pixels:
-    """Join pictures side by side (axis 1) or one above the other (axis 0), padded with black to the same length."""
+def _join(parts: Sequence[Pixels], axis: int) -> Pixels:
+    """Join pictures side by side (axis 1) or one below the other (axis 0), padded with black to the same length."""
     extent = max(part.shape[1 - axis] for part in parts)
-    padding = [[(0, gap), (0, extent - part.shape[1 - axis])][:: 1 if axis == 0 else -1] for part in parts]
-    return np.concatenate([np.pad(part, [*pad, (0, 0)]) for part, pad in zip(parts, padding)], axis=axis)
+    joined = []
+    for number, part in enumerate(parts):
+        padding = [(0, 0)] * 3
+        padding[axis] = (GAP if number else 0, 0)
+        padding[1 - axis] = (0, extent - part.shape[1 - axis])
+        joined.append(np.pad(part, padding))
+    return np.concatenate(joined, axis=axis)
 
 
 def _titled(row: Pixels, title: str) -> Pixels:

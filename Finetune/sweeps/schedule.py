@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from common.programs import Programs
+from common.resources import duration
 from common.runlog import print_main
 from common.signals import SIGNALS, Requeue, forward_signals, is_stop, stop_requested
 from Finetune.evaluation.statistics import mean
@@ -166,10 +167,3 @@ def cuda_devices() -> list[str]:
     count = torch.cuda.device_count()
     names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return names[:count] or list(map(str, range(count)))
-
-
-def duration(seconds: float) -> str:
-    """Return a time as text in its largest unit: `40 s`, `12 min`, `3.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -14,8 +14,6 @@ that no other process is building.
 """
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -42,6 +40,7 @@ from common.data.preprocessing import Preprocessing
 from common.data.volume_io import read_image, read_label
 from common.errors import InputError, one_line
 from common.files import digest, naming_errors, try_lock
+from common.resources import peak_memory
 from common.runlog import print_main, progress
 
 # sampled voxels per label class
@@ -311,12 +310,6 @@ def _build_locked(job: Job) -> Built | Failure:
         volume = open_volume(folder, case)
     records[0] = replace(records[0], content=volume.content_hash)
     return Built(case, volume, records, fresh, peak_memory())
-
-
-def peak_memory() -> int:
-    """Return the largest memory that this process has held, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _write_volume(case: Case, preprocessing: Preprocessing, folder: Path, hashes: list[str]) -> None:

@@ -19,6 +19,7 @@ from common.data.datalist import Case
 from common.data.preprocessing import Preprocessing
 from common.errors import one_line
 from common.files import naming_errors
+from common.resources import duration
 from common.runlog import progress
 
 # volumes that a dry run builds and measures
@@ -93,12 +94,6 @@ def _bytes(path: Path) -> int:
         return folder_bytes(path) if path.is_dir() else path.stat().st_size
     except OSError:
         return 0
-
-
-def duration(seconds: float) -> str:
-    """Return a time as text: 1.5 h, 2.0 min or 30 s."""
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.1f} min" if minutes >= 1 else f"{seconds:.0f} s"
 
 
 # ---------------------------------------------------------------- verify

@@ -170,6 +170,26 @@ def read_box(path: Path, start: Sequence[int], size: Sequence[int], outside: int
     return box
 
 
+def read_into(path: Path, start: Sequence[int], out: np.ndarray) -> None:
+    """Read the box of an array that begins at `start` and lies inside it into `out` (C, d, h, w), of the array's type.
+
+    Raises:
+        InputError: the array is missing or damaged.
+    """
+    stop = [a + n for a, n in zip(start, out.shape[1:])]
+    try:
+        # what indexing calls on a new array
+        _open(path, os.getpid()).get_slice_numpy(out, ([0, *start], [out.shape[0], *stop]))
+    # blosc2 raises RuntimeError for a damaged chunk
+    except Exception as error:
+        raise damaged(path, error) from None
+
+
+def number_type(path: Path) -> np.dtype:
+    """Return the number type of an array. InputError if it is missing or damaged."""
+    return _open(path, os.getpid()).dtype
+
+
 @lru_cache(maxsize=MAX_OPEN)
 def _open(path: Path, pid: int) -> Any:
     """Return the array at `path`. Each process opens its own, and closes the least recently used ones."""

@@ -51,6 +51,11 @@ class CachedVolume:
         """Shape (D, H, W) of the full level."""
         return self.levels[0]
 
+    @property
+    def zero(self) -> int:
+        """The stored number of a preprocessed intensity of 0."""
+        return round(-self.offset / self.scale)
+
     def read(
         self, start: Sequence[int], size: Sequence[int], level: int = 0, out_size: Sequence[int] | None = None
     ) -> torch.Tensor:
@@ -64,8 +69,7 @@ class CachedVolume:
         Raises:
             InputError: the cached volume is missing or damaged.
         """
-        zero = round(-self.offset / self.scale)
-        numbers = storage.read_box(self.folder / storage.level_name(level), start, size, outside=zero)
+        numbers = self.read_numbers(start, size, level).numpy()
         if out_size is None:
             values = np.multiply(numbers, np.float32(self.scale), dtype=np.float32)
         # resize the stored numbers, so that the large box is never converted to floats
@@ -75,6 +79,30 @@ class CachedVolume:
         if self.offset:
             values += np.float32(self.offset)
         return torch.from_numpy(values)
+
+    def read_numbers(self, start: Sequence[int], size: Sequence[int], level: int = 0) -> torch.Tensor:
+        """Return the box of a level as stored, (C, d, h, w) int16 or uint8, `zero` outside the volume.
+
+        Raises:
+            InputError: the cached volume is missing or damaged.
+        """
+        return torch.from_numpy(storage.read_box(self._path(level), start, size, outside=self.zero))
+
+    def read_into(self, out: torch.Tensor, start: Sequence[int], level: int = 0) -> None:
+        """Read the box of a level at `start`, which lies in the volume, into `out` (C, d, h, w), as `dtype`.
+
+        Raises:
+            InputError: the cached volume is missing or damaged.
+        """
+        storage.read_into(self._path(level), start, out.numpy())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the stored numbers, int16 or uint8. InputError if the cached volume is missing or damaged."""
+        return getattr(torch, storage.number_type(self._path(0)).name)
+
+    def _path(self, level: int) -> Path:
+        return self.folder / storage.level_name(level)
 
     def read_label(self, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
         """Return the box of the label map as (1, d, h, w) uint8, 0 outside the volume. InputError without a label."""

@@ -6,6 +6,7 @@ before the checksum at the end of a gzipped file.
 """
 
 import gzip
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -39,6 +40,34 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except Exception as error:
         raise InputError(f"{path}: not a NIfTI volume, or a damaged one ({one_line(error)})") from None
     return array, image.affine
+
+
+def read_shape(path: Path) -> tuple[int, ...]:
+    """Return the shape of a NIfTI file, axes as stored, after a check that its voxels are all there.
+
+    They are not read: the end of a gzipped file states the size of its content. Only where that differs, as in a
+    damaged file or one of several gzip members, the file is read.
+
+    Raises:
+        InputError: as `read`.
+    """
+    zipped = path.name.lower().endswith(".gz")
+    try:
+        with (gzip.open if zipped else open)(path, "rb") as file:
+            image = _open(file, path)
+        offset, count = int(image.dataobj.offset), int(np.prod(image.shape, dtype=np.int64))
+        expected = offset + count * image.get_data_dtype().itemsize
+        with open(path, "rb") as file:
+            end = file.seek(-4, os.SEEK_END) + 4
+            complete = int.from_bytes(file.read(4), "little") == expected % 2**32 if zipped else end >= expected
+    except InputError:
+        raise
+    # as in `read`
+    except Exception as error:
+        raise InputError(f"{path}: not a NIfTI volume, or a damaged one ({one_line(error)})") from None
+    if not complete:
+        read(path)
+    return image.shape
 
 
 def _open(file, path: Path) -> nib.Nifti1Image:

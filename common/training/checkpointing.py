@@ -36,6 +36,8 @@ RESULTS = (
     "checkpoint-*.pth",
     "log.jsonl",
     "anomalies.jsonl",
+    "warnings.jsonl",
+    "run.json",
     "anomalies",
     "events.*",
     "reconstruction-*.png",

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common.data.loader import to_device
 from common.data.sampler import mix
 from common.training.fsdp import full_tensor
 from common.training.method import Batch
@@ -48,7 +47,7 @@ def train_one_epoch(
     finite, or a spike) is skipped on the device, and counted as `skipped`.
 
     Args:
-        batches: micro-batches in host memory, `rule.accum` per update.
+        batches: micro-batches on the device, `rule.accum` per update.
         first_step: first step of the epoch, in which the gradient norm of each loss is measured.
         after_update: called with the learning rate after every update, to log and save.
     """
@@ -92,7 +91,7 @@ def accumulate_gradients(
     method, loss_weights = state.method, rule.loss_weights(step)
     total, values = torch.zeros((), device=state.run.device), {}
     for micro in range(rule.accum):
-        batch = to_device(next(stream), state.run.device)
+        batch = next(stream)
         for part in range(method.num_parts):
             last = micro == rule.accum - 1 and part == method.num_parts - 1
             measured = measure and micro == part == 0 and method.grad_norm_parameter is not None

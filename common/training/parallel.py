@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +29,22 @@ class PrecisionSettings:
     grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     fsdp: bool = setting(False, "FSDP2: shard weights, gradients and AdamW's state over the processes")
     compile: bool = setting(False, "torch.compile every transformer block; the first updates take minutes")
+    tf32: bool = setting(
+        False,
+        "CUDA: float32 products with 10 bits after the point; changes results, and bf16 and fp16 have no use for it",
+    )
+    cudnn_benchmark: bool = setting(
+        False,
+        "CUDA: time the algorithms of each convolution and use the fastest; a resumed run may choose others, and then "
+        "differs by rounding",
+    )
+
+
+def set_cuda_options(settings: PrecisionSettings) -> None:
+    """Set the options of torch that hold for the process: TF32 and cuDNN's choice of algorithms."""
+    # torch alone would use TF32 in convolutions and not in matrix products
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
+    torch.backends.cudnn.benchmark = settings.cudnn_benchmark
 
 
 def wrap(method: Method, run: Run, accum: int = 1) -> nn.Module:
@@ -70,6 +87,9 @@ def compile_blocks(method: nn.Module) -> int:
     The blocks and not the method: they are compiled once for all depths, and the masks and views around them would
     break the graph.
     """
+    if not torch.cuda.is_available():
+        # compiling for a CPU loads torch's search for CUDA, which warns that there is none
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     blocks = transformer_blocks(method)
     for block in blocks:
         block.compile()

@@ -33,6 +33,9 @@ class LoopSettings:
         above=0,
         most=10**6,
     )
+    dry_run: bool = setting(
+        False, "everything but the updates: one forward and backward pass, its time and memory; out_dir stays as it is"
+    )
     optim: OptimSettings = group(OptimSettings, "Optimiser")
     precision: PrecisionSettings = group(PrecisionSettings, "Precision and memory")
     checkpoints: CheckpointSettings = group(CheckpointSettings, "Checkpoints")

@@ -13,22 +13,27 @@ from tqdm import tqdm
 
 from common import checkpoint, distributed
 from common.config import to_dict
-from common.data.loader import build_loader, end_workers
+from common.data.loader import DeviceBatches, Loading, build_loader, check_shared_memory, end_workers
 from common.data.sampler import StreamSampler, mix
 from common.distributed import Run
 from common.errors import InputError
 from common.files import lock_folder, naming_errors, save_bytes
+from common.resources import duration
 from common.runlog import RunLog, print_main, progress
 from common.signals import MARKER, Requeue, remove_requeue_marker, write_requeue_marker
 from common.training import checkpointing
 from common.training.fsdp import full_copy, meta_copy, shard, shard_loaded_state
-from common.training.loop import LossWeights, Schedule, UpdateRule, train_one_epoch
-from common.training.method import Method
+from common.training.loop import LossWeights, Schedule, UpdateRule, accumulate_gradients, train_one_epoch
+from common.training.method import Batch, Method
 from common.training.nonfinite import BadUpdateReporter, RollbackRequested
-from common.training.parallel import autocast_dtype, compile_blocks, transformer_blocks, wrap
+from common.training.parallel import autocast_dtype, compile_blocks, set_cuda_options, transformer_blocks, wrap
 from common.training.preemption import Stopped, StopRequests
+from common.training.record import write_record
 from common.training.settings import BatchPlan, LoopSettings
+from common.training.speed import Speed
 from common.training.state import TrainingState
+from common.training.summary import peak_text
+from common.training.waiting import Waiting
 from common.watchdog import Watchdog
 
 AfterEpoch = Callable[[int, RunLog, Method], dict[str, float]]
@@ -44,10 +49,13 @@ class Trainer:
         method: on any device; it is moved to that of `run`, and sharded with `--fsdp`.
         dataset: `dataset[(position, index)]` returns a sample whose randomness is drawn from (`dataset.seed`,
             position); `dataset.name(index)` returns the name of its volume.
+        loading: how batches are loaded, where the loading processes do not read whole samples of `dataset`. It gives
+            the same batches and draws its randomness from `dataset.seed` too.
         settings: those of the program, also written to settings.yaml.
         learning_rate, loss_weights: functions of the step.
         make_optimizer: called with the method when its parameters are final (on their device, sharded).
         args: what the checkpoint stores as `args`, in plain types.
+        about: what run.json tells readers of the folder about the run, in plain types.
         data_fingerprint: plain values that identify the data. A checkpoint with other values is refused on resume.
         order_seed: seed of the data order, crops and masks; None: that of the settings.
         after_epoch: called on every rank after each epoch with its number, the log and the method (a copy with full
@@ -67,13 +75,16 @@ class Trainer:
         loss_weights: LossWeights,
         make_optimizer: Callable[[Method], torch.optim.Optimizer],
         args: dict[str, Any],
+        about: dict[str, Any] | None = None,
         data_fingerprint: dict[str, Any],
+        loading: Loading | None = None,
         order_seed: int | None = None,
         after_epoch: AfterEpoch = lambda epoch, log, method: {},
     ):
         self.method, self.dataset, self.settings, self.run, self.plan = method, dataset, settings, run, plan
+        self.loading = loading or Loading(dataset)
         self.learning_rate, self.loss_weights, self.after_epoch = learning_rate, loss_weights, after_epoch
-        self.args, self.out_dir = args, Path(settings.out_dir)
+        self.args, self.about, self.out_dir = args, about or {}, Path(settings.out_dir)
         self.order_seed = settings.seed if order_seed is None else order_seed
         # equal in all parts of a run, or the same steps would mean other data
         seeds = settings.seed if self.order_seed == settings.seed else [settings.seed, self.order_seed]
@@ -86,13 +97,15 @@ class Trainer:
         self.log: RunLog | None = None
         self.requests: StopRequests | None = None
         self.bar: tqdm | None = None
+        self.speed = Speed()
         # means of the last epoch, for `after_epoch`
         self.means: dict[str, float] = {}
-        self._loader = None
+        self._loader, self._stream = None, None
         self._lock = contextlib.ExitStack()
 
     def _make_state(self, make_optimizer: Callable[[Method], torch.optim.Optimizer]) -> TrainingState:
         precision, method = self.settings.precision, self.method.to(self.run.device)
+        set_cuda_options(precision)
         self.unsharded = None
         if precision.fsdp and self.run.world_size == 1:
             print_main("--fsdp: has no effect on one process")
@@ -127,6 +140,36 @@ class Trainer:
             self._close()
         return self.writer.last
 
+    def dry_run(self) -> None:
+        """Make the first pass of the first update, print its losses, time and memory, and forget it (`--dry_run`).
+
+        Nothing is written, and a checkpoint in the folder is not read.
+
+        Raises:
+            InputError: the data cannot be used, or the loss is not finite.
+        """
+        try:
+            if self.settings.precision.compile:
+                print_main(f"compiling {compile_blocks(self.method)} transformer blocks")
+            self.state.model = wrap(self.method, self.run, self.plan.accum).train()
+            batches, began = self._batches(), time.perf_counter()
+            rule = UpdateRule(self.learning_rate, self.loss_weights, seed=self.data_seed)
+            loss, values = accumulate_gradients(self.state, batches, 0, rule)
+            losses = {name: float(values[name]) for name in self.loss_weights(0) if name in values}
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            if not loss.isfinite():
+                raise InputError(f"--dry_run: found a loss that is not finite ({shown})")
+            seconds = time.perf_counter() - began
+            print_main(
+                f"dry run: {shown}\n"
+                f"  first pass of {self.plan.micro_batch} volume(s), with loading and warm-up: {seconds:.2f} s; "
+                f"{self.plan.accum} passes make an update\n"
+                f"  peak memory {peak_text(self.run.device)}; the moments of AdamW are not in it yet\n"
+                f"  nothing was written to {self.out_dir}"
+            )
+        finally:
+            self._close()
+
     def _begin(self) -> None:
         self.watchdog.reset()
         paths = []
@@ -150,6 +193,7 @@ class Trainer:
             remove_requeue_marker(self.out_dir)
             recorded = yaml.safe_dump(to_dict(self.settings), sort_keys=False)
             save_bytes(self.out_dir / checkpointing.SETTINGS, recorded.encode())
+            write_record(self.settings, self.run, self.plan, self.method, self.about)
 
     def _open_log(self) -> RunLog:
         return RunLog(self.out_dir, self.state.step, self.state.epoch, self.state.rollbacks)
@@ -167,7 +211,7 @@ class Trainer:
         """Leave nothing running or half written, whatever happened."""
         self.watchdog.stop()
         end_workers(self._loader)
-        self._loader = None
+        self._loader, self._stream = None, None
         if self.bar is not None:
             self.bar.close()
         if self.requests is not None:
@@ -187,16 +231,18 @@ class Trainer:
         rule = UpdateRule(self.learning_rate, self.loss_weights, plan.accum, clip_grad, self.data_seed)
         self.bar = progress(total=last - first, initial=state.step - first, desc=title, unit="update")
         self.watchdog.reset()
-        batches = self._batches(last)
+        self.speed.start(state.step)
+        batches, updates = Waiting(self._batches()), last - state.step
         train_one_epoch(state, batches, last, rule, first_step=first, after_update=self._after_update)
         self.bar.close()
         means = self.means = state.epoch_means.read()
+        speed = batches.speed(updates * plan.batch)
         self._check_progress(means)
         means = means | self._validate()
         # less than an epoch's time when it was resumed
         seconds = round(time.time() - began, 1)
         lr = self.learning_rate(last - 1)
-        self.log.add_epoch({"epoch": state.epoch, "step": state.step, "lr": lr, "seconds": seconds} | means)
+        self.log.add_epoch({"epoch": state.epoch, "step": state.step, "lr": lr, "seconds": seconds} | speed | means)
         self.save(within_epoch=False)
         state.epoch += 1
         state.epoch_means.clear()
@@ -207,17 +253,25 @@ class Trainer:
         rollbacks = self.state.rollbacks
         return mix(self.order_seed, rollbacks) if rollbacks else self.order_seed
 
-    def _batches(self, last: int) -> Iterator[dict]:
-        """Return the micro-batches of this rank from `state.step` to `last`."""
-        if self._loader is None:
-            plan, run, seed = self.plan, self.run, self.data_seed
+    def _batches(self) -> Iterator[Batch]:
+        """Return the micro-batches of this rank from `state.step` on.
+
+        There is one iterator for all epochs, so that the next epoch is loaded while this one is validated and saved.
+        """
+        if self._stream is None:
+            plan, run, seed, workers = self.plan, self.run, self.data_seed, self.settings.workers
             shape = plan.micro_batch, plan.accum, run.rank, run.world_size
             self.sampler = StreamSampler(len(self.dataset), *shape, seed)
             if self.state.rollbacks:
                 self.dataset.seed = seed
-            self._loader = build_loader(self.dataset, self.sampler, self.settings.workers, run.device)
-        self.sampler.start, self.sampler.stop = self.state.step, last
-        return iter(self._loader)
+            self.sampler.start, self.sampler.stop = self.state.step, plan.total_steps
+            if workers:
+                first = next(iter(self.sampler))[0]
+                sample = self.loading.collate([self.loading.dataset[first]])
+                check_shared_memory(sample, self.sampler, workers)
+            self._loader = build_loader(self.loading, self.sampler, workers, run.device)
+            self._stream = DeviceBatches(self._loader, self.loading.prepare, run.device)
+        return self._stream
 
     def _after_update(self, lr: float) -> None:
         """Log when it is time to, then save or stop when some rank asks for it."""
@@ -237,8 +291,16 @@ class Trainer:
         scalars = {f"train/{name}": value for name, value in means.items()}
         self.log.add_scalars(scalars | {"lr": lr} | self.method.schedule_values(step), step)
         shown = {name: f"{means[name]:.3f}" for name in self.loss_weights(step) if name in means}
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix(shown | self._measure_speed(), refresh=False)
         self.reporter.report(self.state.guard, step, self.sampler, self.log, self.state.rollbacks)
+
+    def _measure_speed(self) -> dict[str, str]:
+        """Return the speed since the last log entry for the progress bar; once, print how long the run will take."""
+        seconds, left = self.speed.seconds_per_update(self.state.step), self.plan.total_steps - self.state.step
+        if self.speed.is_known and seconds * left >= 60:
+            rest = f"{left:,} updates in about {duration(seconds * left)}, without validation and pictures"
+            print_main(f"{seconds:.3g} s per update: the other {rest}; peak memory {peak_text(self.run.device)}")
+        return {"volumes/s": f"{self.plan.batch / seconds:.3g}"}
 
     def _check_progress(self, means: dict[str, float]) -> None:
         """Print how many updates were skipped. Stop when all were, before the checkpoint on disk is replaced; a run
@@ -317,6 +379,7 @@ class Trainer:
         paths = checkpointing.existing_checkpoints(self.out_dir)
         path, content = checkpointing.load_first_intact(paths, self.run)
         self.state.load(path, content, self.invariants)
-        self.state.rollbacks, self._loader = rollbacks, None
+        end_workers(self._loader)
+        self.state.rollbacks, self._loader, self._stream = rollbacks, None, None
         self.log = self._open_log()
         print_main(f"{reason}: returned to {path} ({self.state.step} updates done), other data from here on")

@@ -10,11 +10,13 @@ import torch
 from common import checkpoint
 from common.errors import InputError
 from common.training.trainer import Trainer
+from Finetune import export
 from Finetune.architectures import load_finetuned
 from Finetune.main_finetune import main
 from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.models_convvit3d import ConvViT3D
 from Finetune.presets import available, load_preset
+from tests.common.report.made import page_of
 from tests.Finetune.made import make_dataset
 from tests.helpers import read_log, run_module
 
@@ -45,6 +47,10 @@ def test_it_learns_and_its_checkpoint_suffices_to_rebuild_it(tmp_path, spleen):
     assert (architecture.roi, architecture.patch_size, preset.name) == ((32, 32, 32), (16, 16, 16), "MSD09_Spleen")
     assert args["validation_cases"] == ["spleen_2"] and args["training_cases"] == ["spleen_16", "spleen_17"]
     assert model(torch.zeros(1, 1, 32, 32, 32)).shape == (1, 2, 32, 32, 32)
+    page = page_of(tmp_path / "run")
+    assert all(
+        words in page for words in ("MSD09_Spleen, fold 0", "12 of 12", "Dice in validation", "2 training and 1")
+    )
 
 
 @pytest.mark.parametrize("warmup", [0, 1])
@@ -331,3 +337,26 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path, spleen):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         run(tmp_path, "MSD09_Spleen", spleen, out="file/run")
+
+
+def test_a_dry_run_writes_nothing(tmp_path, spleen, capsys):
+    assert run(tmp_path, "MSD09_Spleen", spleen, "--dry_run") is None
+    printed = capsys.readouterr().out
+    assert "dry run: dice " in printed and "2 cases train, 1 validate" in printed and "FLOP per update" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_exported_folder_is_loaded_as_its_checkpoint_is(tmp_path, spleen, capsys):
+    vit_file(tmp_path / "c.pth")
+    content = torch.load(tmp_path / "c.pth", weights_only=True)
+    recorded = {"spacing": None, "intensity": "window", "low": -1000.0, "high": 1000.0, "data": ["none of these"]}
+    torch.save(content | {"args": content["args"] | recorded}, tmp_path / "c.pth")
+    export.main([str(tmp_path / "c.pth"), "--to", str(tmp_path / "exported")])
+    weights = []
+    for name in ("c.pth", "exported"):
+        path = run(tmp_path, "MSD09_Spleen", spleen, "--init", tmp_path / name, out=f"run_{name}")
+        weights.append(checkpoint.load(path)["state_dict"])
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "other inputs" in line]
+        differs = "spacing as scanned, here 1.5 1.5 1.5 mm; intensities window -1000..1000 HU, here window -175..250 HU"
+        assert line.endswith(f"/{name}: was trained on other inputs than those of preset MSD09_Spleen: {differs}")
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -17,6 +17,7 @@ from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.models_classifier import Classifier
 from Finetune.presets import load_preset
 from scripts import convert_cc_ccii
+from tests.common.report.made import page_of
 from tests.Finetune.made import make_scans
 
 SMALL = "--embed_dim 24 --depth 2 --num_heads 2 --roi 32 32 16 --patch_size 16".split()
@@ -51,6 +52,7 @@ def test_it_learns_and_writes_its_scores(tmp_path, scans):
     assert card["scores"]["auc"] > 0.8
     rows = list(csv.DictReader(open(tmp_path / "run/classification.csv")))
     assert len(rows) == card["cases"] == 6
+    assert "of 6 cases" in page_of(tmp_path / "run")
     assert np.mean([row["class"] == row["predicted"] for row in rows]) == pytest.approx(card["scores"]["accuracy"])
 
 

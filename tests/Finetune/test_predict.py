@@ -10,6 +10,7 @@ import pytest
 import torch
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import SpatialResample
+from scipy import ndimage
 
 from common import checkpoint, files
 from common.data import volume_io
@@ -142,6 +143,18 @@ def test_probabilities_and_protocol(tmp_path, preset, file):
     assert not list((tmp_path / "out").rglob(".*"))
 
 
+def test_the_largest_component_is_kept(tmp_path, preset, file):
+    write_ct(tmp_path / "in/scan.nii.gz", preset, AFFINES["permuted"])
+    run(file, tmp_path / "in", tmp_path / "all")
+    before = np.asarray(nib.load(tmp_path / "all/scan.nii.gz").dataobj)
+    split = [n for n in range(1, 14) if ndimage.label(before == n)[1] > 1]
+    assert split
+    run(file, tmp_path / "in", tmp_path / "out", "--largest_component", *split)
+    after = np.asarray(nib.load(tmp_path / "out/scan.nii.gz").dataobj)
+    assert all(ndimage.label(after == n)[1] == 1 for n in split)
+    assert json.loads((tmp_path / "out/predictions.json").read_text())["largest_component"] == split
+
+
 def test_bad_volumes_are_named_and_others_predicted(tmp_path, preset, file, capsys):
     write_ct(tmp_path / "in/good.nii.gz", preset, AFFINES["flipped"])
     (tmp_path / "in/torn.nii.gz").write_bytes((tmp_path / "in/good.nii.gz").read_bytes()[:2000])
@@ -164,6 +177,8 @@ def test_bad_input_is_refused(tmp_path, preset, file):
     for wrong in (-1, 0):
         with pytest.raises(InputError, match=f"--sw_batch_size {wrong}.*1"):
             run(file, tmp_path / "in", tmp_path / "out", "--sw_batch_size", wrong)
+    with pytest.raises(InputError, match="--largest_component 14: .*13"):
+        run(file, tmp_path / "in", tmp_path / "out", "--largest_component", 1, 14)
     classes = load_preset("CC_CCII")
     save_checkpoint(tmp_path / "classes.pth", classes, model="classifier")
     with pytest.raises(InputError, match="classes.pth: .*CC_CCII.*classification"):

@@ -63,6 +63,14 @@ def test_recipe_trains_predicts_and_scores(tmp_path, name):
     assert len(list((tmp_path / "run/scores/worst").iterdir())) == 1
 
 
+@pytest.mark.slow
+def test_a_dry_run_of_a_recipe_only_tries_the_training(tmp_path):
+    data = make_dataset(load_preset("BTCV"), tmp_path / "data")
+    done = run("BTCV", data, tmp_path / "run", "--dry_run")
+    assert done.returncode == 0 and "dry run: dice" in done.stdout, done.stderr[-2000:]
+    assert not (tmp_path / "run").exists()
+
+
 def test_recipe_refuses_bad_flags_before_training(tmp_path):
     data = make_dataset(load_preset("BTCV"), tmp_path / "data")
     for out, flags, message in (

@@ -22,6 +22,7 @@ from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.presets import load_preset
 from Finetune.sweeps import plan as planning
 from Finetune.sweeps.runs import execute
+from tests.common.report.made import page_of
 from tests.Finetune.made import make_dataset, make_scans
 from tests.helpers import run_module
 
@@ -131,6 +132,8 @@ def test_sweep_runs_once_and_writes_its_table(small, capsys):
     assert "minus scratch" in printed and re.search("1 of 2 runs are done, about .* left", printed)
     assert (small.path / "out/sweep.png").stat().st_size > 5000
     scratch = [args for args in used_by(small) if args["init"] == "scratch"]
+    page = page_of(small.path / "out")
+    assert "2 of 2" in page and "Every run of the sweep is done" in page and "minus scratch" in page
     # the width of the checkpoint, not the default
     assert len(scratch) == 1 and scratch[0]["architecture"]["embed_dim"] == 24
     for card in small.path.glob("out/runs/*/scores/scores.json"):

@@ -91,8 +91,3 @@ def test_runs_at_once_are_dealt_over_the_devices(sweep, monkeypatch):
     assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in sweep.started[:3]] == ["4", "7", "4"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert schedule.cuda_devices() == ["0", "1"]
-
-
-@pytest.mark.parametrize("seconds, text", [(40, "40 s"), (720, "12 min"), (12600, "3.5 h")])
-def test_durations_are_in_their_largest_unit(seconds, text):
-    assert schedule.duration(seconds) == text

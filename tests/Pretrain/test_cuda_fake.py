@@ -1,14 +1,18 @@
 """Training steps of every pretraining method on CUDA fake tensors: a tensor made on the wrong device fails here, on a
 machine without a GPU, and so does a step for which the host would wait for the device."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from common.training.method import Method
 from Finetune.models_3dvit import VisionTransformer3D
+from Pretrain.blocks import BlockView, ViewMaker
 from Pretrain.models_glmae import GLMAE, TERMS
 from Pretrain.models_mae import MAE
+from Pretrain.views import Box, ViewSpec
 from tests.common.fake_cuda import check, fake_cuda, train
 from tests.Pretrain.toy_mim import toy
 
@@ -61,6 +65,7 @@ def with_content(batch):
     return make
 
 
+SPECS = {"global": ViewSpec(2, (32, 32, 32)), "local": ViewSpec(3, (16, 16, 16))}
 SLOW = {"mim-infonce", "mim-published"}
 
 
@@ -83,6 +88,36 @@ def test_nor_does_a_step_that_ignores_padding(method):
     weights = {name: 1.0 for name in names if not name.startswith("monitor")}
     batch = with_content(volumes if method.startswith("mim") else views)
     check(*train(build(method), batch, weights), names)
+
+
+def blocks():
+    """What the loader hands over of two volumes: a block of each, in which or beyond which all its views lie."""
+    places = [((0, 0, 0), (32, 32, 32)), ((4, 8, 0), (40, 20, 30)), ((-4, 0, 0), (16, 16, 16))]
+
+    def views_of(sample, count):
+        boxes = [Box(*places[i % len(places)], (i == 1, False, i == 0)) for i in range(count)]
+        return [BlockView((sample, 0), box, 0.5, 0.1, 0) for box in boxes]
+
+    shape = (1, 40, 36, 44)
+    return {
+        "numbers": torch.zeros(2 * math.prod(shape), dtype=torch.int16),
+        "blocks": {(sample, 0): shape for sample in range(2)},
+        "views": {kind: [*views_of(0, spec.count), *views_of(1, spec.count)] for kind, spec in SPECS.items()},
+        "key": torch.zeros(2, dtype=torch.long),
+    }
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_nor_does_a_step_whose_views_are_made_on_the_device(resident):
+    maker = ViewMaker(SPECS)
+    if resident:
+
+        def maker(batch, device):
+            kept = {key: torch.zeros(shape, dtype=torch.int16, device=device) for key, shape in batch["blocks"].items()}
+            return ViewMaker(SPECS, kept)({k: v for k, v in batch.items() if k != "numbers"}, device)
+
+    weights = {name: 1.0 for name in TERMS}
+    check(*train(build("glmae-ce"), blocks, weights, updates=2, prepare=maker), set(TERMS))
 
 
 def test_nor_does_a_step_in_fp16_with_its_scaler():

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from common.errors import InputError
+from common.runlog import TIMES
+from common.training.speed import Speed
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain import main_pretrain
+from tests.common.report.made import page_of
 from tests.helpers import ROOT, read_log, run_module, write_nifti
 
 SMALL = """
@@ -51,12 +54,16 @@ def test_a_run_leaves_checkpoints_log_and_pictures(scans, tmp_path, capsys):
     assert set(content) == {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"}
     assert content["epoch"] == 1 and content["args"]["grid_size"] == [2, 2, 2] and len(content["args"]["data"]) == 3
     said = capsys.readouterr().out
-    assert "effective batch 2 volumes = 8 views" in said and "4 updates" in said and "learning rate 0.001" in said
+    assert "8 views per update" in said and "4: 2 epochs x 2" in said and "learning rate 0.001" in said
     encoder = VisionTransformer3D(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2)
     missing, unexpected = encoder.load_pretrained_checkpoint(tmp_path / "run/checkpoint-last.pth")
     assert missing == [] and {k.split(".")[0] for k in unexpected} >= {"decoder_embed", "head"}
     terms = {"rec_global", "rec_local", "global_global", "global_local", "monitor/entropy", "grad_norm"}
     assert terms <= set(read_log(tmp_path / "run")[0])
+    page = page_of(tmp_path / "run")
+    assert all(
+        words in page for words in ("GL-MAE pretraining", "2 of 2", "over_position", "data:image/png", "rec_local")
+    )
 
 
 @pytest.mark.parametrize("method", ["mae", "glmae"])
@@ -117,9 +124,18 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(scans, tmp_path):
                 assert abs(a[term] - b[term]) < 1e-3 * max(1, abs(a[term])), (other, a["epoch"], term)
 
 
-def test_a_resumed_run_equals_an_undisturbed_one(scans, tmp_path, monkeypatch):
-    """Teacher, centre, schedules and data go on where they stopped: bit for bit."""
-    pretrain(scans, tmp_path / "whole", "--epochs", "3")
+WHERE = {
+    "loader": ["--views_on", "loader"],
+    "device": ["--views_on", "device"],
+    "resident": ["--resident", "on"],
+}
+
+
+@pytest.mark.parametrize("where", ["loader", "device", pytest.param("resident", marks=pytest.mark.slow)])
+def test_a_resumed_run_equals_an_undisturbed_one(scans, tmp_path, monkeypatch, where):
+    """Teacher, centre, schedules and data go on where they stopped: bit for bit, wherever views are made."""
+    more = ["--epochs", "3", *WHERE[where]]
+    pretrain(scans, tmp_path / "whole", *more)
 
     class Stop(Exception):
         pass
@@ -131,12 +147,30 @@ def test_a_resumed_run_equals_an_undisturbed_one(scans, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(main_pretrain.Reconstructions, "__call__", stop)
-        pretrain(scans, tmp_path / "cut", "--epochs", "3")
-    pretrain(scans, tmp_path / "cut", "--epochs", "3")
+        pretrain(scans, tmp_path / "cut", *more)
+    pretrain(scans, tmp_path / "cut", *more)
     a, b = (torch.load(tmp_path / n / "checkpoint-last.pth", weights_only=True) for n in ("whole", "cut"))
     assert all(torch.equal(v, b["student"][k]) for k, v in a["student"].items())
     assert all(torch.equal(v, b["teacher"][k]) for k, v in a["teacher"].items())
     assert torch.equal(a["dino_loss"]["center"], b["dino_loss"]["center"])
+
+
+def test_where_views_are_made_changes_no_number(scans, tmp_path, capsys):
+    """Losses, and the measures on the fixed batch, with padding that is ignored."""
+    more = ["--crop_mode", "fixed", "--ignore_padding", "--placement", "random", "--epochs", "1", "--workers", "1"]
+    logs, printed = {}, {}
+    for where, flags in WHERE.items():
+        pretrain(scans, tmp_path / where, *more, *flags)
+        (logs[where],), printed[where] = read_log(tmp_path / where), capsys.readouterr().out
+        assert (tmp_path / where / "reconstruction-0.png").exists()
+    assert "views: made in the loading processes" in printed["loader"]
+    assert "views: made on cpu, of blocks from" in printed["device"]
+    assert "views: made on cpu, where all 3 volumes are kept in 0.0 of the" in printed["resident"]
+    for where in ("device", "resident"):
+        for name, value in logs["loader"].items():
+            if name not in TIMES:
+                # rounding errors can be larger than what is nearly zero
+                assert logs[where][name] == pytest.approx(value, rel=1e-3, abs=1e-3), (where, name)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +217,7 @@ def test_volumes_that_cannot_be_used_stop_a_run_unless_asked(scans, tmp_path, ca
     with pytest.raises(InputError, match="flat.nii.gz.*2D"):
         pretrain(scans, tmp_path / "run", *lists)
     pretrain(scans, tmp_path / "run", *lists, "--allow_failures")
-    assert "glmae: 3 volumes" in capsys.readouterr().out
+    assert "data     3 volumes" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -205,3 +239,37 @@ def test_the_recipe_shows_every_setting_with_its_value():
         "this call 1k",
     ):
         assert line in done.stdout
+
+
+def test_the_time_left_is_printed_once_when_it_is_known(scans, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Speed, "_seconds", lambda self, step: 100.0)
+    pretrain(scans, tmp_path / "run", "--epochs", "3")
+    output = capsys.readouterr()
+    assert output.out.count("100 s per update: the other 4 updates in about 7 min") == 1
+    assert output.out.count("the other") == 1 and "volumes/s=0.02" in output.err
+
+
+@pytest.mark.parametrize("method", ["glmae", "mae"])
+def test_a_dry_run_writes_nothing(scans, tmp_path, capsys, method):
+    pretrain(scans, tmp_path / "new", "--dry_run", method=method)
+    printed = capsys.readouterr().out
+    assert "dry run: rec_" in printed and "first pass of 2 volume(s)" in printed and "peak memory" in printed
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_dry_run_leaves_a_run_as_it_is(scans, tmp_path):
+    pretrain(scans, tmp_path / "run", "--epochs", "1")
+    before = {path: path.stat().st_mtime_ns for path in [tmp_path / "run", *(tmp_path / "run").rglob("*")]}
+    pretrain(scans, tmp_path / "run", "--dry_run", "--epochs", "3")
+    assert {path: path.stat().st_mtime_ns for path in [tmp_path / "run", *(tmp_path / "run").rglob("*")]} == before
+
+
+def test_a_dry_run_reports_a_folder_that_cannot_be_made(scans, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file/run: cannot be written"):
+        pretrain(scans, tmp_path / "file/run", "--dry_run")
+
+
+def test_a_dry_run_reports_a_loss_that_is_not_finite(scans, tmp_path):
+    with pytest.raises(InputError, match="loss that is not finite .*rec_local nan"):
+        pretrain(scans, tmp_path / "run", "--dry_run", "--norm_pix_eps", "1e-300", "--local_scale", "0.01", "0.01")

@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.data.loader import to_device
 from common.distributed import Run
 from common.training.loop import UpdateRule, train_one_epoch
 from common.training.optim import build_optimizer
@@ -136,10 +137,19 @@ def moved(method: nn.Module) -> nn.Module:
     return method
 
 
-def train(method: nn.Module, batch, weights: dict[str, float], make_optimizer=None, amp="bf16", updates=1, accum=1):
+def train(
+    method: nn.Module,
+    batch,
+    weights: dict[str, float],
+    make_optimizer=None,
+    amp="bf16",
+    updates=1,
+    accum=1,
+    prepare=to_device,
+):
     """Run `updates` of `accum` micro-batches; return the losses of every forward pass, and the Waits.
 
-    `batch()` returns a batch in host memory, as the loader does.
+    `batch()` returns a batch in host memory, as the loader does, and `prepare` makes of it what the method takes.
     """
     reported = []
     with fake_cuda():
@@ -161,7 +171,7 @@ def train(method: nn.Module, batch, weights: dict[str, float], make_optimizer=No
 
         with mock.patch("torch.Tensor.backward", backward), mock.patch("torch.autograd.grad", gradient):
             with Waits() as waits:
-                train_one_epoch(state, batches, updates, rule)
+                train_one_epoch(state, (prepare(host, CUDA) for host in batches), updates, rule)
         assert state.step == updates
     return reported, waits
 

@@ -57,6 +57,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.runlog import TIMES
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset, make_scans
 from tests.helpers import read_log, run_module, write_scans
@@ -67,7 +68,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWa
 FOLDER = Path(__file__).parent
 UPDATES = 20
 TOLERANCE = 5e-5
-NOT_RECORDED = ("epoch", "step", "seconds", "skipped")
+NOT_RECORDED = ("epoch", "step", *TIMES, "skipped")
 PRETRAIN, FINETUNE = "Pretrain.main_pretrain", "Finetune.main_finetune"
 
 # An epoch of one update, so that log.jsonl has a line for each.
@@ -182,8 +183,8 @@ def write_records(name: str, records: dict[str, Numbers]) -> None:
     (FOLDER / f"{name}.json").write_text("{\n" + ",\n".join(blocks) + "\n}\n")
 
 
-def check(name: str, nproc: int, data: Path) -> None:
-    found, recorded = run(name, nproc, data), read_records(name)[str(nproc)]
+def check(name: str, nproc: int, data: Path, extra: Sequence[str] = ()) -> None:
+    found, recorded = run(name, nproc, data, extra), read_records(name)[str(nproc)]
     assert found.keys() == recorded.keys()
     apart = {value: deviation(found[value], recorded[value]) for value in recorded}
     too_far = {value: f"{far:.2g}, allowed {allowed(name, value):.2g}" for value, far in apart.items()}
@@ -198,6 +199,13 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])
 def test_one_process(data, name):
     check(name, 1, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, (program, _, _) in RUNS.items() if program == PRETRAIN])
+def test_views_made_on_the_device(data, name):
+    """Where views are made changes no number by more than rounding errors."""
+    check(name, 1, data, ["--views_on", "device"])
 
 
 @pytest.mark.slow

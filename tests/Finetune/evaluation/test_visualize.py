@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from Finetune.evaluation.visualize import PANEL, colour, most_labelled, overlay, panel
+from Finetune.evaluation.visualize import COLUMN, GAP, colour, labelled_box, most_labelled, overlay, panel
 
 
 def test_axial_plane_is_in_radiological_view():
     image, label = np.zeros((4, 4, 3)), np.zeros((4, 4, 3), np.uint8)
     # RAS: right, posterior
     label[3, 0, 1] = 5
-    pixels = panel(image, label, axis=2, index=1, spacing=(1, 1, 1))
+    pixels = panel(image, label, axis=2, index=1, spacing=(1, 1, 1), width=80)
     marked = np.argwhere(pixels.any(axis=-1))
     # at the bottom, on the left
-    assert (marked.min(0) == (3 * PANEL // 4, 0)).all()
+    assert (marked.min(0) == (60, 0)).all()
     assert tuple(pixels[-1, 0]) == pytest.approx(tuple(round(0.45 * c) for c in colour(5)), abs=1)
 
 
@@ -24,9 +24,19 @@ def test_planes_have_most_labelled_voxels():
     assert most_labelled(np.zeros((6, 6, 6), np.uint8), 0) == 3
 
 
-@pytest.mark.parametrize("depth, beside", [(4, PANEL), (40, PANEL // 2)])
-def test_thin_and_thick_scans_fit_beside_the_axial_plane(depth, beside):
-    image, label = np.random.default_rng(0).random((40, 40, depth)), np.zeros((40, 40, depth), np.uint8)
-    label[10:20, 10:20] = 2
-    pixels = overlay(image, [label], (1, 1, 1), {1: "spleen", 2: "liver"}, ["scan"])
-    assert pixels.shape[1] == PANEL + 4 + beside + 4 and PANEL <= pixels.shape[0] <= PANEL + 60
+@pytest.mark.parametrize("slices", [4, 60])
+def test_planes_of_thin_and_thick_scans_fill_the_frame(slices):
+    image, label = np.ones((60, 40, slices)), np.zeros((60, 40, slices), np.uint8)
+    label[:, :, :] = 2
+    pixels = overlay(image, [label, label], (1, 1, 1), {1: "spleen", 2: "liver"}, ["reference", "prediction"])
+    assert pixels.shape[1] == 2 * COLUMN + GAP
+    # Without titles and legend, all but the gaps is image.
+    planes = pixels[16:-16, :COLUMN]
+    assert planes.any(axis=-1).mean() > 0.97
+
+
+def test_a_picture_is_cropped_to_the_labels_of_both_maps():
+    reference, prediction = np.zeros((2, 100, 100, 10), np.uint8)
+    reference[50, 50, 5], prediction[90, 50, 5] = 1, 1
+    assert labelled_box([reference, prediction], (5, 5, 5)) == (slice(45, 96), slice(45, 56), slice(0, 10))
+    assert labelled_box([reference * 0], (5, 5, 5)) == (slice(None),) * 3

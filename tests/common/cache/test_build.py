@@ -191,6 +191,8 @@ def test_a_damaged_volume_is_named(case, tmp_path):
     os.truncate(volume.folder / "image.b2nd", 200)
     with pytest.raises(InputError, match="part of the cache is damaged"):
         volume.read((0, 0, 0), (40, 30, 30))
+    with pytest.raises(InputError, match="part of the cache is damaged"):
+        volume.read_into(torch.empty(1, 4, 4, 4, dtype=torch.int16), (0, 0, 0))
     (volume.folder / "label.b2nd").unlink()
     with pytest.raises(InputError, match="part of the cache is missing"):
         volume.read_label((0, 0, 0), (4, 4, 4))
@@ -324,4 +326,3 @@ def test_memory_of_a_worker_stays_flat_over_a_thousand_volumes(tmp_path):
     early, late = (results.get(timeout=600) for _ in counts)
     worker.join()
     assert late - early < 24 * 2**20, f"{early / 2**20:.0f} MiB after 200 volumes, {late / 2**20:.0f} after 1000"
-    assert build.peak_memory() > 0

@@ -23,6 +23,17 @@ def test_reduced_levels_are_means_without_aliasing():
     assert (storage.halve(stripes, 1) == 0.5).all()
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8])
+def test_a_box_is_read_to_its_place(tmp_path, dtype):
+    numbers = np.random.default_rng(0).integers(0, 255, (2, 70, 90, 40)).astype(dtype)
+    storage.write(tmp_path / "image.b2nd", numbers)
+    assert storage.number_type(tmp_path / "image.b2nd") == dtype
+    buffer = np.full(2 * 5 * 40 * 39 + 7, 9, dtype)
+    storage.read_into(tmp_path / "image.b2nd", (62, 50, 1), buffer[3:-4].reshape(2, 5, 40, 39))
+    assert (buffer[3:-4].reshape(2, 5, 40, 39) == numbers[:, 62:67, 50:90, 1:40]).all()
+    assert (buffer[:3] == 9).all() and (buffer[-4:] == 9).all()
+
+
 def test_thick_slices_are_not_reduced_further():
     assert storage.reduced_shape((512, 512, 60), (0.8, 0.8, 5.0)) == (256, 256, 60)
     assert storage.reduced_shape((200, 200, 201), (1.0, 1.0, 1.2)) == (100, 100, 101)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from common.distributed import Run
-from common.training.parallel import compile_blocks, wrap
+from common.training.parallel import PrecisionSettings, compile_blocks, set_cuda_options, wrap
 from Finetune.models_3dvit import VisionTransformer3D
 
 
@@ -32,3 +32,15 @@ def test_compiled_blocks_give_the_same_tokens_and_gradients():
 def test_one_process_needs_no_wrapping():
     method = nn.Linear(2, 2)
     assert wrap(method, Run(torch.device("cpu"))) is method
+
+
+def test_tf32_and_autotuning_are_off_unless_asked_for():
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    try:
+        set_cuda_options(PrecisionSettings(tf32=True, cudnn_benchmark=True))
+        assert matmul.allow_tf32 and cudnn.allow_tf32 and cudnn.benchmark
+        set_cuda_options(PrecisionSettings())
+        assert not (matmul.allow_tf32 or cudnn.allow_tf32 or cudnn.benchmark)
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before

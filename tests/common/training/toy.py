@@ -13,6 +13,7 @@ from common import checkpoint
 from common.config import from_dict
 from common.data.sampler import generator
 from common.distributed import Run
+from common.runlog import TIMES
 from common.training.method import Method
 from common.training.optim import build_optimizer
 from common.training.settings import LoopSettings, plan_updates
@@ -112,7 +113,7 @@ def points(out_dir):
 
 def same_logs(a, b):
     """Both runs told the same: every epoch's line and every point, none doubled and none missing."""
-    strip = [[{k: v for k, v in line.items() if k != "seconds"} for line in read_log(out_dir)] for out_dir in (a, b)]
+    strip = [[{k: v for k, v in line.items() if k not in TIMES} for line in read_log(out_dir)] for out_dir in (a, b)]
     assert str(strip[0]) == str(strip[1])  # as text: NaN is the same as NaN
     assert str(points(a)) == str(points(b))
 

@@ -1,0 +1,144 @@
+"""What Finetune.export reads and writes besides this repository's own folders: see converters.py."""
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from Finetune.converters import (
+    PLAN_KEYS,
+    NotConvertible,
+    depth_of,
+    from_monai_mae,
+    from_monai_unetr,
+    from_monai_vit,
+    from_nnssl,
+    from_plain_mae,
+    to_monai_mae,
+    to_monai_unetr,
+    to_monai_vit,
+    to_nnssl,
+)
+from Finetune.pretrained import State
+
+PLAN = "adaptation_plan.json"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Weights for another library: its class, the arguments to build it with, and further files of the export."""
+
+    state: State
+    architecture: str
+    arguments: dict[str, Any]
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+def adaptation_plan(arguments: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of `adaptation_plan.json`, with the entries of those published with nnssl's checkpoints.
+
+    nnU-Net builds the architecture by its name. It does not know ours, so the class must be added there first.
+    """
+    preprocessing = card["preprocessing"] or {}
+    configuration = {
+        "spacing": preprocessing.get("spacing"),
+        "patch_size": list(arguments["img_size"]),
+        "normalization_schemes": [preprocessing.get("intensity")],
+        "intensity_range": [preprocessing.get("low"), preprocessing.get("high")],
+    }
+    return {
+        "architecture_plans": {
+            "arch_class_name": card["architecture"],
+            "arch_kwargs": dict(arguments),
+            "arch_kwargs_requiring_import": None,
+        },
+        "pretrain_plan": {
+            "dataset_name": ", ".join(card["training"]["data_sets"] or []),
+            "plans_name": "mask-volumes",
+            "transpose_forward": [0, 1, 2],
+            "transpose_backward": [0, 1, 2],
+            "configurations": {"pretraining": configuration},
+        },
+        "pretrain_num_input_channels": arguments["in_chans"],
+        "recommended_downstream_patchsize": list(arguments["img_size"]),
+        **PLAN_KEYS,
+    }
+
+
+def _monai_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of MONAI's ViT for those of ours."""
+    width = arguments["embed_dim"]
+    return {
+        "in_channels": arguments["in_chans"],
+        "img_size": arguments["img_size"],
+        "hidden_size": width,
+        "mlp_dim": round(width * arguments["mlp_ratio"]),
+        "num_heads": arguments["num_heads"],
+        "qkv_bias": True,
+    }
+
+
+def _monai_vit(state: State, arguments: Mapping[str, Any], card: Mapping[str, Any]) -> Converted:
+    more = {"patch_size": arguments["patch_size"], "num_layers": arguments["depth"], "pos_embed_type": "learnable"}
+    return Converted(to_monai_vit(state), "monai.networks.nets.ViT", _monai_arguments(arguments) | more)
+
+
+def _monai_unetr(state: State, arguments: Mapping[str, Any], card: Mapping[str, Any]) -> Converted:
+    # out_channels is the task's
+    return Converted(to_monai_unetr(state), "monai.networks.nets.UNETR", _monai_arguments(arguments))
+
+
+def _monai_mae(state: State, arguments: Mapping[str, Any], card: Mapping[str, Any]) -> Converted:
+    if "decoder_embed.weight" not in state:
+        raise NotConvertible("found no decoder, expected that of MAE")
+    recorded = card["decoder_num_heads"]
+    if not recorded:
+        raise NotConvertible("found no record of the decoder's attention heads")
+    more = {
+        "patch_size": arguments["patch_size"],
+        "num_layers": arguments["depth"],
+        "decoder_hidden_size": len(state["decoder_embed.weight"]),
+        "decoder_mlp_dim": len(state["decoder_blocks.0.mlp.fc1.weight"]),
+        "decoder_num_layers": depth_of(state, "decoder_blocks"),
+        "decoder_num_heads": recorded,
+    }
+    arguments = _monai_arguments(arguments) | more
+    return Converted(to_monai_mae(state), "monai.networks.nets.MaskedAutoEncoderViT", arguments)
+
+
+def _nnunet(state: State, arguments: Mapping[str, Any], card: Mapping[str, Any]) -> Converted:
+    plan = json.dumps(adaptation_plan(arguments, card), indent=2).encode()
+    converted = to_nnssl(state)
+    content = io.BytesIO()
+    torch.save({"network_weights": converted}, content)
+    files = {PLAN: plan, "checkpoint_final.pth": content.getvalue()}
+    return Converted(converted, card["architecture"], dict(arguments), files)
+
+
+def _from_nnssl_beside(state: State, file: Path) -> State:
+    path = file.parent / PLAN
+    try:
+        plan = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        raise NotConvertible(f"found no readable {path}") from None
+    return from_nnssl(state, plan)
+
+
+# --source: (state, file) -> state; --format: (state, arguments of our class, card) -> `Converted`
+SOURCES: dict[str, Callable[[State, Path], State]] = {
+    "monai_vit": lambda state, file: from_monai_vit(state),
+    "monai_unetr": lambda state, file: from_monai_unetr(state),
+    "monai_mae": lambda state, file: from_monai_mae(state),
+    "plain_mae": lambda state, file: from_plain_mae(state),
+    "nnssl": _from_nnssl_beside,
+}
+TARGETS: dict[str, Callable[[State, Mapping[str, Any], Mapping[str, Any]], Converted]] = {
+    "monai_vit": _monai_vit,
+    "monai_unetr": _monai_unetr,
+    "monai_mae": _monai_mae,
+    "nnunet": _nnunet,
+}

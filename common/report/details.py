@@ -1,0 +1,90 @@
+"""Sections of what makes a run repeatable: its settings beside the defaults, the machine, and what to cite."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.config import load_mapping, shown
+from common.errors import InputError
+from common.report import page
+from common.report.page import Html, tag
+from common.report.runs import RunFolder
+
+CITATION = Path(__file__).resolve().parents[2] / "CITATION.cff"
+
+
+def settings_section(run: RunFolder) -> Html | None:
+    """Return the settings that differ from their defaults, and all others on request."""
+    rows = run.record.get("settings", []) if run.kind != "sweep" else []
+    if not rows:
+        known = run.sweep.get("settings") or run.settings
+        listed = page.pairs((name, value_text(value)) for name, value in known.items())
+        return page.section("Settings", tag("div", listed, class_="card")) if known else None
+    given = [row for row in rows if "default" not in row]
+    changed = [row for row in rows if "default" in row and row["value"] != row["default"]]
+    same = [row for row in rows if "default" in row and row["value"] == row["default"]]
+    header = ["setting", "this run", "default"]
+    cells = [(tag("code", row["name"]), value_text(row["value"]), value_text(row["default"])) for row in changed]
+    required = page.pairs((row["name"], value_text(row["value"])) for row in given)
+    return page.section(
+        "Settings",
+        page.cards(
+            page.join([tag("h3", f"{len(changed)} differ from the defaults"), page.table(header, cells)]),
+            page.join([tag("h3", "Have no default"), required]) if given else None,
+            uneven=True,
+        ),
+        page.folded(f"{len(same)} settings have their defaults", *grouped(same)),
+    )
+
+
+def grouped(rows: Sequence[Mapping[str, Any]]) -> list[Html]:
+    """Return settings under the headings that --help gives them."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append((row["name"], value_text(row["value"])))
+    titled = (page.join([tag("h3", title), page.pairs(members)]) for title, members in groups.items())
+    return [page.cards(*titled)] if groups else []
+
+
+def value_text(value: Any) -> str:
+    """Return a setting as the command line takes it."""
+    return "(none)" if value in ("", []) else shown(value)
+
+
+def environment_section(run: RunFolder) -> Html | None:
+    """Return machine, versions, processes and commit."""
+    found, plan = run.record.get("environment", {}), run.record.get("plan", {})
+    used = {"started": run.record.get("started"), "device": plan.get("device"), "processes": plan.get("processes")}
+    used |= {"trained parameters": f"{count:,}" if (count := run.record.get("trained_parameters")) else None}
+    # the runs of a sweep have started one after the other
+    used = {} if run.kind == "sweep" else used
+    lists = [[(name, str(value)) for name, value in part.items() if value is not None] for part in (used, found)]
+    return page.section("Environment", page.cards(*(page.pairs(part) for part in lists if part)))
+
+
+# ---------------------------------------------------------------- citation
+
+
+def citation_section(run: RunFolder) -> Html | None:
+    """Return the papers of the run's method, of all methods where it is not known, and this software."""
+    try:
+        citation = load_mapping(CITATION)
+    except InputError:
+        return None
+    papers = citation.get("references", [])
+    method = run.about.get("method")
+    chosen = [paper for paper in papers if method in paper.get("keywords", ())] or papers
+    commit = run.record.get("environment", {}).get("code")
+    software = f"{citation.get('title')}, version {citation.get('version')}" + (f", commit {commit}" if commit else "")
+    intro = "Please cite the paper of the method" if len(chosen) == 1 else "Please cite the papers of the methods used"
+    items = [*(tag("li", *reference(paper)) for paper in chosen), tag("li", f"{software}.")]
+    return page.section("How to cite", tag("p", f"{intro}, and this software.", class_="quiet"), tag("ul", *items))
+
+
+def reference(paper: Mapping[str, Any]) -> list[Any]:
+    """Return a reference as in a bibliography, with its DOI as a link."""
+    names = (author.get("name") or f"{author['given-names']} {author['family-names']}" for author in paper["authors"])
+    place = f"{paper.get('journal')}, {paper.get('year')}"
+    doi = paper.get("doi")
+    link = [" ", tag("a", f"doi:{doi}", href=f"https://doi.org/{doi}")] if doi else []
+    return [f"{', '.join(names).replace(', and others', ' and others')}. {paper['title']}. {place}.", *link]

@@ -1,0 +1,73 @@
+"""The pretraining program on the GPU: its options do not change the losses, and a stopped run goes on as it was."""
+
+import math
+
+import pytest
+import torch
+
+from Pretrain import main_pretrain
+from tests.helpers import read_log, run_module, write_scans
+from tests.Pretrain.test_main_pretrain import flags, pretrain
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    return write_scans(tmp_path_factory.mktemp("scans"))
+
+
+def curves(folder):
+    """The losses, gradient norms and share of skipped updates of each epoch."""
+    names = ("rec_", "global_", "grad_norm", "skipped")
+    return [{k: v for k, v in line.items() if k.startswith(names)} for line in read_log(folder)]
+
+
+def assert_same_curves(folder, other, tolerance):
+    one, two = curves(folder), curves(other)
+    assert len(one) == len(two) > 1 and all(map(math.isfinite, one[-1].values()))
+    for a, b in zip(one, two):
+        # an epoch in which fp16 skipped every update, to find its scale, has no means
+        assert b == pytest.approx(a, rel=tolerance, abs=tolerance, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "option", ["--grad_checkpointing", "--fsdp", pytest.param("--compile", marks=pytest.mark.slow), "--cudnn_benchmark"]
+)
+def test_options_do_not_change_the_losses(device, scans, tmp_path, option):
+    common = ["--device", device.type, "--amp", "off"]
+    pretrain(scans, tmp_path / "plain", *common)
+    pretrain(scans, tmp_path / "other", *common, option)
+    assert_same_curves(tmp_path / "plain", tmp_path / "other", 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_several_processes_have_the_losses_of_one(device, scans, tmp_path, options):
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    data = ["--datalist", scans, "--cache_dir", tmp_path / "cache", "--device", device.type, "--amp", "off"]
+    run_module("Pretrain.main_pretrain", *flags("glmae"), *data, "--out_dir", tmp_path / "one")
+    run_module("Pretrain.main_pretrain", *flags("glmae"), *data, *options, "--out_dir", tmp_path / "two", nproc=2)
+    assert_same_curves(tmp_path / "one", tmp_path / "two", 1e-3)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_a_resumed_run_equals_an_undisturbed_one(device, scans, tmp_path, monkeypatch, amp):
+    """To rounding errors: some kernels of the GPU add in an order that varies."""
+    common = ["--device", device.type, "--amp", amp, "--epochs", "3"]
+    pretrain(scans, tmp_path / "undisturbed", *common)
+
+    class Stop(Exception):
+        pass
+
+    def stop(self, epoch, log, method):
+        if epoch == 1:
+            raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(main_pretrain.Reconstructions, "__call__", stop)
+        pretrain(scans, tmp_path / "stopped", *common)
+    pretrain(scans, tmp_path / "stopped", *common)
+    tolerance = {"off": 1e-4, "bf16": 2e-2, "fp16": 5e-3}[amp] if device.type == "cuda" else 1e-7
+    assert_same_curves(tmp_path / "undisturbed", tmp_path / "stopped", tolerance)

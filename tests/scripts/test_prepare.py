@@ -1,0 +1,287 @@
+"""scripts.prepare on fabricated downloads: complete ones become the recipe's layout, others give one message."""
+
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from common.errors import InputError
+from Finetune import presets
+from Finetune.cases import find_cases
+from Finetune.presets import load_preset
+from Pretrain import catalog
+from scripts import prepare
+from tests.helpers import ROOT
+
+SHAPE = (4, 5, 6)
+# folders of the downloads: (images, labels), with names as published
+FOLDERS = {
+    "BTCV": ("RawData/Training/img", "RawData/Training/label"),
+    "MMWHS_CT": ("MM-WHS 2017 Dataset/ct_train1", "MM-WHS 2017 Dataset/ct_train1"),
+    "WORD": ("WORD-V0.1.0/imagesTr", "WORD-V0.1.0/labelsTr"),
+    "COVID19_20": ("COVID-19-20_v2/Train", "COVID-19-20_v2/Train"),
+    "FLARE22": ("FLARE22Train/images", "FLARE22Train/labels"),
+}
+LISTED = ("MSD01_BrainTumour", "MSD04_Hippocampus", "MSD06_Lung")
+
+
+def write(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+    return path
+
+
+def download(name: str, root: Path) -> Path:
+    """Write a download with every published file; all images are alike, and all labels."""
+    preset = load_preset(name)
+    published, layout = preset.published, preset.layout
+    count = sum(published.cases) or 3
+    cases = published.all_ids() or [f"{number:04d}" for number in range(1, count + 1)]
+    shape = (*SHAPE, preset.channels) if preset.channels > 1 else SHAPE
+    values = sorted(preset.label_values or preset.labels)
+    label = np.resize(np.array(values, np.int16), SHAPE)
+    originals = [write(root / "image.nii.gz", np.arange(np.prod(shape), dtype=np.int16).reshape(shape))]
+    originals.append(write(root / "label.nii.gz", label))
+    if layout.datalist:
+        folders, patterns = [f"{name}/imagesTr", f"{name}/labelsTr"], ["{case}.nii.gz"] * 2
+        entries = [{"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"} for case in cases]
+        (root / name).mkdir()
+        (root / name / "dataset.json").write_text(json.dumps({"training": entries, "test": []}))
+    else:
+        folders, patterns = FOLDERS[name], [pattern[0] for pattern in (layout.images, layout.labels)]
+    for original, folder, pattern in zip(originals, folders, patterns):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for case in cases:
+            shutil.copy(original, root / folder / Path(pattern.replace("{case}", case)).name)
+        original.unlink()
+    # as in archives made on a Mac
+    (root / folders[0] / f"._{Path(patterns[0]).name}").touch()
+    return root
+
+
+def run(name: str, source: Path, out: Path, *flags: str) -> None:
+    prepare.main([name, "--source", str(source), "--out", str(out), *flags])
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) if folder.exists() else []
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "data/out"
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, *LISTED])
+def test_a_complete_download_becomes_the_layout(tmp_path, out, capsys, name):
+    source = download(name, tmp_path / "download")
+    before = contents(source)
+    run(name, source, out)
+    preset = load_preset(name)
+    cases = find_cases(preset, out)
+    assert len(cases) == (len(preset.published.all_ids()) or sum(preset.published.cases) or 3)
+    assert all(case.image.is_symlink() and case.image.resolve().is_relative_to(source.resolve()) for case in cases)
+    assert all(case.label.is_symlink() and case.label.exists() for case in cases)
+    assert contents(source) == before
+    assert f"DATA={out} bash scripts/{name}/run.sh" in capsys.readouterr().out
+
+
+def test_the_same_command_again_changes_nothing(tmp_path, out, capsys):
+    source = download("BTCV", tmp_path / "download")
+    run("BTCV", source, out)
+    (out / "img/img0003.nii.gz").unlink()
+    run("BTCV", source, out)
+    assert "30 volumes, complete; 1 links made, 59 were there" in capsys.readouterr().out
+    run("BTCV", source, out)
+    assert "0 links made, 60 were there" in capsys.readouterr().out
+    # the layout itself may be checked, too
+    run("BTCV", out, out, "--check")
+
+
+def test_one_layout_serves_fine_tuning_and_pretraining(tmp_path):
+    run("BTCV", download("BTCV", tmp_path / "download"), tmp_path / "data/BTCV")
+    (source,) = catalog.load("BTCV")
+    assert len(catalog.find(source, tmp_path / "data")[0]) == source.count == 24
+
+
+def test_check_writes_nothing(tmp_path, out, capsys):
+    run("BTCV", download("BTCV", tmp_path / "download"), out, "--check")
+    assert "30 volumes, complete; nothing was written" in capsys.readouterr().out and not out.parent.exists()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def unmapped(path: Path) -> None:
+    write(path, np.full(SHAPE, 99, np.int16))
+
+
+def reshaped(path: Path) -> None:
+    write(path, np.zeros((4, 5, 7), np.int16))
+
+
+IMG, LABEL = "RawData/Training/img/img0002.nii.gz", "RawData/Training/label/label0002.nii.gz"
+
+
+@pytest.mark.parametrize(
+    "name, path, change, message",
+    [
+        ("BTCV", IMG, Path.unlink, r"found no img/img0002.nii.gz; get BTCV from https://www.synapse.org.*licence"),
+        ("BTCV", LABEL, Path.unlink, "found no label/label0002.nii.gz"),
+        ("BTCV", LABEL, unmapped, r"label0002.nii.gz: found the label value 99, expected one of 0 1 2"),
+        ("BTCV", LABEL, reshaped, r"label0002.nii.gz: found a label of shape \(4, 5, 7\), expected \(4, 5, 6\)"),
+        ("BTCV", IMG, truncate, "img0002.nii.gz: not a NIfTI volume, or a damaged one"),
+        ("BTCV", IMG, lambda path: path.write_bytes(b""), "img0002.nii.gz: found no NIfTI header"),
+        (
+            "BTCV",
+            IMG,
+            lambda path: shutil.copytree(path.parent, path.parents[3] / "copy"),
+            "img0001.nii.gz: found twice",
+        ),
+        ("WORD", "WORD-V0.1.0/imagesTr/word_0002.nii.gz", Path.unlink, "found 99 of 100 files imagesTr/word_{case}"),
+        ("MSD06_Lung", "MSD06_Lung/labelsTr/0002.nii.gz", Path.unlink, "labelsTr/0002.nii.gz: listed in dataset.json"),
+        ("MSD06_Lung", "MSD06_Lung/dataset.json", Path.unlink, "found 0 files dataset.json, expected one"),
+        ("MSD01_BrainTumour", "MSD01_BrainTumour/imagesTr/0002.nii.gz", reshaped, "found 1 channels, expected 4"),
+        ("MMWHS_CT", "MM-WHS 2017 Dataset/ct_train1/ct_train_1003_label.nii.gz", unmapped, "label value 99"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_named(tmp_path, out, name, path, change, message):
+    source = download(name, tmp_path / "download")
+    change(source / path)
+    with pytest.raises(InputError, match=message):
+        run(name, source, out)
+    assert not out.parent.exists()
+
+
+def test_what_is_there_can_be_used(tmp_path, out, capsys):
+    source = download("BTCV", tmp_path / "download")
+    (source / IMG).unlink()
+    run("BTCV", source, out, "--allow_missing")
+    said = capsys.readouterr().out
+    assert "warning" in said and "found no img/img0002.nii.gz" in said and "29 volumes, incomplete" in said
+    assert len(find_cases(load_preset("BTCV"), out)) == 29
+    shutil.rmtree(source / "RawData")
+    with pytest.raises(InputError, match=r"found no img/img0001.nii.gz.*and 55 more \(60 in all\)"):
+        run("BTCV", source, tmp_path / "none", "--allow_missing")
+
+
+def test_mri_scans_are_left_out(tmp_path, out, capsys):
+    """AMOS has CT and MRI in the same folders, and two pairs of folders with the same names of files."""
+    for part, numbers in (("Tr", ("0001", "0507")), ("Va", ("0008",))):
+        for number in numbers:
+            write(
+                tmp_path / f"amos22/images{part}/amos_{number}.nii.gz", np.arange(120).reshape(SHAPE).astype(np.int16)
+            )
+            write(tmp_path / f"amos22/labels{part}/amos_{number}.nii.gz", np.zeros(SHAPE, np.uint8))
+    with pytest.raises(InputError, match=r"found 1 of 200 files imagesTr/amos_.*found 1 of 100 files imagesVa"):
+        run("AMOS22_CT", tmp_path / "amos22", out)
+    run("AMOS22_CT", tmp_path / "amos22", out, "--allow_missing")
+    names = [name for name in contents(out) if name.endswith(".nii.gz")]
+    assert names == [
+        f"{kind}{rest}" for kind in ("images", "labels") for rest in ("Tr/amos_0001.nii.gz", "Va/amos_0008.nii.gz")
+    ]
+
+
+def test_folders_of_slices_are_linked_and_to_be_converted(tmp_path, out, capsys):
+    for name in ("Normal", "NCP", "CP"):
+        (tmp_path / f"download/part/{name}/1/2").mkdir(parents=True)
+        (tmp_path / f"download/part/{name}/1/2/0.png").touch()
+    run("CC_CCII", tmp_path / "download", out)
+    assert contents(out)[:3] == ["CP", "NCP", "Normal"] and (out / "CP/1/2/0.png").exists()
+    assert f"next: python -m scripts.convert_cc_ccii --data {out}" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "download/part/CP")
+    with pytest.raises(InputError, match="found no CP/PATIENT/SCAN"):
+        run("CC_CCII", tmp_path / "download", tmp_path / "other")
+
+
+# ---------------------------------------------------------------- pretraining sets
+
+
+def test_a_pretraining_set_is_linked_as_a_whole(tmp_path, out, capsys):
+    source = tmp_path / "download/Totalsegmentator_dataset"
+    write(source / "s0001/ct.nii.gz", np.arange(120, dtype=np.int16).reshape(SHAPE))
+    write(source / "s0001/segmentations/liver.nii.gz", np.zeros(SHAPE, np.uint8))
+    run("TotalSegmentator", source, out)
+    assert out.is_symlink() and out.resolve() == source.resolve()
+    run("TotalSegmentator", source, out)
+    said = capsys.readouterr().out
+    assert "1 volumes, complete; 1 links made" in said and "0 links made, 1 were there" in said
+    assert f"--datasets TotalSegmentator --data_root {out.parent}" in said
+
+
+def test_a_pretraining_set_must_be_complete(tmp_path, out):
+    write(tmp_path / "download/a/1.nii.gz", np.arange(120, dtype=np.int16).reshape(SHAPE))
+    with pytest.raises(InputError, match="found 1 of 771 published volumes; get TCIAcovid19 from https"):
+        run("TCIAcovid19", tmp_path / "download", out)
+    run("TCIAcovid19", tmp_path / "download", out, "--allow_missing")
+    truncate(tmp_path / "download/a/1.nii.gz")
+    with pytest.raises(InputError, match="1.nii.gz: not a NIfTI volume"):
+        run("TCIAcovid19", tmp_path / "download", tmp_path / "other", "--allow_missing")
+    assert not (tmp_path / "other").exists()
+
+
+# ---------------------------------------------------------------- links and names
+
+
+def test_what_is_in_the_way_is_not_replaced(tmp_path, out):
+    source = download("BTCV", tmp_path / "download")
+    other = write(out / "img/img0040.nii.gz", np.zeros(SHAPE, np.int16))
+    with pytest.raises(InputError, match="img0040.nii.gz: is there already"):
+        run("BTCV", source, out)
+    assert contents(out) == ["img", "img/img0040.nii.gz"] and not other.is_symlink()
+
+
+def test_links_are_removed_when_one_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "a").touch()
+    link = Path.symlink_to
+
+    def fails(path, target):
+        if path.name == "third":
+            raise OSError(28, "No space left on device")
+        link(path, target)
+
+    monkeypatch.setattr(Path, "symlink_to", fails)
+    with pytest.raises(InputError, match="third: cannot be written .No space"):
+        prepare.make_links({tmp_path / name: tmp_path / "a" for name in ("first", "second", "third")})
+    assert contents(tmp_path) == ["a"]
+
+
+def test_a_list_cannot_make_links_elsewhere(tmp_path, out):
+    source = download("MSD06_Lung", tmp_path / "download")
+    write(tmp_path / "download/secret.nii.gz", np.arange(120, dtype=np.int16).reshape(SHAPE))
+    path = source / "MSD06_Lung/dataset.json"
+    path.write_text(json.dumps({"training": [{"image": "../secret.nii.gz", "label": "./labelsTr/0001.nii.gz"}]}))
+    with pytest.raises(InputError, match="leaves the folder"):
+        run("MSD06_Lung", source, out)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["BTVC", "--source", "."], "BTVC: unknown data set; did you mean 'BTCV'"),
+        (["BTCV", "--source", "/nowhere"], "expected the folder of the download; get BTCV from"),
+        (["BTCV"], "expected the folder of the download"),
+        ([], "NAME: unknown data set"),
+        (["1k", "--source", "."], "unknown data set"),
+    ],
+)
+def test_bad_words_are_refused(words, message):
+    with pytest.raises(InputError, match=message):
+        prepare.main(words)
+
+
+def test_every_data_set_states_what_is_published():
+    missing = [name for name in presets.available() if not load_preset(name).published]
+    assert missing == ["sample_abdomen"]
+    sources = {source.name for source in catalog.load_all(catalog.available())}
+    assert set(prepare.names()) == {*presets.available(), *sources} - {"sample_abdomen"} and len(sources) == 8
+
+
+def test_the_table_of_the_document_is_that_of_the_yamls(capsys):
+    prepare.main(["--list"])
+    table = capsys.readouterr().out.strip()
+    assert table in (ROOT / "docs/data.md").read_text(), f"docs/data.md: replace its table by\n{table}"
