@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Where the gradient to the weights is a product of matrices instead of PyTorch's: it was made for CPUs, and has not been
-# measured on another device.
+# Where the gradient to the weights is a product of matrices instead of PyTorch's. It was made for CPUs, and has not
+# been measured on another device.
 MATRIX_PRODUCT_ON = {"cpu"}
 # Larger blocks of memory go back to the system and are slow to get again (glibc's largest mmap threshold is 32 MB).
 CPU_BLOCK_BYTES = 1 << 24
