@@ -1,6 +1,7 @@
 """Hybrid convolution-transformer encoder of MiM, for its pretraining and for segmentation.
 
     B batch   (D, H, W) voxels   (d, h, w) = (D, H, W)/16 grid   N = d*h*w tokens   K kept tokens   C_1..C_4 widths
+    s = 16, 8, 4, 2 voxels per axis of a token, in the volume and in the three convolutional stages
 
 Three convolutional stages at strides 2, 4, 8, then a transformer on the tokens of stride 16:
 
@@ -10,14 +11,15 @@ Three convolutional stages at strides 2, 4, 8, then a transformer on the tokens 
                      blocks with layer scale and relative position bias, a convolution to stride 32, no fusion or norm
 
 Architecture and parameter names are those of the weights released with MiM (arXiv 2404.15580, IEEE TMI 2025), so that
-these load. The masked convolutional stages are MCMAE's (arXiv 2205.03892). Needs encoder3d.py and pretrained.py
-beside it.
+these load. The masked convolutional stages are MCMAE's (arXiv 2205.03892). They are computed at visible voxels alone:
+removed ones are zeros to the depthwise convolutions, and all else is pointwise. Needs encoder3d.py, pretrained.py and
+depthwise3d.py beside it.
 """
 
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Literal
 
@@ -26,16 +28,20 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 if __package__:
-    from . import encoder3d, pretrained
+    from . import depthwise3d, encoder3d, pretrained
 else:
     # a notebook has Finetune/ itself on its path
+    import depthwise3d
     import encoder3d
     import pretrained
 
 # voxels per token: four embeddings of stride 2
 STRIDE = 16
+# voxels that a depthwise convolution sees on each side
+MARGIN = 2
 SIZES = {
     "tiny": dict(embed_dims=(12, 24, 48, 96), depths=(2, 2, 2, 11), num_heads=3),
     "base": dict(embed_dims=(48, 96, 192, 384), depths=(2, 2, 2, 11), num_heads=12),
@@ -45,10 +51,33 @@ SIZES = {
 # ---------------------------------------------------------------- functions
 
 
-def visible_mask(ids_keep: Tensor, grid: encoder3d.Grid) -> Tensor:
-    """Return the mask (B, 1, d, h, w) of kept tokens (B, K): 1 is kept, 0 is removed."""
-    mask = torch.zeros(len(ids_keep), math.prod(grid), device=ids_keep.device)
-    return mask.scatter_(1, ids_keep, 1.0).view(-1, 1, *grid)
+def visible_cubes(x: Tensor, ids_keep: Tensor) -> Tensor:
+    """Return the voxels of the kept tokens (B, K) of a volume (B, C, D, H, W), as (B, K, 16, 16, 16, C)."""
+    batch, chans, *sizes = x.shape
+    d, h, w = (size // STRIDE for size in sizes)
+    x = x.reshape(batch, chans, d, STRIDE, h, STRIDE, w, STRIDE).permute(
+        0, 2, 4, 6, 3, 5, 7, 1
+    )  # (B, d, h, w, s, s, s, C)
+    rows = torch.arange(batch, device=x.device).unsqueeze(1)
+    return x[rows, ids_keep // (h * w), ids_keep // w % h, ids_keep % w]
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
+    """Apply a function of single voxels to (..., C), a part of them at a time, and again in the backward pass.
+
+    What it computes on the way, `width` channels at most, is then neither stored nor larger than a processor's cache.
+
+    Args:
+        function: maps (n, C) to (n, C') and draws no random numbers.
+    """
+    parts = []
+    for part in x.flatten(0, -2).split(depthwise3d.blocks_of(x, width)):
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(function, part, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(function(part))
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -99,28 +128,23 @@ def resample_bias_table(table: Tensor, source: encoder3d.Grid, target: encoder3d
 # ---------------------------------------------------------------- layers
 
 
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a map (B, C, d, h, w). Its eps is 1e-5, where the transformer's is 1e-6."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
 class PatchEmbed(nn.Module):
-    """Halve every axis: (B, C, d, h, w) -> (B, C', d/2, h/2, w/2). Tokens do not mix."""
+    """Halve every axis: (..., d, h, w, C) -> (..., d/2, h/2, w/2, C'). Tokens do not mix."""
 
     def __init__(self, in_chans: int, out_chans: int):
         super().__init__()
         self.proj = nn.Conv3d(in_chans, out_chans, kernel_size=2, stride=2)
-        self.norm = ChannelNorm(out_chans)
+        self.norm = nn.LayerNorm(out_chans)
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.proj(x)))
+        y = self.proj(x.flatten(0, -5).movedim(-1, 1)).movedim(1, -1)
+        y = recomputed(lambda part: self.act(self.norm(part)), y, y.shape[-1])
+        return y.view(*x.shape[:-4], *y.shape[-4:])
 
 
 class Pointwise(nn.Conv3d):
-    """Linear layer on channels-last maps (B, d, h, w, C) with the parameters of a 1x1x1 convolution."""
+    """Linear layer on channels-last maps (..., C) with the parameters of a 1x1x1 convolution."""
 
     def __init__(self, in_chans: int, out_chans: int):
         super().__init__(in_chans, out_chans, kernel_size=1)
@@ -144,21 +168,16 @@ class ConvBlock(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(mlp))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Map (B, C, d, h, w) to the same shape; `visible` (B, 1, d, h, w) is 1 for kept voxels.
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Map (B, d, h, w, C) to the same shape, or cubes of visible voxels (B, K, s, s, s, C) with their margins.
 
-        Everything but `attn` is pointwise, so removed voxels change no visible one.
+        Args:
+            rows: of `depthwise3d.margin_rows`. None: all voxels are visible.
         """
-        # channels last saves transpositions, and the depthwise convolution's backward pass takes a third of the time
-        # on a CPU (measured)
-        x = x.movedim(1, -1)  # (B, d, h, w, C)
-        h = self.conv1(self.norm1(x))
-        if visible is not None:
-            h = h * visible.movedim(1, -1)
-        h = self.attn(h.movedim(-1, 1)).movedim(1, -1)
+        h = recomputed(lambda part: self.conv1(self.norm1(part)), x, x.shape[-1])
+        h = depthwise3d.depthwise_conv3d(h.flatten(0, -5), self.attn.weight, self.attn.bias, rows).view_as(x)
         x = x + self.drop_path(self.conv2(h))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x.movedim(-1, 1)
+        return x + self.drop_path(recomputed(lambda part: self.mlp(self.norm2(part)), x, self.mlp.fc1.out_channels))
 
 
 class RelativeBlock(Block):
@@ -299,7 +318,7 @@ class ConvViT3D(encoder3d.Encoder3D):
         if 4 in return_layers and any(size % 32 for size in x.shape[2:]):
             raise ValueError(f"volume {tuple(x.shape[2:])} is not divisible by 32, the stride of feature map 4")
         tokens, maps = self.forward_stages(x, ids_keep)
-        fused = tokens if self.pyramid else self.norm(tokens + self._fuse(maps, ids_keep))
+        fused = tokens if self.pyramid else self.norm(tokens + self._fuse(maps, ids_keep is not None))
         if not len(return_layers):
             return fused
         coarse = to_map(tokens, encoder3d.grid_of(x.shape[2:], self.patch_size))
@@ -309,29 +328,37 @@ class ConvViT3D(encoder3d.Encoder3D):
         return fused, [layers[layer] for layer in return_layers]
 
     def forward_stages(self, x: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Return the tokens (B, K, C_4) after the last block, before fusion and norm, and maps at strides 2, 4, 8."""
-        grid = self.input_grid(x)
-        mask = None if ids_keep is None else visible_mask(ids_keep, grid).to(x.dtype)  # (B, 1, d, h, w)
-        maps = []
+        """Return the tokens (B, K, C_4) after the last block, before fusion and norm, and the convolutional stages.
+
+        These are maps (B, C, D, H, W) at strides 2, 4, 8, or with `ids_keep` cubes (B, K, s, s, s, C).
+        """
+        grid, cubes = self.input_grid(x), None
+        if ids_keep is None:
+            x = x.movedim(1, -1)
+        else:
+            x, cubes = visible_cubes(x, ids_keep), depthwise3d.neighbour_cubes(ids_keep, grid)
+        stages = []
         for stage in (1, 2, 3):
-            x = self.get_submodule(f"patch_embed{stage}")(x)  # (B, C_stage, D/2^stage, ...)
-            visible = None if mask is None else F.interpolate(mask, size=x.shape[2:], mode="nearest-exact")
+            x = self.get_submodule(f"patch_embed{stage}")(x)  # (B, D/2^stage, ..., C_stage) or (B, K, s, s, s, C_stage)
+            rows = None if cubes is None else depthwise3d.margin_rows(cubes, STRIDE >> stage, MARGIN)
             for block in self.get_submodule(f"blocks{stage}"):
-                x = self.run_block(block, x, visible)
-            maps.append(x)
-        x = self.patch_embed5(to_tokens(self.patch_embed4(x)))  # (B, N, C_4)
-        x = x + encoder3d.resample_pos_embed(self.pos_embed, self.grid_size, grid, num_prefix_tokens=0)
-        if ids_keep is not None:
-            x = encoder3d.take(x, ids_keep)  # (B, K, C_4)
+                x = self.run_block(block, x, rows)
+            stages.append(x.movedim(-1, 1) if cubes is None else x)
+        x = self.patch_embed5(self.patch_embed4(x).flatten(1, -2))  # (B, K, C_4)
+        pos_embed = encoder3d.resample_pos_embed(self.pos_embed, self.grid_size, grid, num_prefix_tokens=0)
+        x = x + (pos_embed if ids_keep is None else encoder3d.take(pos_embed.expand(len(x), -1, -1), ids_keep))
         for block in self.blocks4:
             x = self.run_block(block, x, *((grid, ids_keep) if self.pyramid else ()))
-        return x, maps
+        return x, stages
 
-    def _fuse(self, maps: list[Tensor], ids_keep: Tensor | None) -> Tensor:
+    def _fuse(self, stages: list[Tensor], masked: bool) -> Tensor:
         """Return the sum of the three convolutional stages on the token grid: (B, K, C_4)."""
         decodes = (self.stage1_output_decode, self.stage2_output_decode, self.stage3_output_decode)
-        tokens = to_tokens(sum(decode(x) for decode, x in zip(decodes, maps)))
-        return tokens if ids_keep is None else encoder3d.take(tokens, ids_keep)
+        if not masked:
+            return to_tokens(sum(decode(x) for decode, x in zip(decodes, stages)))
+        # a cube is as large as the kernel; for that case a linear layer is ten times as fast on a CPU (measured)
+        cubes = [x.movedim(-1, 2).flatten(2) for x in stages]  # (B, K, C*s^3)
+        return sum(F.linear(x, decode.weight.flatten(1), decode.bias) for decode, x in zip(decodes, cubes))
 
     # ------------------------------------------------------------ for training
 

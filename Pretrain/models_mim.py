@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from common.config import setting
 from common.training.method import Batch, Method, Reconstruction
-from Finetune.encoder3d import Grid, get_3d_sincos_pos_embed, take
+from Finetune.encoder3d import Grid, get_3d_sincos_pos_embed, grid_of, resample_pos_embed, take
 from Finetune.models_convvit3d import ConvViT3D, convvit3d_base_patch16, convvit3d_tiny_patch16, to_map, to_tokens
 from Finetune.pretrained import load_matching, read_checkpoint
 from Pretrain.losses import (
@@ -75,6 +75,7 @@ class MiMSettings:
     group: int = setting(2, "g: mid volumes per axis of the volume; must divide the token grid", least=1)
     num_mid: int = setting(4, "S: mid volumes per volume", least=1)
     num_down: int = setting(4, "Q: down volumes per mid volume", least=1)
+    half_down: bool = setting(False, "enlarge removed tokens to half the size of the other levels' inputs; our choice")
     down_parts: int | None = setting(None, "backward passes of the down level; none: num_down", least=1)
     mask_ratio_up: float = setting(0.5, "share of units (places of mid volumes) removed", least=0, below=1)
     mask_ratio_mid: float = setting(0.6, "share of patches removed from mid volumes", least=0, below=1)
@@ -149,6 +150,7 @@ class MaskedDecoder(nn.Module):
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
         self.decoder_embed = nn.Linear(embed_dim, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.grid_size = grid
         self.decoder_pos_embed = nn.Parameter(get_3d_sincos_pos_embed(width, grid), requires_grad=False)
         block = partial(Block, width, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm_layer)
         self.decoder_blocks = nn.ModuleList(block() for _ in range(depth))
@@ -156,20 +158,21 @@ class MaskedDecoder(nn.Module):
         self.decoder_pred = nn.Linear(width, patch_voxels)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latent: Tensor, ids_restore: Tensor) -> tuple[Tensor, Tensor]:
-        """Return decoded features (M, T, E) and voxels (M, T, P) of all tokens in raster order.
+    def forward(self, latent: Tensor, ids_restore: Tensor, grid: Grid | None = None) -> Tensor:
+        """Return decoded features (M, T, E) of all tokens in raster order. `decoder_pred` makes voxels (P) of them.
 
         Args:
             latent: (M, K, C), encoded visible tokens.
             ids_restore: (M, T), sorts visible and removed tokens back into raster order.
+            grid: their grid, if it is not that of the position table, which is then resampled.
         """
         x = self.decoder_embed(latent)
         removed = self.mask_token.expand(len(x), ids_restore.shape[1] - x.shape[1], -1).to(x.dtype)
-        x = take(torch.cat([x, removed], dim=1), ids_restore) + self.decoder_pos_embed  # (M, T, E)
+        positions = resample_pos_embed(self.decoder_pos_embed, self.grid_size, grid or self.grid_size, 0)
+        x = take(torch.cat([x, removed], dim=1), ids_restore) + positions  # (M, T, E)
         for block in self.decoder_blocks:
             x = block(x)
-        feature = self.decoder_norm(x)
-        return feature, self.decoder_pred(feature)
+        return self.decoder_norm(x)
 
 
 class MiM(Method):
@@ -192,6 +195,8 @@ class MiM(Method):
             itself. It cannot be masked in part, so the up level is masked by tokens, and the mid volume is the volume.
         mask_ratio_up, mask_ratio_mid, mask_ratio_down: shares of removed units, tokens and tokens.
         num_mid, num_down: S and Q. When fewer places were removed, visible ones are added.
+        half_down: enlarge a removed token to half the size of the other levels' inputs. The down level, most of the
+            work, then has an eighth of the tokens; for 96^3 they show 16/3 voxels of the volume per axis, not 16/6.
         down_parts: backward passes of the down level. None: `num_down`, one down volume per mid volume each.
         align: `cosine` (2 - 2 cos with the child's place) or `infonce` (the child's place against the others of the
             parent). Children pass through a trainable head and parents do not, so a constant is no solution.
@@ -216,6 +221,7 @@ class MiM(Method):
         mask_ratio_down: float = 0.5,
         num_mid: int = 4,
         num_down: int = 4,
+        half_down: bool = False,
         down_parts: int | None = None,
         align: Align = "cosine",
         align_temp: float = 0.2,
@@ -239,12 +245,15 @@ class MiM(Method):
             raise ValueError(f"down_parts {down_parts} must be in 1..{num_mid * num_down} (down volumes per volume)")
         if align not in HEADS:
             raise ValueError(f"align: found {align!r}, expected one of {', '.join(HEADS)}")
-        places = {"up": units if group > 1 else tokens, "mid": tokens, "down": tokens}
+        if half_down and any(n % 2 for n in grid):
+            raise ValueError(f"half_down: found the token grid {grid}, expected even numbers")
+        self.down_size = tuple(n // 2 if half_down else n for n in encoder.img_size)
+        self.down_grid = grid_of(self.down_size, encoder.patch_size)
+        places = {"up": units if group > 1 else tokens, "mid": tokens, "down": math.prod(self.down_grid)}
         ratios = {"up": mask_ratio_up, "mid": mask_ratio_mid, "down": mask_ratio_down}
         self.keep = {level: num_keep(places[level], ratios[level]) for level in LEVELS}
-        for level in LEVELS:
-            if self.keep[level] == places[level]:
-                raise ValueError(f"mask_ratio_{level} {ratios[level]} removes none of {places[level]} places")
+        for level in (level for level in LEVELS if self.keep[level] == places[level]):
+            raise ValueError(f"mask_ratio_{level} {ratios[level]} removes none of {places[level]} places")
         self.group, self.num_mid, self.num_down = group, num_mid, num_down
         self.align, self.align_temp = align, align_temp
         self.norm_pix_loss, self.norm_pix_eps = norm_pix_loss, norm_pix_eps
@@ -291,7 +300,7 @@ class MiM(Method):
         else:
             masking = random_masking(uniform(derive(keys, 0), math.prod(grid)), self.keep["up"], content)
             unit_mask = torch.ones_like(keys, dtype=torch.float32).unsqueeze(1)
-        loss, feature = self._reconstruct(x, masking)
+        loss, feature = self.reconstruct(x, masking)
         labels = choose_removed(uniform(derive(keys, 1), units), unit_mask, self.num_mid, unit_content)  # (B, S)
         self._carry = {"labels": labels, "parent": pool_units(feature.detach(), grid, self.group)}
         return {"rec_up": loss}
@@ -305,7 +314,7 @@ class MiM(Method):
             boxes = cut_content(boxes, self.encoder.img_size, (self.group,) * 3, labels)  # (B*S, 3, 2)
         content = self._content(boxes, self.encoder.patch_size, self.encoder.grid_size)  # (B*S, T)
         masking = random_masking(self._noise(keys, 2, count, tokens), self.keep["mid"], content)
-        loss, feature = self._reconstruct(x, masking)
+        loss, feature = self.reconstruct(x, masking)
         chosen = choose_removed(self._noise(keys, 3, count, tokens), masking.mask, self.num_down, content)  # (B*S, Q)
         self._carry = {"volumes": x, "labels": chosen, "parent": feature.detach()}
         if boxes is not None:
@@ -324,15 +333,15 @@ class MiM(Method):
 
     def _down(self, batch: Batch, piece: int) -> dict[str, Tensor]:
         volumes, labels, parent = self._carry["volumes"], self._carry["labels"], self._carry["parent"]
-        grid, count = self.encoder.grid_size, self.num_down
+        count = self.num_down
         # R of the B*S*Q down volumes
         rows = torch.arange(labels.numel(), device=labels.device).tensor_split(self.down_parts)[piece]  # (R,)
         own, share = rows // count, len(rows) / labels.numel()
         x = cut_blocks(volumes[own], self.encoder.patch_size, labels.flatten()[rows].unsqueeze(1))  # (R, C, 16, 16, 16)
-        x = F.interpolate(x, size=self.encoder.img_size, mode="trilinear", align_corners=False)
-        noise = self._noise(batch["key"], 4, self.num_mid * count, math.prod(grid))[rows]
+        x = F.interpolate(x, size=self.down_size, mode="trilinear", align_corners=False)
+        noise = self._noise(batch["key"], 4, self.num_mid * count, math.prod(self.down_grid))[rows]
         content = self._down_content(own, labels.flatten()[rows])  # (R, T)
-        loss, feature = self._reconstruct(x, random_masking(noise, self.keep["down"], content))
+        loss, feature = self.reconstruct(x, random_masking(noise, self.keep["down"], content))
         values = {"rec_down": loss * share}
         if self.align != "none":
             child = self.aggregate_down(feature.mean(dim=1))  # (R, E)
@@ -355,22 +364,25 @@ class MiM(Method):
         if boxes is None:
             return None
         boxes = cut_content(boxes[own], self.encoder.patch_size, grid, labels.unsqueeze(1))  # (R, 3, 2)
-        # enlarged from a patch to img_size, which is `grid` patches; the blur beyond the edge counts as padding
-        boxes = torch.stack([boxes[:, axis] * factor for axis, factor in enumerate(grid)], dim=1)
-        return self._content(boxes, self.encoder.patch_size, grid)
+        # enlarged from a patch to `down_grid` patches; the blur beyond the edge counts as padding
+        boxes = torch.stack([boxes[:, axis] * factor for axis, factor in enumerate(self.down_grid)], dim=1)
+        return self._content(boxes, self.encoder.patch_size, self.down_grid)
 
     def _heads_not_in_down(self) -> list[nn.Parameter]:
         heads = set(HEADS[self.align]) - {"aggregate_down", "aggregate_pred_mid_feature"}
         return [p for name in sorted(heads) for p in self.get_submodule(name).parameters()]
 
-    def _reconstruct(self, x: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
+    def reconstruct(self, x: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
         """Return the loss of the removed tokens of x (M, C, D, H, W), and the decoded features (M, T, E)."""
-        feature, prediction = self.decoder(self.encoder(x, ids_keep=masking.ids_keep), masking.ids_restore)
+        grid = grid_of(x.shape[2:], self.encoder.patch_size)
+        feature = self.decoder(self.encoder(x, ids_keep=masking.ids_keep), masking.ids_restore, grid)
         if self._seen is not None:
-            self._seen.append(Reconstruction(x, masking.mask, prediction))
-        target = patchify(x, self.encoder.patch_size)
+            self._seen.append(Reconstruction(x, masking.mask, self.decoder.decoder_pred(feature)))
+        removed = masking.ids_restore.argsort(dim=1)[:, masking.ids_keep.shape[1] :]  # (M, T-K)
+        prediction = self.decoder.decoder_pred(take(feature, removed))  # (M, T-K, P)
+        target = take(patchify(x, self.encoder.patch_size), removed)
         target = norm_pix(target, self.norm_pix_eps) if self.norm_pix_loss else target
-        return masked_mse(prediction, target, masking.mask), feature
+        return masked_mse(prediction, target, masking.mask.gather(1, removed)), feature
 
     def _chance(self, levels: str, child: Tensor, keys: Tensor, share: float = 1.0) -> dict[str, Tensor]:
         """Return the alignment by chance while the model is evaluated and there are places to choose from."""

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from Finetune.depthwise3d import margin_rows, neighbour_cubes
 from Finetune.encoder3d import take
 from Finetune.models_convvit3d import (
     ConvBlock,
@@ -19,7 +20,7 @@ from Finetune.models_convvit3d import (
     convvit3d_tiny_patch16,
     relative_position_index,
     resample_bias_table,
-    visible_mask,
+    visible_cubes,
 )
 from tests.helpers import ROOT
 
@@ -51,7 +52,8 @@ def test_removed_voxels_do_not_change_the_tokens(pyramid):
     model = small((48, 32, 32), pyramid=pyramid)
     x = torch.rand(2, 1, 48, 32, 32)
     ids_keep = torch.stack([torch.randperm(12)[:5] for _ in range(2)])
-    voxels = F.interpolate(visible_mask(ids_keep, (3, 2, 2)), scale_factor=16)
+    visible = torch.zeros(2, 12).scatter_(1, ids_keep, 1.0).view(2, 1, 3, 2, 2)
+    voxels = F.interpolate(visible, scale_factor=16)
     other = torch.where(voxels == 1, x, 100 * torch.randn_like(x))
     with torch.no_grad():
         a, b = model(x, ids_keep), model(other, ids_keep)
@@ -69,11 +71,13 @@ def test_tokens_follow_the_order_of_ids_keep(pyramid):
         torch.testing.assert_close(model(x, order), take(model(x), order), atol=1e-5, rtol=1e-5)
 
 
-def test_the_convolution_block_against_its_equations():
-    block = ConvBlock(4)
-    x = torch.randn(1, 4, 8, 8, 8)
-    visible = torch.zeros(1, 1, 8, 8, 8)
-    visible[..., :4] = 1
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_convolution_block_against_its_equations(masked):
+    block, ids_keep = ConvBlock(4), torch.tensor([[5, 0, 4]])
+    # of a grid (2, 2, 2) of tokens of 16 voxels
+    x = torch.randn(1, 4, 32, 32, 32)
+    tokens = torch.zeros(1, 8).scatter_(1, ids_keep, 1.0).view(1, 1, 2, 2, 2)
+    visible = F.interpolate(tokens, scale_factor=16) if masked else torch.ones(1, 1, 32, 32, 32)
 
     def conv(layer, x, **kwargs):
         return F.conv3d(x, layer.weight, layer.bias, **kwargs)
@@ -87,7 +91,12 @@ def test_the_convolution_block_against_its_equations():
         seen = conv(block.conv1, norm(x)) * visible
         mixed = x + conv(block.conv2, conv(block.attn, seen, padding=2, groups=4))
         expected = mixed + conv(block.mlp.fc2, F.gelu(conv(block.mlp.fc1, norm(mixed))))
-        torch.testing.assert_close(block(x, visible), expected, atol=1e-5, rtol=1e-5)
+        if masked:
+            rows = margin_rows(neighbour_cubes(ids_keep, (2, 2, 2)), 16, 2)
+            y, expected = block(visible_cubes(x, ids_keep), rows), visible_cubes(expected, ids_keep)
+        else:
+            y = block(x.movedim(1, -1)).movedim(-1, 1)
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_tokens_are_fused_with_every_convolution_stage():

@@ -112,7 +112,8 @@ def test_reconstruction_is_the_mean_over_removed_tokens():
         for name, (x, mask) in zip(("rec_up", "rec_mid", "rec_down"), levels):
             order = mask.argsort(dim=1, stable=True)
             kept = int((mask[0] == 0).sum())
-            _, voxels = method.decoder(method.encoder(x, ids_keep=order[:, :kept]), order.argsort(dim=1))
+            feature = method.decoder(method.encoder(x, ids_keep=order[:, :kept]), order.argsort(dim=1))
+            voxels = method.decoder.decoder_pred(feature)
             target = patchify(x, (16, 16, 16))
             target = (target - target.mean(-1, keepdim=True)) / (
                 target.var(-1, keepdim=True, unbiased=True) + 1e-6
@@ -146,7 +147,7 @@ def test_children_meet_the_decoded_token_they_were_cut_from(align):
     def feature(x, mask):
         order = mask.argsort(dim=1, stable=True)
         kept = int((mask[0] == 0).sum())
-        return method.decoder(method.encoder(x, ids_keep=order[:, :kept]), order.argsort(dim=1))[0]
+        return method.decoder(method.encoder(x, ids_keep=order[:, :kept]), order.argsort(dim=1))
 
     def term(child, keys, label):
         cosines = F.cosine_similarity(child.unsqueeze(0), keys, dim=-1)
@@ -173,7 +174,7 @@ def test_children_meet_the_decoded_token_they_were_cut_from(align):
 def test_published_alignment_against_its_loops():
     method, batch = toy(align="published"), batch_of(64)
     features = []
-    handle = method.decoder.register_forward_hook(lambda module, args, out: features.append(out[0]))
+    handle = method.decoder.register_forward_hook(lambda module, args, out: features.append(out))
     with torch.no_grad():
         losses = method(batch)
         handle.remove()
@@ -219,6 +220,7 @@ def test_level_schedules():
         (dict(down_parts=7), r"down_parts 7 must be in 1..6"),
         (dict(mask_ratio_up=0.0), "mask_ratio_up 0.0 removes none of 8"),
         (dict(align="byol"), "align: found 'byol'"),
+        (dict(img_size=48, group=3, half_down=True), r"half_down: found the token grid \(3, 3, 3\)"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_numbers(kwargs, words):

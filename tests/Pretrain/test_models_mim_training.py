@@ -46,6 +46,15 @@ def test_the_gradients_of_the_parts_add_up(align, down_parts):
     assert not method._carry
 
 
+def test_so_do_those_with_down_volumes_of_half_the_size():
+    method, batch = toy(img_size=64, half_down=True, num_mid=2, num_down=1), batch_of(128, count=1)
+    _, expected = gradients(method, batch, [None])
+    _, grads = gradients(method, batch, range(method.num_parts))
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], atol=1e-5, rtol=1e-5)
+        assert grad.abs().max() > 0
+
+
 def test_a_part_holds_one_level_or_a_share_of_down_volumes():
     method, batch = toy(down_parts=6), batch_of(64)
     sizes = []

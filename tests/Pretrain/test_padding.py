@@ -13,7 +13,7 @@ from Pretrain.losses import patchify
 from Pretrain.measures import reconstruction_measures
 from Pretrain.models_glmae import GLMAE
 from Pretrain.models_mae import MAE
-from Pretrain.models_mim import cut_blocks, cut_content
+from Pretrain.models_mim import MiM, cut_blocks, cut_content
 from Pretrain.views import ViewSpec
 from tests.helpers import ct, read_log, write_nifti
 from tests.Pretrain.test_main_pretrain import assert_divisions_agree, flags, pretrain
@@ -69,23 +69,28 @@ def losses(method, batch):
     return {name: sum(part[name] for part in parts if name in part) for name in names}
 
 
-def decoders(method):
-    """The object whose attribute is the decoder's function, its name, and the index of the voxels in its output."""
-    if isinstance(method, (MAE, GLMAE)):
-        return method.encoder, "forward_decoder", None
-    return method.decoder, "forward", 1
-
-
 def changed(method, offsets):
     """The method with `offsets[call]` (M, N) added to all voxels that the decoder predicts in its calls."""
     method = copy.deepcopy(method)
-    owner, name, index = decoders(method)
-    plain, calls = getattr(owner, name), iter(offsets)
+    calls = iter(offsets)
+    if isinstance(method, MiM):
+        owner, name = method, "reconstruct"
+        reconstruct = method.reconstruct
 
-    @functools.wraps(plain)
-    def shifted(*args):
-        out, offset = plain(*args), next(calls).unsqueeze(-1)
-        return out + offset if index is None else (out[0], out[1] + offset)
+        def shifted(x, masking):
+            offset = next(calls).gather(1, masking.ids_restore.argsort(dim=1))[:, masking.ids_keep.shape[1] :]
+            handle = method.decoder.decoder_pred.register_forward_hook(lambda *call: call[-1] + offset.unsqueeze(-1))
+            values = reconstruct(x, masking)
+            handle.remove()
+            return values
+
+    else:
+        owner, name = method.encoder, "forward_decoder"
+        plain = method.encoder.forward_decoder
+
+        @functools.wraps(plain)
+        def shifted(*args):
+            return plain(*args) + next(calls).unsqueeze(-1)
 
     setattr(owner, name, shifted)
     return method

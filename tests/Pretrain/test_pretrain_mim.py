@@ -60,14 +60,16 @@ def test_batches_of_the_loader_are_what_the_method_takes():
     assert losses == flat and losses.keys() == task.loss_weights(0).keys()
 
 
-def test_pictures_show_each_level_as_it_was_trained():
-    task, _, _ = build(TOY + " --num_mid 2 --num_down 2")
-    batch = {"image": torch.rand(1, 1, 64, 64, 64), "key": torch.tensor([5])}
+@pytest.mark.parametrize("size, flag, down_size", [(32, "", 32), (64, "--half_down", 32)])
+def test_pictures_show_each_level_as_it_was_trained(size, flag, down_size):
+    task, _, _ = build(f"{TOY} --num_mid 2 --num_down 2 --local_size {size} {flag}")
+    batch = {"image": torch.rand(1, 1, *(2 * size,) * 3), "key": torch.tensor([5])}
     rows = task.method.reconstructions(batch)
     assert list(rows) == ["up", "mid", "down"]
     assert [len(row.mask) for row in rows.values()] == [1, 2, 2]
-    for row in rows.values():
-        assert row.prediction.shape == (len(row.mask), 8, 4096) and not row.prediction.requires_grad
+    for row, side in zip(rows.values(), (size, size, down_size)):
+        assert row.view.shape[2:] == (side,) * 3
+        assert row.prediction.shape == (len(row.mask), (side // 16) ** 3, 4096) and not row.prediction.requires_grad
     assert task.method.encoder is not None and task.method._seen is None
 
 
