@@ -170,8 +170,9 @@ def read_vit(state: State, args: dict) -> Sizes:
 
 
 def read_decoder(state: State, args: dict) -> Sizes:
-    """Return the sizes of MAE's decoder from its tensors, and its heads from the settings. {} if there is none."""
-    if "decoder_embed.weight" not in state:
+    """Return the sizes of MAE's decoder from its tensors, and its heads from the settings. {} if there is none, or one
+    with cross-attention, which decodes removed patches only."""
+    if "decoder_embed.weight" not in state or "decoder_blocks.0.attn.kv.weight" in state:
         return {}
     return {
         "decoder_embed_dim": len(state["decoder_embed.weight"]),

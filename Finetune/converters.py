@@ -178,10 +178,13 @@ def to_monai_mae(state: State) -> State:
     """Return the weights of encoder and decoder for `monai.networks.nets.MaskedAutoEncoderViT(..., qkv_bias=True)`.
 
     Raises:
-        NotConvertible: there is no CLS token or no decoder, or the decoder's CLS row is not zero, which MONAI assumes.
+        NotConvertible: there is no CLS token or no decoder, the decoder has cross-attention, or its CLS row is not
+            zero, which MONAI assumes.
     """
     if missing := [name for name in ("cls_token", "mask_token") if name not in state]:
         raise NotConvertible(f"found no {missing[0]}, expected the weights of an autoencoder with a CLS token")
+    if any(name.startswith("decoder_blocks.0.attn.kv.") for name in state):
+        raise NotConvertible("found a decoder with cross-attention, MONAI's class has one with self-attention")
     _, patches = _split_table(state)
     row, decoder_patches = _split_table(state, "decoder_pos_embed")
     if row.any():

@@ -8,6 +8,7 @@ Needs torch and pretrained.py beside it, nothing else of this repository.
 import inspect
 import math
 import os
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -84,6 +85,37 @@ def resample_pos_embed(table: Tensor, source: Grid, target: Grid, num_prefix_tok
     return torch.cat([prefix, volume.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
 
 
+class ResampledTables:
+    """Position tables of an encoder, resampled once per patch grid. A copy or an unpickled one starts empty.
+
+    A table is resampled again when it was replaced, moved or changed in place. One that is trained is never stored.
+    """
+
+    # grids per table; inputs of any size may come in prediction
+    MAX_GRIDS = 8
+
+    def __init__(self):
+        self._found: dict[str, tuple[weakref.ref, tuple, dict[Grid, Tensor]]] = {}
+
+    def __reduce__(self):
+        return ResampledTables, ()
+
+    def get(self, name: str, table: Tensor, source: Grid, target: Grid, num_prefix_tokens: int) -> Tensor:
+        """Return `resample_pos_embed(table, source, target, num_prefix_tokens)`, stored under `name`."""
+        if tuple(source) == tuple(target) or table.requires_grad or table.is_inference():
+            return resample_pos_embed(table, source, target, num_prefix_tokens)
+        state = table._version, table.device, table.dtype
+        reference, stored_state, grids = self._found.get(name, (None, None, {}))
+        if reference is None or reference() is not table or stored_state != state or len(grids) >= self.MAX_GRIDS:
+            grids = {}
+            self._found[name] = weakref.ref(table), state, grids
+        if target not in grids:
+            # a tensor made in inference mode could not enter a later graph
+            with torch.inference_mode(False), torch.no_grad():
+                grids[target] = resample_pos_embed(table, source, target, num_prefix_tokens)
+        return grids[target]
+
+
 def fit_pos_embed(
     table: Tensor,
     target_grid: Grid,
@@ -128,6 +160,20 @@ def table_grid(rows: int, recorded: Sequence[int] | None = None, likely: Grid | 
 def take(tokens: Tensor, ids: Tensor) -> Tensor:
     """Return the rows `ids` (B, K) of `tokens` (B, N, C) as (B, K, C)."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def cut_patches(x: Tensor, patch_size: Sequence[int], ids: Tensor | None = None) -> Tensor:
+    """Return patches of volumes (B, in_chans, D, H, W) as (B, N, in_chans, pd, ph, pw), in raster order.
+
+    Args:
+        ids: (B, K), which patches, in which order. Only these are copied.
+    """
+    (pd, ph, pw), (d, h, w) = patch_size, grid_of(x.shape[2:], patch_size)
+    patches = x.reshape(*x.shape[:2], d, pd, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, d, h, w, C, ...)
+    if ids is None:
+        return patches.flatten(1, 3)
+    volume = torch.arange(len(x), device=x.device).unsqueeze(1)
+    return patches[volume, ids // (h * w), ids // w % h, ids % w]
 
 
 # ---------------------------------------------------------------- base class

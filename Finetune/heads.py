@@ -70,6 +70,9 @@ class Head:
         drop_path: stochastic depth of the encoder unless `--drop_path` is given.
         class_token: the ViT keeps its CLS token unless `--class_token` is given.
         decoder: the ViT keeps MAE's decoder, which a checkpoint must have and which is loaded with the encoder.
+        output_bias: returns the bias of the network's last layer, K values or K for each voxel of a patch, for
+            `--prior_bias`. None: it starts as the network has it.
+        prior_bias: it starts at the classes' shares of the voxels unless `--prior_bias` is given.
     """
 
     build: Callable[[nn.Module | None, Architecture], nn.Module]
@@ -81,6 +84,8 @@ class Head:
     drop_path: float = 0.0
     class_token: bool = False
     decoder: bool = False
+    output_bias: Callable[[nn.Module], nn.Parameter] | None = None
+    prior_bias: bool = False
 
 
 def check_multiples_of_32(a: Architecture) -> None:
@@ -126,11 +131,17 @@ def dynunet(a: Architecture) -> DynUNet:
     return DynUNet(3, a.in_chans, a.out_channels, sizes, strides, upsample_kernel_size=strides[1:], filters=filters)
 
 
+def bias_of(layer: str) -> Callable[[nn.Module], nn.Parameter]:
+    """Return a function of a network that returns the bias of its layer of this name."""
+    return lambda model: model.get_submodule(layer).bias
+
+
 HEADS = {
     "unetr": Head(
         lambda backbone, a: UNETR(backbone, a.in_chans, a.out_channels, a.feature_size),
         "the ViT with UNETR's decoder",
         check=lambda a: num_levels(a.patch_size),
+        output_bias=bias_of("out.conv.conv"),
     ),
     "mim": Head(
         lambda backbone, a: ConvViT3DUNETR(backbone, a.out_channels),
@@ -138,32 +149,43 @@ HEADS = {
         encoder="hybrid",
         check=check_multiples_of_32,
         drop_path=0.2,
+        output_bias=bias_of("out.conv.conv"),
     ),
     "linear": Head(
-        lambda backbone, a: LinearProbe(backbone, a.out_channels), "one linear layer on the frozen ViT", frozen=True
+        lambda backbone, a: LinearProbe(backbone, a.out_channels),
+        "one linear layer on the frozen ViT",
+        frozen=True,
+        output_bias=bias_of("head"),
+        prior_bias=True,
     ),
     "mae_decoder": Head(
         lambda backbone, a: MAEDecoder(backbone, a.out_channels),
         "the ViT with MAE's decoder and a new last layer",
         class_token=True,
         decoder=True,
+        output_bias=bias_of("out.proj"),
+        prior_bias=True,
     ),
     "primus": Head(
         lambda backbone, a: LightDecoder(backbone, a.out_channels),
         "the ViT with a light decoder similar to that of Primus",
         class_token=True,
+        output_bias=lambda model: model.decoder[-1].proj.bias,
+        prior_bias=True,
     ),
     "swinunetr": Head(
         lambda _, a: SwinUNETR(in_channels=a.in_chans, out_channels=a.out_channels, feature_size=a.feature_size),
         "MONAI's, from random weights only",
         encoder=None,
         check=check_swinunetr,
+        output_bias=bias_of("out.conv.conv"),
     ),
     "dynunet": Head(
         lambda _, a: dynunet(a),
         "MONAI's, similar to nnU-Net's, from random weights only",
         encoder=None,
         check=check_dynunet,
+        output_bias=bias_of("output_block.conv.conv"),
     ),
     "classifier": Head(
         lambda backbone, a: Classifier(backbone, a.out_channels),

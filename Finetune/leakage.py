@@ -1,9 +1,13 @@
 """Find validation cases that pretraining has seen, by the content of the volumes."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from common.cache.volume import CachedVolume
+from Finetune.contract import recorded_args
+from Finetune.data import Volumes
+from Finetune.presets import Preset
 
 
 def overlap_report(pretrained: Iterable[str], folds: Mapping[int, Sequence[tuple[str, str]]]) -> str:
@@ -32,3 +36,21 @@ def seen_cases(state: Mapping[str, Any], volumes: Iterable[CachedVolume]) -> lis
     """Return the names of the volumes that a checkpoint was pretrained on, None if it does not record its data."""
     hashes = pretrained_hashes(state)
     return None if hashes is None else [volume.name for volume in volumes if volume.content_hash in hashes]
+
+
+def leak_of(fold: int, preset: Preset, init: Path | None, validation: Volumes) -> str:
+    """Return a warning if pretraining has seen validation cases, or may have; else "".
+
+    Cases are compared by the content of the volumes if the checkpoint lists its data, else by what the preset states.
+    """
+    if init is None:
+        return ""
+    # resolve and load_encoder have verified the file
+    seen = seen_cases({"args": recorded_args(init)}, validation)
+    if seen is not None:
+        found = f"{len(seen)} of {len(validation)} validation cases were seen in pretraining: {', '.join(seen)}"
+        return found if seen else ""
+    # the folds of a list may hold other cases than those of the preset
+    if fold in preset.clean_folds and {volume.name for volume in validation} <= set(preset.validation):
+        return ""
+    return preset.leak or "unknown: the checkpoint does not record what it was pretrained on"

@@ -39,6 +39,24 @@ def class_weights(counts: Tensor, power: float) -> Tensor:
     return (weight / (weight * share).sum()).float()
 
 
+@torch.no_grad()
+def start_at_prior(bias: Tensor, counts: Tensor, power: float = 0.0) -> None:
+    """Set the bias of a last layer, in place, so that the constant prediction of least cross-entropy is made at first.
+
+    Without weights of classes that are their shares of the voxels. Where most voxels are background, a network that
+    starts at equal probabilities first learns to predict background everywhere, and may stay there for hundreds of
+    updates. After Lin et al., Focal Loss for Dense Object Detection, 2017, section 3.3; the measured shares, where they
+    have one number for rare classes, are our choice.
+
+    Args:
+        bias: (n * K,), the K classes of each of n voxels.
+        counts: voxels of each class (K,) in the training volumes. Classes without voxels count as if they had one.
+        power: that of `class_weights`.
+    """
+    share = (counts.double().clamp(min=1) / counts.sum()) ** (1 - power)
+    bias.copy_((share / share.sum()).log().repeat(len(bias) // len(share)))
+
+
 def region_dice(logits: Tensor, label: Tensor, regions: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Return {`dice`}: soft Dice of overlapping regions, each with its own sigmoid (MSD01).
 

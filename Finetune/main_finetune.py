@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,163 +20,30 @@ from common import checkpoint, distributed, signals
 from common.cache.build import build_cache
 from common.cache.statistics import InputStatistics, input_statistics
 from common.cli import parse, run_program
-from common.config import group, setting, shown, to_dict
-from common.data.datalist import DATA_ROOT_HELP
+from common.config import shown, to_dict
 from common.distributed import Run
 from common.errors import InputError
 from common.files import check_creatable, check_writable, digest
 from common.runlog import RunLog, print_main
-from common.training.checkpointing import CheckpointSettings
-from common.training.optim import OptimSettings
 from common.training.schedules import warmup_cosine
-from common.training.settings import BatchPlan, LoopSettings, plan_updates
+from common.training.settings import BatchPlan, plan_updates
 from common.training.summary import start_summary, update_flop
 from common.training.trainer import Trainer
 from common.watchdog import Watchdog
-from Finetune import leakage
-from Finetune.architectures import ModelSettings, build_model, load_encoder, model_for, resolve
+from Finetune.architectures import build_model, load_encoder, resolve
 from Finetune.cases import check_classes, few_labels, find_cases, split, with_mapped_labels
-from Finetune.contract import contract_warning, recorded_args, weights_sha256
+from Finetune.contract import contract_warning, weights_sha256
 from Finetune.data import CropDataset, VolumeDataset, Volumes
 from Finetune.engine_finetune import Finetuning, make_optimizer, segmentation_losses, validate, validate_classes
 from Finetune.heads import HEADS, Architecture
 from Finetune.inference.ensemble import BEST
 from Finetune.inference.sliding_window import Window
-from Finetune.losses import class_weights, classification_losses
+from Finetune.leakage import leak_of
+from Finetune.losses import class_weights, classification_losses, start_at_prior
 from Finetune.presets import Preset, load_preset
+from Finetune.settings import FinetuneSettings, check_settings, initial_checkpoint, weights_key
 
 CROPS_AT_BLR = 16
-# heads whose encoder is never trained
-FROZEN = [name for name, head in HEADS.items() if head.frozen]
-
-
-# ---------------------------------------------------------------- settings
-
-
-@dataclass(kw_only=True)
-class DataSettings:
-    """Settings that choose the data set and the fold."""
-
-    preset: str = setting(help="data set: a name in Finetune/datasets/, or the path of a custom YAML")
-    data: Path = setting(help="its folder in the published layout, or a Decathlon JSON")
-    data_root: Path | None = setting(None, DATA_ROOT_HELP)
-    cache_dir: Path = setting(Path("cache"), "folder of preprocessed volumes; missing ones are added at the start")
-    fold: int = setting(0, "fold that validates; the others train", least=0)
-
-
-@dataclass(kw_only=True)
-class CaseSettings(DataSettings):
-    """Settings that choose the cases: the data set, the fold, and a subset of the training cases."""
-
-    label_count: int | None = setting(None, "number of training cases; smaller sets are nested in larger ones", least=1)
-    label_fraction: float | None = setting(None, "fraction of the training cases, nested likewise", above=0, most=1)
-    label_seed: int = setting(0, "seed of the order in which cases are taken")
-
-
-@dataclass(kw_only=True)
-class StartSettings:
-    """Settings of the initial weights."""
-
-    init: str = setting("scratch", "scratch, or a checkpoint or exported folder whose encoder is loaded")
-    checkpoint: Path | None = setting(None, "the same as --init FILE")
-    checkpoint_key: str = setting(
-        "auto", "where the weights are in the file, e.g. teacher; auto: the first of student, state_dict and model"
-    )
-    scratch_twin: bool = setting(False, "same run and architecture as with --init FILE, but with random weights")
-    standardize: bool = setting(
-        True,
-        "random weights: initialise the patch embedding for mean and standard deviation of the training volumes, as in "
-        "pretraining",
-    )
-
-
-@dataclass(kw_only=True)
-class FinetuneOptimSettings(OptimSettings):
-    """Settings of AdamW in fine-tuning."""
-
-    blr: float = setting(1e-4, "learning rate at 16 crops per update, scaled linearly", least=0)
-    warmup_epochs: float = setting(50.0, "epochs of linear warm-up", least=0)
-    weight_decay: float = setting(1e-5, "weight decay, not applied to biases, norms and tokens", least=0)
-    clip_grad: float | None = setting(1.0, "largest norm of the gradient; none: no clipping", above=0)
-    layer_decay: float | None = setting(None, "learning rate factor per block, towards the input", above=0, most=1)
-    head_warmup_epochs: float = setting(0.0, "epochs at the start in which only the head is trained", least=0)
-
-
-@dataclass(kw_only=True)
-class FinetuneCheckpointSettings(CheckpointSettings):
-    """Settings of checkpoints in fine-tuning."""
-
-    save_every: int = setting(500, "epochs between the checkpoints that are kept", least=1)
-
-
-@dataclass(kw_only=True)
-class ValidationSettings:
-    """Settings of the validation within a run. Finetune.predict uses its sliding window too."""
-
-    validate_every: int = setting(50, "epochs between validations; 0: never", least=0)
-    overlap: float = setting(0.5, "overlap of the sliding window", least=0, below=1)
-    blending: Literal["gaussian", "constant"] = setting("gaussian", "blending of windows; the authors': constant")
-    sw_batch_size: int = setting(2, "windows per forward pass", least=1)
-    select: Literal["last", "best"] = setting("last", "best: also keep and report the best checkpoint in validation")
-
-
-@dataclass(kw_only=True)
-class FinetuneSettings(LoopSettings):
-    """Settings of a fine-tuning run."""
-
-    cases: CaseSettings = group(CaseSettings, "Data, fold and labels")
-    network: ModelSettings = group(ModelSettings, "Network")
-    start: StartSettings = group(StartSettings, "Initial weights")
-    optim: FinetuneOptimSettings = group(FinetuneOptimSettings, "Optimiser")
-    checkpoints: FinetuneCheckpointSettings = group(FinetuneCheckpointSettings, "Checkpoints")
-    validation: ValidationSettings = group(ValidationSettings, "Validation")
-    freeze: bool = setting(False, f"train only the head; always so for --model {' or '.join(FROZEN)}")
-    epochs: int = setting(3000, "passes over the data", least=1, most=10**9)
-    batch_size: int = setting(4, "volumes per update, over all processes together", least=1, most=65536)
-    micro_batch_size: int | None = setting(1, "volumes per pass and process; the rest accumulates", least=1, most=65536)
-    crops: int = setting(4, "crops per volume", least=1, most=1024)
-    class_balance: float = setting(
-        0.0,
-        "weight classes in the cross-entropy by their share of the training voxels to the power -class_balance",
-        least=0,
-        most=1,
-    )
-    order_seed: int | None = setting(
-        None, "seed of data order, crops and augmentation; none: --seed", least=-(2**63), most=2**63 - 1
-    )
-
-
-def check_settings(config: FinetuneSettings, preset: Preset) -> None:
-    """Set the network that is the default for the task. Raise InputError for settings that contradict each other."""
-    model = config.network.model = model_for(config.network.model, preset)
-    if config.validation.select == "best" and not config.validation.validate_every:
-        raise InputError("--select best: expected a validation, found --validate_every 0")
-    if config.class_balance and (preset.regions or preset.task == "classification"):
-        expected = "0 for a preset with regions or of classification"
-        raise InputError(f"--class_balance {config.class_balance}: expected {expected}, as {preset.name} is")
-    encoder_only = {"freeze": config.freeze, "grad_checkpointing": config.precision.grad_checkpointing}
-    encoder_only |= {name: getattr(config.optim, name) for name in ("layer_decay", "head_warmup_epochs")}
-    for name, value in encoder_only.items():
-        if value and HEADS[model].encoder is None:
-            raise InputError(f"--{name}: --model {model} has no encoder")
-
-
-def initial_checkpoint(start: StartSettings) -> Path | None:
-    """Return the file that --init or --checkpoint names, None for scratch."""
-    if start.checkpoint and start.init != "scratch":
-        raise InputError(f"--checkpoint {start.checkpoint}: found --init {start.init} too, expected one of the two")
-    init = start.checkpoint or (None if start.init == "scratch" else Path(start.init))
-    if start.scratch_twin and init is None:
-        raise InputError("--scratch_twin: expected --init FILE too")
-    return init
-
-
-def weights_key(start: StartSettings) -> str | None:
-    """Return the key of the weights in the initial checkpoint, None for the usual ones."""
-    return None if start.checkpoint_key == "auto" else start.checkpoint_key
-
-
-# ---------------------------------------------------------------- the run
 
 
 def main(argv: list[str] | None = None) -> Path | None:
@@ -293,12 +160,26 @@ def build_method(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if preset.task == "classification":
         losses = classification_losses
+    elif preset.regions:
+        losses = segmentation_losses(preset)
     else:
-        balance = config.class_balance
-        weight = class_weights(count_voxels(training, preset.out_channels), balance).to(run.device) if balance else None
-        losses = segmentation_losses(preset, weight)
+        losses = segmentation_losses(preset, prepare_for_classes(config, model, architecture, training, run))
     head_warmup = round(config.optim.head_warmup_epochs * plan.steps_per_epoch)
     return Finetuning(model, losses, config.freeze or HEADS[architecture.model].frozen, head_warmup)
+
+
+def prepare_for_classes(
+    config: FinetuneSettings, model: nn.Module, architecture: Architecture, training: Volumes, run: Run
+) -> Tensor | None:
+    """Start the last layer at the classes' shares of the voxels, if asked for. Return their weights (K,), or None."""
+    head = HEADS[architecture.model]
+    at_prior = head.prior_bias if config.prior_bias == "auto" else config.prior_bias == "on"
+    if not (at_prior or config.class_balance):
+        return None
+    counts = count_voxels(training, architecture.out_channels)
+    if at_prior:
+        start_at_prior(head.output_bias(model), counts, config.class_balance)
+    return class_weights(counts, config.class_balance).to(run.device) if config.class_balance else None
 
 
 def count_voxels(volumes: Volumes, classes: int) -> Tensor:
@@ -356,24 +237,6 @@ def about(config: FinetuneSettings, preset: Preset, architecture: Architecture, 
         "labels_by": preset.labels_by,
         "leak": args["leak"],
     }
-
-
-def leak_of(fold: int, preset: Preset, init: Path | None, validation: Volumes) -> str:
-    """Return a warning if pretraining has seen validation cases, or may have; else "".
-
-    Cases are compared by the content of the volumes if the checkpoint lists its data, else by what the preset states.
-    """
-    if init is None:
-        return ""
-    # resolve and load_encoder have verified the file
-    seen = leakage.seen_cases({"args": recorded_args(init)}, validation)
-    if seen is not None:
-        found = f"{len(seen)} of {len(validation)} validation cases were seen in pretraining: {', '.join(seen)}"
-        return found if seen else ""
-    # the folds of a list may hold other cases than those of the preset
-    if fold in preset.clean_folds and {volume.name for volume in validation} <= set(preset.validation):
-        return ""
-    return preset.leak or "unknown: the checkpoint does not record what it was pretrained on"
 
 
 # ---------------------------------------------------------------- validation

@@ -55,13 +55,14 @@ class MAEDecoder(nn.Module):
         self.backbone = backbone
         width = backbone.decoder_pred.in_features
         backbone.decoder_pred = nn.Identity()
+        backbone.mask_token.requires_grad_(False)
         self.out = PatchExpand(width, out_channels, backbone.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         grid = grid_of(x.shape[2:], self.backbone.patch_size)
         tokens = self.backbone(x, return_features=True)["all_features"]  # (B, 1+N, C)
         in_order = torch.arange(math.prod(grid), device=x.device).expand(len(x), -1)
-        features = self.backbone.forward_decoder(tokens, in_order, grid)  # (B, N, E)
+        features = self.backbone.forward_decoder(tokens, in_order, grid=grid)  # (B, N, E)
         return self.out(features.unflatten(1, grid)).movedim(-1, 1)
 
 

@@ -35,7 +35,7 @@ from Finetune.evaluation.formats import fixed, write_json
 from Finetune.evaluation.probe_report import probe_table, summaries
 from Finetune.evaluation.probes import HeldOut, Outcome, ProbeTask, run_probe
 from Finetune.evaluation.statistics import grouped, mean
-from Finetune.main_finetune import leak_of
+from Finetune.leakage import leak_of
 from Finetune.presets import Preset, load_preset
 from Finetune.probe_plan import Init, ProbePlan, ProbeSettings, build_encoder, make_plan
 

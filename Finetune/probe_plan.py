@@ -19,8 +19,8 @@ from Finetune.architectures import ENCODERS, EncoderSettings, ModelSettings, enc
 from Finetune.cases import class_of, development_and_test, few_labels, find_cases, split
 from Finetune.evaluation.probes import PROBES
 from Finetune.heads import Architecture
-from Finetune.main_finetune import DataSettings
 from Finetune.presets import Preset
+from Finetune.settings import DataSettings
 
 RANDOM = "random"
 

@@ -106,41 +106,37 @@ def block_view(volume: CachedVolume, key: BlockKey, box: Box) -> BlockView:
     return BlockView(key, box, volume.scale, volume.offset, volume.zero)
 
 
-def collate_blocks(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Read the blocks of samples of `Pretrain.data.BlockDataset`, and return a batch.
+def read_blocks(volume: CachedVolume, blocks: Sequence[Block]) -> Tensor:
+    """Return the stored numbers of blocks one after another, (voxels,), each decoded to its place.
 
-    Returns:
-        `numbers`: all blocks in one tensor, (voxels,) int16 or uint8; in shared memory when made by a loading process,
-            where each tensor takes an open file. `blocks`: key -> shape (C, d, h, w), in the order of `numbers`. With
-            resident volumes there is no `numbers`.
-        `views`: kind -> `BlockView` of each view, sample by sample.
-        Any other entry of a sample, stacked.
-
-    Raises:
-        InputError: a cached volume is missing or damaged.
-    """
-    kinds = samples[0]["views"]
-    batch = {"views": {kind: [view for sample in samples for view in sample["views"][kind]] for kind in kinds}}
-    blocks = {key: source for sample in samples for key, source in sample["blocks"].items()}
-    batch["blocks"] = {key: (volume.channels, *block.size) for key, (volume, block) in blocks.items()}
-    if blocks:
-        batch["numbers"] = read_blocks(list(blocks.values()))
-    return batch | default_collate([{k: v for k, v in s.items() if k not in ("views", "blocks")} for s in samples])
-
-
-def read_blocks(sources: Sequence[tuple[CachedVolume, Block]]) -> Tensor:
-    """Return the numbers of blocks one after another, each decoded to its place.
-
+    A loading process returns them in shared memory, in one tensor because each tensor takes an open file there.
     Decoding to a tensor of its own and joining took 1.5 times as long.
     """
-    sizes = [volume.channels * block.voxels for volume, block in sources]
-    numbers = torch.empty(sum(sizes), dtype=sources[0][0].dtype)
+    sizes = [volume.channels * block.voxels for block in blocks]
+    numbers = torch.empty(sum(sizes), dtype=volume.dtype)
     if get_worker_info() is not None:
         # before it is filled, so that it is not copied
         numbers.share_memory_()
-    for (volume, block), part in zip(sources, numbers.split(sizes)):
+    for block, part in zip(blocks, numbers.split(sizes)):
         volume.read_into(part.view(volume.channels, *block.size), block.start, block.level)
     return numbers
+
+
+# ---------------------------------------------------------------- in the training process
+
+
+def collate_blocks(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a micro-batch of samples of `Pretrain.data.BlockDataset`, without a copy of the numbers.
+
+    Returns:
+        `numbers`, `blocks`: of each sample; with resident volumes there is no `numbers`. `views`: kind -> `BlockView`
+        of each view, sample by sample. Any other entry of a sample, stacked.
+    """
+    kinds = samples[0]["views"]
+    batch = {"views": {kind: [view for sample in samples for view in sample["views"][kind]] for kind in kinds}}
+    listed = {name: [sample[name] for sample in samples] for name in ("blocks", "numbers") if name in samples[0]}
+    rest = [{k: v for k, v in sample.items() if k not in ("views", *listed)} for sample in samples]
+    return batch | listed | default_collate(rest)
 
 
 # ---------------------------------------------------------------- on the device
@@ -160,8 +156,9 @@ class ViewMaker:
 
     def __call__(self, batch: dict[str, Any], device: torch.device) -> Batch:
         rest = to_device(batch, device)
-        views, shapes = rest.pop("views"), rest.pop("blocks")
-        blocks = cut(rest.pop("numbers"), shapes) if self.resident is None else self.resident
+        views, shapes, blocks = rest.pop("views"), rest.pop("blocks"), self.resident
+        if blocks is None:
+            blocks = {key: block for parts in map(cut, rest.pop("numbers"), shapes) for key, block in parts.items()}
         made = {kind: make_views(blocks, views[kind], spec.size) for kind, spec in self.specs.items()}
         return {kind: x.unflatten(0, (-1, self.specs[kind].count)) for kind, x in made.items()} | rest
 

@@ -136,9 +136,8 @@ def local_spec(views: ViewSettings) -> ViewSpec:
 
 def build_mae(settings: Any, plan: BatchPlan, inputs: InputStatistics | None = None) -> Task:
     encoder = settings.encoder
-    method = MAE(
-        build_vit(settings, inputs), settings.vit.mask_ratio_local, encoder.norm_pix_loss, encoder.norm_pix_eps
-    )
+    vit, fraction = build_vit(settings, inputs), settings.vit.decode_fraction
+    method = MAE(vit, settings.vit.mask_ratio_local, encoder.norm_pix_loss, encoder.norm_pix_eps, fraction)
     return Task(method, {"local": local_spec(settings.views)}, lambda step: {"rec_local": 1.0})
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from common.cache.volume import CachedVolume
 from common.data.sampler import generator, mix
-from Pretrain.blocks import block_view, plan_blocks
+from Pretrain.blocks import block_view, plan_blocks, read_blocks
 from Pretrain.views import Box, ViewSpec, content_box, crop, draw_box, level_box
 
 
@@ -56,15 +56,17 @@ class ViewDataset(Dataset):
 
 @dataclass(frozen=True)
 class BlockDataset(Dataset):
-    """The samples of a `ViewDataset` before anything is read.
+    """The samples of a `ViewDataset` as blocks of stored numbers, of which `Pretrain.blocks.ViewMaker` makes the views.
 
-    `blocks`: key -> (volume, what to read of it); `views`: how those of each kind are made of them; and the rest of
-    the sample.
-
-    `Pretrain.blocks.collate_blocks` reads the blocks, and `Pretrain.blocks.ViewMaker` makes the views.
+    A sample has `numbers`: all its blocks in one tensor, (voxels,) int16 or uint8; `blocks`: key -> shape (C, d, h, w),
+    in the order of `numbers`; `views`: kind -> `BlockView` of each view; and what a sample of `ViewDataset` holds
+    besides its views. `Pretrain.blocks.collate_blocks` makes a micro-batch of samples.
 
     Attributes:
-        resident: all volumes are kept on the device. Then there are no blocks, and views refer to whole levels.
+        resident: all volumes are kept on the device. Then views refer to whole levels, and there are no `numbers`.
+
+    Raises:
+        InputError: a cached volume is missing or damaged.
     """
 
     samples: ViewDataset
@@ -79,10 +81,13 @@ class BlockDataset(Dataset):
         sizes = {kind: spec.size for kind, spec in self.samples.specs.items()}
         regions = [level_box(volume.levels, box, sizes[kind]) for kind, drawn in boxes.items() for box in drawn]
         if self.resident:
-            blocks, views = {}, [block_view(volume, (index, level), box) for level, box in regions]
+            stored, views = {"blocks": {}}, [block_view(volume, (index, level), box) for level, box in regions]
         else:
             planned, views = plan_blocks(volume, regions, position)
-            blocks = {key: (volume, block) for key, block in planned.items()}
+            shapes = {key: (volume.channels, *block.size) for key, block in planned.items()}
+            stored = {"blocks": shapes, "numbers": read_blocks(volume, list(planned.values()))}
         remaining = iter(views)
         by_kind = {kind: [next(remaining) for _ in drawn] for kind, drawn in boxes.items()}
-        return {"blocks": blocks, "views": by_kind} | self.samples.without_voxels(item, boxes)
+        # as tensors each would take an open file on the way from the loading process
+        rest = {name: value.numpy() for name, value in self.samples.without_voxels(item, boxes).items()}
+        return stored | {"views": by_kind} | rest

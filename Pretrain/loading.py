@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from common.cache.volume import CachedVolume
 from common.data.loader import Loading
 from common.errors import InputError
+from common.resources import unused_memory
 from common.runlog import print_main, progress
 from Pretrain.blocks import BlockKey, ViewMaker, collate_blocks
 from Pretrain.data import BlockDataset, ViewDataset
@@ -39,7 +39,7 @@ def choose_loading(samples: ViewDataset, views: ViewSettings, device: torch.devi
     else:
         print_main(f"views: made on {device}, of blocks from the loading processes")
     dataset = BlockDataset(samples, resident is not None)
-    return Loading(dataset, collate_blocks, ViewMaker(samples.specs, resident))
+    return Loading(dataset, collate_blocks, ViewMaker(samples.specs, resident), by_sample=True)
 
 
 def becomes_resident(volumes: Sequence[CachedVolume], views: ViewSettings, device: torch.device) -> bool:
@@ -76,12 +76,8 @@ def free_memory(device: torch.device) -> float:
     """Return the bytes that are free on a device; infinite where the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    # not Linux
-    except OSError:
-        return math.inf
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
+    unused = unused_memory()
+    return math.inf if unused is None else unused
 
 
 def load_resident(volumes: Sequence[CachedVolume], device: torch.device) -> dict[BlockKey, Tensor]:

@@ -11,13 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from Finetune.encoder3d import cut_patches
 
-def patchify(x: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """Cut volumes (B, C, D, H, W) into patches (B, N, pd*ph*pw*C) in raster order, each laid out as (pd, ph, pw, C)."""
-    batch, chans = x.shape[:2]
-    (pd, ph, pw), (d, h, w) = patch_size, [s // p for s, p in zip(x.shape[2:], patch_size)]
-    x = x.reshape(batch, chans, d, pd, h, ph, w, pw)
-    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(batch, d * h * w, pd * ph * pw * chans)
+
+def patchify(x: Tensor, patch_size: Sequence[int], ids: Tensor | None = None) -> Tensor:
+    """Cut volumes (B, C, D, H, W) into patches (B, N, pd*ph*pw*C) in raster order, each laid out as (pd, ph, pw, C).
+
+    Args:
+        ids: (B, K), which patches, in which order. Only these are copied.
+    """
+    return cut_patches(x, patch_size, ids).movedim(2, -1).flatten(2)
 
 
 def unpatchify(patches: Tensor, patch_size: Sequence[int], grid: Sequence[int]) -> Tensor:

@@ -22,7 +22,7 @@ from common.cache.statistics import input_statistics
 from common.cache.volume import CachedVolume
 from common.cli import parse, run_program
 from common.config import shown, to_dict
-from common.data.loader import Loading, build_loader, end_workers, measure_loader, to_device
+from common.data.loader import Loading, build_loader, end_workers, measure_loader, micro_batches, to_device
 from common.data.sampler import StreamSampler
 from common.distributed import Run
 from common.errors import InputError
@@ -146,7 +146,8 @@ def measure(settings: PretrainSettings, run: Run, plan: BatchPlan, loading: Load
     sampler.stop = plan.steps_per_epoch
     loader = build_loader(loading, sampler, settings.workers, run.device)
     try:
-        print_main(measure_loader(loader, lambda batch: len(batch["key"]), views))
+        batches = micro_batches(loader, loading, plan.micro_batch)
+        print_main(measure_loader(loader, batches, lambda batch: len(batch["key"]), views))
     finally:
         end_workers(loader)
 

@@ -49,6 +49,8 @@ class Masking(NamedTuple):
     ids_restore: Tensor
     # (B, N) float, 1 = removed (and with content)
     mask: Tensor
+    # (B, N-K), in the order of their noise; those without content come last
+    ids_removed: Tensor
 
 
 def content_patches(content: Tensor, patch_size: Sequence[int], grid: Sequence[int]) -> Tensor:
@@ -77,7 +79,8 @@ def random_masking(noise: Tensor, keep: int, content: Tensor | None = None) -> M
     ids_shuffle = noise.argsort(dim=1, stable=True)
     ids_restore = ids_shuffle.argsort(dim=1)
     mask = (ids_restore >= keep).float()
-    return Masking(ids_shuffle[:, :keep], ids_restore, mask if content is None else mask * content)
+    mask = mask if content is None else mask * content
+    return Masking(ids_shuffle[:, :keep], ids_restore, mask, ids_shuffle[:, keep:])
 
 
 def unit_masking(
@@ -99,7 +102,7 @@ def unit_masking(
     units = noise.shape[1]
     group = round(units ** (1 / 3))
     # ranks are never equal, noise may be
-    _, rank, unit_mask = random_masking(noise, keep, unit_content)
+    _, rank, unit_mask, _ = random_masking(noise, keep, unit_content)
     blocks = rank.float().view(-1, 1, group, group, group)
     tokens = F.interpolate(blocks, size=grid, mode="nearest-exact").flatten(1)  # (B, T)
     masking = random_masking(tokens, keep * tokens.shape[1] // units)

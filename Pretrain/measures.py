@@ -135,7 +135,8 @@ def encoder_measures(encoder: nn.Module, views: Tensor) -> dict[str, Tensor]:
         return {}
     with captured(encoder) as found:
         for part in views.split(VIEWS_AT_ONCE):
-            encoder(part)
+            # or a ViT would compute one row of its last block
+            encoder(part, return_layers=(0,))
     # without a CLS token
     tokens = {name: torch.cat(parts)[:, -patches:] for name, parts in found.items()}
     tokens = {"patches": patchify(views, encoder.patch_size)} | tokens

@@ -24,7 +24,16 @@ from common.training.method import Batch, Method, Reconstruction
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain.losses import collapse_monitors, cosine_pairs, cross_entropy_pairs, entropy_of_mean
 from Pretrain.masking import checked_ratio
-from Pretrain.models_mae import Visible, encode_visible, reconstruct, view_content, view_keys, view_major
+from Pretrain.models_mae import (
+    Visible,
+    checked_fraction,
+    complete_reconstruction,
+    encode_visible,
+    reconstruct,
+    view_content,
+    view_keys,
+    view_major,
+)
 
 TERMS = ("rec_global", "rec_local", "global_global", "global_local")
 
@@ -95,10 +104,13 @@ class ProjectionHead(nn.Module):
 class GLMAE(Method):
     """Masked autoencoding of global and local views with global-to-global and global-to-local consistency.
 
+    The global and the local views have a backward pass each where the losses allow it (`kinds_of_parts`).
+
     `forward` reads batch["global"] (B, p, C, D, H, W), batch["local"] (B, q, C, d, h, w) and batch["key"] (B,) int64,
-    the seeds of the masks. It returns the losses `rec_global`, `rec_local`, `global_global`, `global_local`, and values
-    that show a collapse (`monitor/...`). Where padding is ignored it also reads batch["global_content"] (B, p, 3, 2)
-    and batch["local_content"], the boxes without padding. They concern the student; the teacher sees all patches.
+    the seeds of the masks. Its parts return the losses `rec_global`, `rec_local`, `global_global`, `global_local`, and
+    values that show a collapse (`monitor/...`). Where padding is ignored it also reads batch["global_content"]
+    (B, p, 3, 2) and batch["local_content"], the boxes without padding. They concern the student; the teacher sees all
+    patches.
 
     Args:
         vit: an encoder with its decoder, the student's backbone. Without a decoder there can be no reconstruction loss.
@@ -108,6 +120,7 @@ class GLMAE(Method):
             never masked.
         norm_pix_loss: normalise the target of each patch.
         norm_pix_eps: added to its variance.
+        decode_fraction: share of the removed patches that is decoded in training; all are in evaluation.
         consistency: `ce`, cross-entropy over prototypes with a centred, sharpened teacher; `byol`, 2 - 2 cos with a
             predictor on the student.
         gg_pairs: `all` pairs of global views, or only each view with its own masked copy (`same`).
@@ -127,6 +140,7 @@ class GLMAE(Method):
         mask_ratio_local: float = 0.6,
         norm_pix_loss: bool = True,
         norm_pix_eps: float = 1e-6,
+        decode_fraction: float = 1.0,
         consistency: Literal["ce", "byol"] = "ce",
         gg_pairs: Literal["all", "same"] = "all",
         hidden_dim: int = 2048,
@@ -144,6 +158,9 @@ class GLMAE(Method):
             raise ValueError(f"terms: found {tuple(terms)}, expected at least one of {', '.join(TERMS)}")
         self.terms, self.norm_pix_loss, self.norm_pix_eps = tuple(terms), norm_pix_loss, norm_pix_eps
         self.mask_ratio = {"global": checked_ratio(mask_ratio_global), "local": checked_ratio(mask_ratio_local)}
+        self.decode_fraction = checked_fraction(decode_fraction, vit)
+        self.parts = kinds_of_parts(self.terms)
+        self.num_parts = len(self.parts)
         self.consistency, self.gg_pairs = consistency, gg_pairs
         self.student_temp, self.teacher_temp, self.momentum = student_temp, teacher_temp, momentum
         self.center_momentum, self.freeze_last_layer = center_momentum, freeze_last_layer
@@ -163,6 +180,8 @@ class GLMAE(Method):
             self.register_buffer("center", torch.zeros(1, prototypes or bottleneck_dim))
         # the teacher's mean logits and mean probabilities, (2, K) per pass of this update
         self._teacher_means: list[Tensor] = []
+        # of the micro-batch between its parts
+        self._targets: Tensor | None = None
 
     @property
     def is_consistent(self) -> bool:
@@ -177,32 +196,49 @@ class GLMAE(Method):
     def grad_norm_parameter(self) -> nn.Parameter:
         return self.encoder.norm.weight
 
+    def train(self, mode: bool = True) -> "GLMAE":
+        """Switch to training or evaluation. The teacher stays in evaluation: without dropout."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
     # ------------------------------------------------------------ forward
 
     def forward(self, batch: Batch, step: int = 0, part: int = 0) -> dict[str, Tensor]:
-        values, student = {}, {}
-        for kind in ("global", "local"):
-            if not {f"rec_{kind}", f"global_{kind}"} & set(self.terms):
-                continue
-            x, visible = self._masked_views(batch, kind)
-            if f"rec_{kind}" in self.terms:
-                values[f"rec_{kind}"], _ = reconstruct(self.encoder, x, visible, self.norm_pix_loss, self.norm_pix_eps)
-            if f"global_{kind}" in self.terms:
-                projected = self._project(visible.tokens[:, 0])  # (views*B, K)
-                student[kind] = projected.unflatten(0, (-1, len(batch["key"])))  # (views, B, K)
-        return values | self._consistency(batch, step, student) if student else values
+        if part == 0 and self.is_consistent:
+            # before there is a graph in memory
+            self._targets = self._teacher_targets(batch["global"], step)  # (p, B, K)
+        values: dict[str, Tensor] = {}
+        for kind in self.parts[part]:
+            values |= self._losses(batch, kind)
+        if part == self.num_parts - 1:
+            self._targets = None
+        return values
 
-    def _consistency(self, batch: Batch, step: int, student: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the consistency losses of the student's projections (views, B, K), and the collapse monitors."""
-        values, teacher = {}, self._teacher_targets(batch["global"], step)  # (p, B, K)
-        pairs = cross_entropy_pairs if self.consistency == "ce" else cosine_pairs
-        if "global" in student:
-            matrix = pairs(teacher, student["global"])  # (p, p); on the diagonal a view and its own masked copy
-            values["global_global"] = matrix.mean() if self.gg_pairs == "all" else matrix.diagonal().mean()
-        if "local" in student:
-            values["global_local"] = pairs(teacher, student["local"]).mean()
-        if self.consistency == "ce":
-            monitors = collapse_monitors(teacher, next(iter(student.values())).detach())
+    def _losses(self, batch: Batch, kind: str) -> dict[str, Tensor]:
+        """Return the losses of one kind of view."""
+        values, (x, visible) = {}, self._masked_views(batch, kind)
+        if f"rec_{kind}" in self.terms:
+            fraction = self.decode_fraction if self.training else 1.0
+            values[f"rec_{kind}"], _ = reconstruct(
+                self.encoder, x, visible, self.norm_pix_loss, self.norm_pix_eps, fraction
+            )
+        if f"global_{kind}" in self.terms:
+            projected = self._project(visible.tokens[:, 0]).unflatten(0, (-1, len(batch["key"])))  # (views, B, K)
+            values |= self._consistency(kind, projected)
+        return values
+
+    def _consistency(self, kind: str, student: Tensor) -> dict[str, Tensor]:
+        """Return the consistency loss of the student's projections (views, B, K) of a kind of view, and once in all
+        parts the collapse monitors."""
+        teacher = self._targets
+        matrix = (cross_entropy_pairs if self.consistency == "ce" else cosine_pairs)(teacher, student)  # (p, views)
+        # on the diagonal of the global views a view and its own masked copy
+        same = kind == "global" and self.gg_pairs == "same"
+        values = {f"global_{kind}": matrix.diagonal().mean() if same else matrix.mean()}
+        first = next(kind for part in self.parts for kind in part if f"global_{kind}" in self.terms)
+        if self.consistency == "ce" and kind == first:
+            monitors = collapse_monitors(teacher, student.detach())
             values |= {f"monitor/{name}": value for name, value in monitors.items()}
             values["monitor/center_norm"] = self.center.norm()
         return values
@@ -217,8 +253,7 @@ class GLMAE(Method):
         for kind in ("global", "local"):
             if f"rec_{kind}" in self.terms:
                 x, visible = self._masked_views(batch, kind)
-                _, prediction = reconstruct(self.encoder, x, visible, self.norm_pix_loss, self.norm_pix_eps)
-                rows[kind] = Reconstruction(x, visible.mask, prediction)
+                rows[kind] = complete_reconstruction(self.encoder, x, visible)
         return rows
 
     def _project(self, cls_tokens: Tensor) -> Tensor:
@@ -248,13 +283,14 @@ class GLMAE(Method):
     def after_step(self, step: int) -> dict[str, Tensor]:
         """Move the teacher towards the student, and the centre towards the teacher's mean logits of the global batch.
 
-        Parameters are paired by name, since the teacher has no decoder. Returns the entropy of the teacher's mean
-        probabilities over the global batch: that of a micro-batch, often two views of one scan, shows no collapse.
+        Parameters are paired by name, since the teacher has no decoder; those that are not trained are equal. Returns
+        the entropy of the teacher's mean probabilities over the global batch: that of a micro-batch, often two views of
+        one scan, shows no collapse.
         """
         if not self.is_consistent:
             return {}
-        student = dict(self.student.named_parameters())
-        pairs = [(mine, student[name]) for name, mine in self.teacher.named_parameters()]
+        student = {name: parameter for name, parameter in self.student.named_parameters() if parameter.requires_grad}
+        pairs = [(mine, student[name]) for name, mine in self.teacher.named_parameters() if name in student]
         get_ema_multi_avg_fn(self.momentum(step))([mine for mine, _ in pairs], [theirs for _, theirs in pairs], None)
         if not self._teacher_means:
             return {}
@@ -263,6 +299,9 @@ class GLMAE(Method):
         self.center.lerp_(torch.where(logits.isfinite(), logits, self.center), 1.0 - self.center_momentum)
         self._teacher_means = []
         return {"monitor/entropy_of_mean": entropy_of_mean(probabilities)}
+
+    def discard_passes(self) -> None:
+        self._teacher_means, self._targets = [], None
 
     def schedule_values(self, step: int) -> dict[str, float]:
         return {"momentum": self.momentum(step), "teacher_temp": self.teacher_temp(step)} if self.is_consistent else {}
@@ -282,6 +321,19 @@ class GLMAE(Method):
         if self.is_consistent:
             self.teacher.load_state_dict(content["teacher"])
             self.center.copy_(content["dino_loss"]["center"])
+
+
+def kinds_of_parts(terms: Sequence[str]) -> list[list[str]]:
+    """Return the kinds of view whose graphs are in memory at once, in the order of the backward passes.
+
+    DDP reduces gradients in the last pass only, so that pass must use every layer: the decoder (reconstruction) and the
+    head (consistency), if another does. Where neither kind does, there is one pass for both.
+    """
+    used = {
+        kind: {term[:3] for term in (f"rec_{kind}", f"global_{kind}") if term in terms} for kind in ("global", "local")
+    }
+    kinds = sorted((kind for kind in used if used[kind]), key=lambda kind: len(used[kind]))
+    return [[kind] for kind in kinds] if set.union(*used.values()) == used[kinds[-1]] else [kinds]
 
 
 def encoder_copy(vit: VisionTransformer3D) -> VisionTransformer3D:

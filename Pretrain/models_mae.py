@@ -7,7 +7,7 @@ B volumes   q views of each   M = q*B, view-major   N patches   K kept   C width
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,25 @@ class ViTSettings:
     embed_dim: int | None = setting(None, "width of the ViT; none: that of the model", least=1, most=65536)
     depth: int | None = setting(None, "blocks of the ViT; none: that of the model", least=1, most=1024)
     mask_ratio_local: float = setting(0.6, "share of patches removed from local views", least=0, below=1)
+    decoder: Literal["self", "cross"] = setting(
+        "self", "self: attention among all tokens (MAE); cross: of removed patches to visible ones (CrossMAE), cheaper"
+    )
+    decode_fraction: float = setting(
+        1.0, "share of the removed patches decoded in training; less than 1 with --decoder cross only", above=0, most=1
+    )
+
+
+def checked_fraction(decode_fraction: float, vit: VisionTransformer3D) -> float:
+    """Return the fraction. ValueError unless 0 < fraction <= 1, and 1 for a decoder with self-attention.
+
+    With self-attention the patches that are not decoded would be missing among the keys, so training and evaluation
+    would differ.
+    """
+    if not 0.0 < decode_fraction <= 1.0:
+        raise ValueError(f"decode_fraction {decode_fraction}: must be more than 0 and at most 1")
+    if decode_fraction < 1.0 and vit.decoder != "cross":
+        raise ValueError(f"decode_fraction {decode_fraction}: must be 1 unless the decoder is `cross`")
+    return decode_fraction
 
 
 class Visible(NamedTuple):
@@ -34,8 +53,10 @@ class Visible(NamedTuple):
 
     # (M, 1+K, C), after the final norm
     tokens: Tensor
-    # (M, N)
-    ids_restore: Tensor
+    # (M, N-K), in random order; those without content come last
+    ids_removed: Tensor
+    # (M, K)
+    ids_keep: Tensor
     # (M, N), 1 = removed (and with content)
     mask: Tensor
 
@@ -68,18 +89,39 @@ def encode_visible(
     """
     num_patches = math.prod(grid_of(x.shape[2:], vit.patch_size))
     noise = uniform(keys, num_patches)  # (M, N)
-    ids_keep, ids_restore, mask = random_masking(noise, num_keep(num_patches, mask_ratio), content)
-    return Visible(vit(x, ids_keep=ids_keep), ids_restore, mask)
+    masking = random_masking(noise, num_keep(num_patches, mask_ratio), content)
+    return Visible(vit(x, ids_keep=masking.ids_keep), masking.ids_removed, masking.ids_keep, masking.mask)
 
 
 def reconstruct(
-    vit: VisionTransformer3D, x: Tensor, visible: Visible, norm_pix_loss: bool, norm_pix_eps: float = 1e-6
+    vit: VisionTransformer3D,
+    x: Tensor,
+    visible: Visible,
+    norm_pix_loss: bool,
+    norm_pix_eps: float = 1e-6,
+    decode_fraction: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Decode all patches, and return the loss over the removed ones (scalar) and the prediction (M, N, P)."""
-    prediction = vit.forward_decoder(visible.tokens, visible.ids_restore, grid_of(x.shape[2:], vit.patch_size))
-    target = patchify(x, vit.patch_size)
+    """Decode removed patches, and return the loss over them (scalar) and the predictions (M, R, P).
+
+    Args:
+        decode_fraction: share of the removed patches that is decoded, in the order of `visible.ids_removed`.
+    """
+    removed = visible.ids_removed.shape[1]
+    ids = visible.ids_removed[:, : math.ceil(removed * decode_fraction - 1e-6)]  # (M, R)
+    grid = grid_of(x.shape[2:], vit.patch_size)
+    prediction = vit.forward_decoder(visible.tokens, visible.ids_keep, ids, grid)
+    target = patchify(x, vit.patch_size, ids)
     target = norm_pix(target, norm_pix_eps) if norm_pix_loss else target
-    return masked_mse(prediction, target, visible.mask), prediction
+    return masked_mse(prediction, target, visible.mask.gather(1, ids)), prediction
+
+
+def complete_reconstruction(vit: VisionTransformer3D, x: Tensor, visible: Visible) -> Reconstruction:
+    """Return the predictions of all removed patches, with 0 in the place of visible ones."""
+    grid = grid_of(x.shape[2:], vit.patch_size)
+    prediction = vit.forward_decoder(visible.tokens, visible.ids_keep, visible.ids_removed, grid)
+    places = visible.ids_removed.unsqueeze(-1).expand_as(prediction)
+    everywhere = prediction.new_zeros(*visible.mask.shape, prediction.shape[-1])  # (M, N, P)
+    return Reconstruction(x, visible.mask, everywhere.scatter(1, places, prediction))
 
 
 class MAE(Method):
@@ -92,6 +134,7 @@ class MAE(Method):
         mask_ratio: share of removed patches, 0 <= ratio < 1.
         norm_pix_loss: normalise the target of each patch.
         norm_pix_eps: added to its variance.
+        decode_fraction: share of the removed patches that is decoded in training; all are in evaluation.
     """
 
     def __init__(
@@ -100,29 +143,31 @@ class MAE(Method):
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
         norm_pix_eps: float = 1e-6,
+        decode_fraction: float = 1.0,
     ):
         super().__init__()
         self.encoder, self.mask_ratio = encoder, checked_ratio(mask_ratio)
         self.norm_pix_loss, self.norm_pix_eps = norm_pix_loss, norm_pix_eps
+        self.decode_fraction = checked_fraction(decode_fraction, encoder)
 
     def forward(self, batch: Batch, step: int = 0, part: int = 0) -> dict[str, Tensor]:
-        loss, _ = self._forward_views(batch)
+        fraction = self.decode_fraction if self.training else 1.0
+        x, visible = self._masked_views(batch)
+        loss, _ = reconstruct(self.encoder, x, visible, self.norm_pix_loss, self.norm_pix_eps, fraction)
         return {"rec_local": loss}
 
-    def _forward_views(self, batch: Batch) -> tuple[Tensor, Reconstruction]:
+    def _masked_views(self, batch: Batch) -> tuple[Tensor, Visible]:
         views = batch["local"]
         x, keys = view_major(views), view_keys(batch["key"], views.shape[1], kind=0)
         content = view_content(batch, "local", self.encoder.patch_size)
-        visible = encode_visible(self.encoder, x, keys, self.mask_ratio, content)
-        loss, prediction = reconstruct(self.encoder, x, visible, self.norm_pix_loss, self.norm_pix_eps)
-        return loss, Reconstruction(x, visible.mask, prediction)
+        return x, encode_visible(self.encoder, x, keys, self.mask_ratio, content)
 
     @property
     def grad_norm_parameter(self) -> nn.Parameter:
         return self.encoder.norm.weight
 
     def reconstructions(self, batch: Batch) -> dict[str, Reconstruction]:
-        return {"local": self._forward_views(batch)[1]}
+        return {"local": complete_reconstruction(self.encoder, *self._masked_views(batch))}
 
     def checkpoint_state(self) -> dict[str, Any]:
         return {"model": self.encoder.state_dict()}

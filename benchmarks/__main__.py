@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks import cache, cache_formats, growth, inference, machine, mim, table, training, views
+from benchmarks import cache, cache_formats, growth, inference, machine, mim, table, training, views, vit
 from benchmarks.harness import Row
 from common import distributed
 from common.cli import parse, run_program
@@ -39,10 +39,8 @@ BENCHMARKS: dict[str, tuple[str, Measure]] = {
     "views": ("sets of GL-MAE views: the loader's work and bytes against PersistentDataset and Resize", views.measure),
     "sliding_window": ("sliding-window inference with 14 classes against MONAI", inference.measure_window),
     "prediction": ("peak memory of Finetune.predict against the logits of the volume", inference.measure_prediction),
-    "mim": (
-        "MiM against the straightforward form of its network, and its cheaper recipe",
-        mim.measure,
-    ),
+    "vit": ("MAE and GL-MAE against MONAI and plain timm blocks, and their cheaper recipes", vit.measure),
+    "mim": ("MiM against the straightforward form of its network, and its cheaper recipe", mim.measure),
     "training": ("updates end to end against their arithmetic and their loading alone", training.measure),
     "growth": ("time and memory as volumes, tokens and processes grow", growth.measure),
 }

@@ -36,6 +36,21 @@ def memory() -> int:
     return min([total, *limits])
 
 
+def unused_memory() -> int | None:
+    """Return the bytes of the machine's memory that programs could take, None where the system does not report them."""
+    words = _words("/proc/meminfo")
+    return int(words[words.index("MemAvailable:") + 1]) * 1024 if "MemAvailable:" in words else None
+
+
+def available_memory() -> int | None:
+    """Return the bytes of `unused_memory` within the limit of the control group (version 2), None if unknown."""
+    unused = unused_memory()
+    limit, used = (_words(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if unused is None or not used or not limit or not limit[0].isdigit():
+        return unused
+    return min(unused, int(limit[0]) - int(used[0]))
+
+
 def _words(path: str) -> list[str]:
     try:
         return Path(path).read_text().split()

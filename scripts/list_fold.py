@@ -16,8 +16,8 @@ from common.config import setting
 from common.files import save_bytes
 from common.runlog import print_main
 from Finetune.cases import find_cases, split
-from Finetune.main_finetune import DataSettings
 from Finetune.presets import load_preset
+from Finetune.settings import DataSettings
 
 
 @dataclass(kw_only=True)

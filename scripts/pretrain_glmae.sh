@@ -3,6 +3,8 @@
 #
 #   NPROC=8 bash scripts/pretrain_glmae.sh --out_dir runs/glmae_1k
 #   NPROC=8 bash scripts/pretrain_glmae.sh --datasets 1k LUNA16         other sets of Pretrain/datasets/; or --datalist /data/my_ct
+#   bash scripts/pretrain_glmae.sh --decoder cross --decode_fraction 0.25                    cheaper: a quarter of the removed patches is decoded
+#   bash scripts/pretrain_glmae.sh --local_views 4                                           cheaper: half the local views
 #   bash scripts/pretrain_glmae.sh --help                               every setting, with the values of this recipe
 #
 # Arguments are passed on to the program and override the values below. NPROC: number of processes, one per GPU.

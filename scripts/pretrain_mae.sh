@@ -2,6 +2,7 @@
 # Plain 3D MAE, the baseline of GL-MAE: the same ViT-B and volumes, with local views of 96^3 only, 1600 epochs.
 #
 #   NPROC=8 bash scripts/pretrain_mae.sh --out_dir runs/mae_1k
+#   bash scripts/pretrain_mae.sh --decoder cross --decode_fraction 0.25                      cheaper: a quarter of the removed patches is decoded
 #
 # Arguments are passed on to the program and override the values below. NPROC: number of processes, one per GPU.
 # Hardware: GPUs of 24 GB or more. Expected, not measured here; the full run was not made here either.

@@ -4,6 +4,9 @@
 #   bash scripts/test.sh                              the fast tests
 #   bash scripts/test.sh -m "slow or not slow"        all tests, as CI does
 #   bash scripts/test.sh tests/common -k cache        arguments go to pytest
+#   bash scripts/test.sh -n 0 --pdb tests/common      in this process, for a debugger
+#
+# The tests run in one process per core, at most 4: a process needs about 2 GB.
 #
 # Slow tests open the pages of runs in Chromium. Where it is missing, and this runs as root with apt-get, it is installed; else these tests
 # are skipped with a warning.
@@ -22,4 +25,6 @@ install_chromium() {
 if [[ " $* " == *slow* ]] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   command -v chromium chromium-browser google-chrome chrome >/dev/null || install_chromium
 fi
-exec "$PYTHON" -m pytest "$@"
+workers="$("$PYTHON" -c "from common.resources import cores; print(max(1, min(4, int(cores()))))")"
+# a process that has run out of tests takes some of another's
+exec "$PYTHON" -m pytest -n "$workers" --dist worksteal "$@"

@@ -23,7 +23,7 @@ from tests.helpers import ROOT
 # programs beside those with a console command
 OTHERS = ("scripts.check_leakage", "scripts.convert_cc_ccii", "scripts.list_fold", "scripts.make_sample_data")
 # flags of other programs, in sentences
-FOREIGN = {"--shm-size", "--ipc", "--kill-on-bad-exit", "--signal", "--signals-to-handle", "--nnodes"}
+FOREIGN = {"--pdb", "--shm-size", "--ipc", "--kill-on-bad-exit", "--signal", "--signals-to-handle", "--nnodes"}
 # the benchmarks have no common program; `NAME` stands for one of them
 PLACEHOLDERS = ("benchmarks.NAME",)
 # a line with which a recipe passes its arguments on to a program

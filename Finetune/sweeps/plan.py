@@ -17,8 +17,8 @@ from common.errors import InputError
 from common.files import digest
 from Finetune.architectures import model_for
 from Finetune.cases import development_and_test, few_labels, find_cases, split
-from Finetune.main_finetune import DataSettings
 from Finetune.presets import Preset, load_preset
+from Finetune.settings import DataSettings
 from Finetune.sweeps.inits import Start, read_inits, starts
 from Finetune.sweeps.recipe import Candidate, Recipe, candidate_text, candidates, read_recipe
 

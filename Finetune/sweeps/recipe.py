@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from common.config import convert_all, from_dict, load_mapping, settings_of, shown, to_dict
 from common.errors import InputError
-from Finetune.main_finetune import CaseSettings, FinetuneSettings, StartSettings, check_settings
 from Finetune.presets import Preset
+from Finetune.settings import CaseSettings, FinetuneSettings, StartSettings, check_settings
 
 # A run has this many epochs of equally many updates, whatever the number of labels (our choice). They are the unit of
 # validate_every, save_every and head_warmup_epochs.

@@ -1,11 +1,14 @@
 """The data loader, the way of its batches to the device, and its speed without a model (`--loader_only`)."""
 
+import math
 import os
+import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +16,31 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from common.data.sampler import StreamSampler
+from common.data.sampler import StreamSampler, StreamSamples
 from common.errors import InputError
 from common.runlog import progress
 from common.signals import SIGNALS
 
-# batches that a loading process makes ahead
+# micro-batches that are made ahead: by each loading process, or with `Loading.by_sample` by all together
 PREFETCH = 2
 SHARED_MEMORY = Path("/dev/shm")
+# beside those of samples: libraries, the cache, logs, connections of processes
+OTHER_FILES = 512
 
 
-def measure_loader(loader: Iterable[Any], volumes_in: Callable[[Any], int], crops: int) -> str:
-    """Iterate over `loader` and return its speed as text, measured from the second batch on: then the workers run.
+def measure_loader(loader: DataLoader, batches: Iterator[Any], volumes_in: Callable[[Any], int], crops: int) -> str:
+    """Take all `batches` and return their speed as text, measured from the second one on: then the workers run.
 
     Args:
+        loader: the one that the batches come from.
         volumes_in: returns the number of volumes in a batch.
         crops: number of crops of a volume.
     """
-    iterator = iter(loader)
-    next(iterator, None)
-    workers = [worker.pid for worker in getattr(iterator, "_workers", ())]
+    next(batches, None)
+    # torch has no public name for the iterator of persistent workers
+    workers = [worker.pid for worker in getattr(loader._iterator, "_workers", ())]
     before, start = disk_bytes(workers), time.perf_counter()
-    counts = [volumes_in(batch) for batch in progress(iterator, "loader", unit="batch")]
+    counts = [volumes_in(batch) for batch in progress(batches, "loader", unit="batch")]
     seconds = max(time.perf_counter() - start, 1e-9)
     rate, read = sum(counts) / seconds, max(disk_bytes(workers) - before, 0) / 1e6
     return (
@@ -56,9 +62,13 @@ def disk_bytes(workers: Iterable[int] = ()) -> int:
     return total
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return the batch with its tensors on `device`."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch, a dict, with its tensors and those in its dicts and lists on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {name: to_device(part, device) for name, part in batch.items()}
+    return [to_device(part, device) for part in batch] if isinstance(batch, list) else batch
 
 
 @dataclass(frozen=True)
@@ -67,27 +77,58 @@ class Loading:
 
     Attributes:
         dataset: `dataset[(position, index)]` returns a sample.
-        collate: samples -> micro-batch in host memory, in the loading process.
+        collate: samples -> micro-batch in host memory.
         prepare: (micro-batch, device) -> what the method takes, on the device.
+        by_sample: loading processes hand over single samples, and the training process collates them, which must be
+            cheap. Then the samples of a micro-batch are loaded by all of them. Else each micro-batch is loaded and
+            collated by one.
     """
 
     dataset: Dataset
     collate: Callable[[list], dict[str, Any]] = default_collate
     prepare: Callable[[dict[str, Any], torch.device], dict[str, Any]] = to_device
+    by_sample: bool = False
 
 
 def build_loader(loading: Loading, sampler: StreamSampler, workers: int, device: torch.device) -> DataLoader:
-    """Return a loader of the batches of this rank, in the order of the stream."""
+    """Return a loader of the micro-batches of this rank, or of their samples, in the order of the stream.
+
+    `micro_batches` returns micro-batches of both.
+    """
+    if loading.by_sample:
+        order = {"batch_size": None, "sampler": StreamSamples(sampler), "collate_fn": _unchanged}
+    else:
+        order = {"batch_sampler": sampler, "collate_fn": loading.collate}
     return DataLoader(
         loading.dataset,
-        batch_sampler=sampler,
+        **order,
         num_workers=workers,
-        collate_fn=loading.collate,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        prefetch_factor=PREFETCH if workers else None,
+        prefetch_factor=_prefetch(loading, sampler, workers) if workers else None,
         worker_init_fn=_start_worker,
     )
+
+
+def micro_batches(loader: DataLoader, loading: Loading, micro_batch: int) -> Iterator[dict[str, Any]]:
+    """Start a loader of `build_loader`, and return an iterator over its micro-batches of `micro_batch` samples."""
+    items = iter(loader)
+    return _collated(items, loading.collate, micro_batch) if loading.by_sample else items
+
+
+def _collated(samples: Iterator[Any], collate: Callable[[list], dict[str, Any]], count: int) -> Iterator[dict]:
+    while batch := list(islice(samples, count)):
+        yield collate(batch)
+
+
+def _prefetch(loading: Loading, sampler: StreamSampler, workers: int) -> int:
+    """Return what a loading process makes ahead: micro-batches, or samples, at least those of PREFETCH micro-batches
+    by all processes together."""
+    return max(PREFETCH, math.ceil(PREFETCH * sampler.micro_batch / workers)) if loading.by_sample else PREFETCH
+
+
+def _unchanged(sample: dict[str, Any]) -> dict[str, Any]:
+    return sample
 
 
 def _start_worker(worker: int) -> None:
@@ -151,15 +192,14 @@ class DeviceBatches:
 # ---------------------------------------------------------------- shared memory
 
 
-def check_shared_memory(sample: Any, sampler: StreamSampler, workers: int, folder: Path = SHARED_MEMORY) -> None:
-    """Check that the batches on their way from the loading processes fit into shared memory; without, there is none.
+def check_shared_memory(loading: Loading, sampler: StreamSampler, workers: int, folder: Path = SHARED_MEMORY) -> None:
+    """Check that the samples on their way from the loading processes fit into shared memory; without, there is none.
 
     A loading process that finds it full dies of a bus error, often hours later. Nothing is checked where the system has
     no such folder.
 
     Args:
-        sample: a batch of one sample, about as large as the others.
-        sampler: of the batches to come.
+        sampler: of the batches to come, of which the first sample is about as large as the others.
         workers: loading processes of this process; every process on this machine has as many.
 
     Raises:
@@ -167,17 +207,41 @@ def check_shared_memory(sample: Any, sampler: StreamSampler, workers: int, folde
     """
     if workers == 0 or not folder.is_dir():
         return
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # and the one that is trained on
-    batches, micro_batch = min(workers * PREFETCH + 1, len(sampler)), sampler.micro_batch
-    needed, free = tensor_bytes(sample) * micro_batch * batches * processes, shutil.disk_usage(folder).free
+    sample = loading.collate([loading.dataset[next(iter(sampler))[0]]])
+    processes, samples = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), samples_on_their_way(loading, sampler, workers)
+    needed, free = tensor_bytes(sample) * samples * processes, shutil.disk_usage(folder).free
     if needed > free:
-        each = f"{processes} process(es) x {batches} batches of {micro_batch} samples on their way"
         raise InputError(
-            f"{folder}: {free / 1e6:,.0f} MB free, about {needed / 1e6:,.0f} MB needed for {each}; enlarge it (docker "
-            "run --shm-size=16g or --ipc=host), or lower --workers (0: load in the training process) or "
-            "--micro_batch_size"
+            f"{folder}: {free / 1e6:,.0f} MB free, about {needed / 1e6:,.0f} MB needed for {processes} process(es) x "
+            f"{samples} samples on their way; enlarge it (docker run --shm-size=16g or --ipc=host), or lower --workers "
+            "(0: load in the training process) or --micro_batch_size"
         )
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files, where it is lower: a tensor in shared memory is an open file.
+
+    Args:
+        count: files for the samples on their way; OTHER_FILES more are allowed.
+
+    Raises:
+        InputError: the system does not allow as many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + OTHER_FILES
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise InputError(
+            f"open files: {hard} allowed, {needed} needed for {count} samples on their way; allow more (ulimit -Hn), "
+            "or lower --workers (0: load in the training process) or --micro_batch_size"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def samples_on_their_way(loading: Loading, sampler: StreamSampler, workers: int) -> int:
+    """Return the largest number of samples that have left the loading processes, with those that are trained on."""
+    ahead = workers * _prefetch(loading, sampler, workers) * (1 if loading.by_sample else sampler.micro_batch)
+    return min(ahead + sampler.micro_batch, len(sampler) * sampler.micro_batch)
 
 
 def tensor_bytes(value: Any) -> int:

@@ -7,7 +7,9 @@ resuming needs no saved state.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch.utils.data import Sampler
@@ -72,3 +74,16 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
                 first = update * self.global_batch + (micro * self.world_size + self.rank) * self.micro_batch
                 positions = range(first, first + self.micro_batch)
                 yield [(p, index_at(p, self.num_samples, self.seed)) for p in positions]
+
+
+@dataclass(frozen=True)
+class StreamSamples(Sampler[tuple[int, int]]):
+    """The samples of `batches` one by one."""
+
+    batches: StreamSampler
+
+    def __len__(self) -> int:
+        return len(self.batches) * self.batches.micro_batch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return chain.from_iterable(self.batches)

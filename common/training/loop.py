@@ -86,34 +86,36 @@ def accumulate_gradients(
     Gradients are reduced over the processes in the last pass only.
 
     Args:
-        measure: also measure the gradient norm of each loss, in the first pass.
+        measure: also measure the gradient norm of each loss, in the first micro-batch.
     """
     method, loss_weights = state.method, rule.loss_weights(step)
     total, values = torch.zeros((), device=state.run.device), {}
+    # gradients of the losses at one parameter
+    shares: dict[str, Tensor] = {}
     for micro in range(rule.accum):
         batch = next(stream)
         for part in range(method.num_parts):
             last = micro == rule.accum - 1 and part == method.num_parts - 1
-            measured = measure and micro == part == 0 and method.grad_norm_parameter is not None
+            measured = measure and micro == 0 and method.grad_norm_parameter is not None
             with reduce_gradients(state.model, last), eager_blocks(measured and state.compiled):
                 with autocast(state.run.device, state.autocast):
                     reported = state.model(batch, step, part)
                 losses = {name: weight * reported[name] for name, weight in loss_weights.items() if name in reported}
                 if measured:
-                    state.interval_means.add(gradient_norms(losses, method.grad_norm_parameter))
+                    add_gradients(shares, losses, method.grad_norm_parameter)
                 loss = sum(losses.values()) / rule.accum
                 state.scaler.scale(loss).backward()
             total = total + loss.detach()
             for name, value in reported.items():
                 values[name] = values.get(name, 0.0) + value.detach() / rule.accum
+    if shares:
+        state.interval_means.add({f"grad_norm/{name}": grad.norm() for name, grad in shares.items()})
     return total, values
 
 
-def gradient_norms(losses: dict[str, Tensor], parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Return the norm of the gradient of each weighted loss at one parameter: {`grad_norm/<loss>`: norm}."""
-    norms = {}
+def add_gradients(shares: dict[str, Tensor], losses: dict[str, Tensor], parameter: nn.Parameter) -> None:
+    """Add the gradient of each weighted loss at one parameter to `shares`, under the name of the loss."""
     for name, loss in losses.items():
         (grad,) = torch.autograd.grad(loss, parameter, retain_graph=True, allow_unused=True)
         if grad is not None:
-            norms[f"grad_norm/{name}"] = grad.norm()
-    return norms
+            shares[name] = shares.get(name, 0.0) + grad

@@ -66,6 +66,9 @@ class Method(nn.Module, ABC):
         It may return named scalars of the update to be logged beside what `forward` reports.
         """
 
+    def discard_passes(self) -> None:
+        """Forget what forward passes have left for `after_step`. Called after a trial that no update follows."""
+
     def schedule_values(self, step: int) -> dict[str, float]:
         """Return scheduled values to be logged beside the learning rate."""
         return {}

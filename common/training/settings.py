@@ -19,8 +19,11 @@ class LoopSettings:
     out_dir: Path = setting(help="folder of the run: checkpoints, settings.yaml, logs, TensorBoard events, pictures")
     epochs: int = setting(100, "passes over the data", least=1, most=10**9)
     batch_size: int = setting(32, "volumes per update, over all processes together", least=1, most=65536)
-    micro_batch_size: int | None = setting(
-        None, "volumes per process and pass; none: no accumulation", least=1, most=65536
+    micro_batch_size: int | None | Literal["auto"] = setting(
+        None,
+        "volumes per process and pass; none: no accumulation; auto: the most that fit the device",
+        least=1,
+        most=65536,
     )
     samples_per_epoch: int | None = setting(None, "volumes that make an epoch; none: all of them", least=1, most=10**9)
     seed: int = setting(0, "seed of weights, data order, crops and masks", least=-(2**63), most=2**63 - 1)
@@ -63,13 +66,18 @@ class BatchPlan:
 def plan_updates(settings: LoopSettings, num_samples: int, world_size: int) -> BatchPlan:
     """Divide `batch_size` over processes and micro-batches. The batch is global, whatever the number of processes.
 
+    With `auto` the micro-batches of the plan have one volume until the trainer enlarges them (microbatch.py).
+
     Raises:
         InputError: there is no data, or the batch is not a multiple of the micro-batches of all processes.
     """
     batch, micro = settings.batch_size, settings.micro_batch_size
     if num_samples < 1:
         raise InputError("the data list is empty, expected at least one volume")
-    micro = micro or max(1, batch // world_size)
+    if micro == "auto" and settings.precision.fsdp and world_size > 1:
+        # a process without memory would leave the others waiting for its weights
+        raise InputError("--micro_batch_size auto: cannot be tried with --fsdp, expected a number")
+    micro = 1 if micro == "auto" else micro or max(1, batch // world_size)
     if batch % (micro * world_size):
         product = f"{world_size} process(es) x micro-batches of {micro}"
         raise InputError(f"--batch_size {batch}: must be a multiple of {micro * world_size} ({product})")

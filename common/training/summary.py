@@ -44,6 +44,8 @@ def start_summary(
     frozen = sum(p.numel() for p in method.parameters() if not p.requires_grad)
     size = state_bytes(method, settings, run)
     divided = f"{run.world_size} process(es) x {plan.micro_batch} x {plan.accum} accumulated"
+    if settings.micro_batch_size == "auto":
+        divided = f"{run.world_size} process(es), micro-batches of what fits"
     rows = dict(rows) | {
         "weights": f"{weights:,} trained" + (f", {frozen:,} not trained" if frozen else ""),
         "batch": f"{plan.batch} volumes: {divided}",

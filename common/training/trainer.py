@@ -13,7 +13,16 @@ from tqdm import tqdm
 
 from common import checkpoint, distributed
 from common.config import to_dict
-from common.data.loader import DeviceBatches, Loading, build_loader, check_shared_memory, end_workers
+from common.data.loader import (
+    DeviceBatches,
+    Loading,
+    allow_open_files,
+    build_loader,
+    check_shared_memory,
+    end_workers,
+    micro_batches,
+    samples_on_their_way,
+)
 from common.data.sampler import StreamSampler, mix
 from common.distributed import Run
 from common.errors import InputError
@@ -25,6 +34,7 @@ from common.training import checkpointing
 from common.training.fsdp import full_copy, meta_copy, shard, shard_loaded_state
 from common.training.loop import LossWeights, Schedule, UpdateRule, accumulate_gradients, train_one_epoch
 from common.training.method import Batch, Method
+from common.training.microbatch import with_largest_micro_batch
 from common.training.nonfinite import BadUpdateReporter, RollbackRequested
 from common.training.parallel import autocast_dtype, compile_blocks, set_cuda_options, transformer_blocks, wrap
 from common.training.preemption import Stopped, StopRequests
@@ -149,6 +159,7 @@ class Trainer:
             InputError: the data cannot be used, or the loss is not finite.
         """
         try:
+            self._choose_micro_batch()
             if self.settings.precision.compile:
                 print_main(f"compiling {compile_blocks(self.method)} transformer blocks")
             self.state.model = wrap(self.method, self.run, self.plan.accum).train()
@@ -182,6 +193,7 @@ class Trainer:
         if found:
             self.state.load(*found, self.invariants)
             print_main(f"resuming from {found[0]}: {self.state.step} updates done")
+        self._choose_micro_batch(found[1]["args"].get("micro_batch") if found else None)
         if self.settings.precision.compile:
             self.state.compiled = True
             print_main(f"compiling {compile_blocks(self.method)} transformer blocks")
@@ -194,6 +206,11 @@ class Trainer:
             recorded = yaml.safe_dump(to_dict(self.settings), sort_keys=False)
             save_bytes(self.out_dir / checkpointing.SETTINGS, recorded.encode())
             write_record(self.settings, self.run, self.plan, self.method, self.about)
+
+    def _choose_micro_batch(self, recorded: int | None = None) -> None:
+        if self.settings.micro_batch_size == "auto":
+            weights = self.loss_weights(self.state.step)
+            self.plan = with_largest_micro_batch(self.plan, self.state, self.loading, weights, recorded)
 
     def _open_log(self) -> RunLog:
         return RunLog(self.out_dir, self.state.step, self.state.epoch, self.state.rollbacks)
@@ -265,12 +282,13 @@ class Trainer:
             if self.state.rollbacks:
                 self.dataset.seed = seed
             self.sampler.start, self.sampler.stop = self.state.step, plan.total_steps
-            if workers:
-                first = next(iter(self.sampler))[0]
-                sample = self.loading.collate([self.loading.dataset[first]])
-                check_shared_memory(sample, self.sampler, workers)
+            check_shared_memory(self.loading, self.sampler, workers)
+            # a batch has few tensors, whatever the number of its samples
+            if workers and self.loading.by_sample:
+                allow_open_files(samples_on_their_way(self.loading, self.sampler, workers))
             self._loader = build_loader(self.loading, self.sampler, workers, run.device)
-            self._stream = DeviceBatches(self._loader, self.loading.prepare, run.device)
+            batches = micro_batches(self._loader, self.loading, plan.micro_batch)
+            self._stream = DeviceBatches(batches, self.loading.prepare, run.device)
         return self._stream
 
     def _after_update(self, lr: float) -> None:
@@ -357,6 +375,7 @@ class Trainer:
         state.weight_norm()
         content = state.checkpoint_entries(within_epoch)
         content["args"] = self.args | {"step": state.step, "loop": self.invariants | content.pop("loop")}
+        content["args"]["micro_batch"] = self.plan.micro_batch
         if self.run.rank == 0:
             # before the checkpoint, so that the logs hold everything that it counts as done
             self.log.flush()

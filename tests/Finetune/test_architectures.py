@@ -9,7 +9,8 @@ from common.cli import parse
 from common.config import from_dict
 from common.errors import InputError
 from Finetune.architectures import ModelSettings, build_model, load_encoder, load_finetuned, resolve
-from Finetune.heads import HEADS, Head, dynunet_strides
+from Finetune.heads import HEADS, Architecture, Head, dynunet_strides
+from Finetune.losses import start_at_prior
 from Finetune.main_finetune import main
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset
@@ -53,6 +54,53 @@ def test_settings_out_of_bounds_are_refused(flags, words):
 def test_impossible_architectures_are_refused(settings, words):
     with pytest.raises(InputError, match=words):
         resolve(ModelSettings(**settings), load_preset("BTCV"), None)
+
+
+@pytest.mark.parametrize("name", [name for name, head in HEADS.items() if not head.classifies])
+def test_the_last_layer_of_every_head_starts_at_the_prior(name):
+    torch.manual_seed(0)
+    small = {"vit": dict(embed_dim=24, depth=4, num_heads=2), "hybrid": dict(embed_dims=(6, 6, 12, 24), num_heads=2)}
+    sizes = small.get(HEADS[name].encoder, {}) | dict(in_chans=1, out_channels=3, feature_size=12)
+    decoder = dict(decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=2)
+    sizes |= decoder if HEADS[name].decoder else {}
+    sizes |= dict(depths=(1, 1, 1, 1)) if HEADS[name].encoder == "hybrid" else {}
+    roi = (64, 64, 64) if name == "swinunetr" else (64, 32, 32)
+    model = build_model(Architecture(name, roi=roi, patch_size=(16, 16, 16), **sizes)).eval()
+    x, bias, counts = torch.rand(1, 1, *roi), HEADS[name].output_bias(model), torch.tensor([90, 9, 1])
+    with torch.no_grad():
+        bias.zero_()
+        before = model(x)
+        start_at_prior(bias, counts)
+        shift = (model(x) - before).flatten(2)
+    expected = (counts / 100).log().view(1, 3, 1).expand_as(shift)
+    torch.testing.assert_close(shift, expected, rtol=0, atol=1e-4)
+
+
+def test_fine_tuning_starts_at_the_shares_of_the_training_voxels(tmp_path):
+    made = make_dataset(load_preset("MSD09_Spleen"), tmp_path / "data")
+    flags = ["--preset", "MSD09_Spleen", "--data", made, "--cache_dir", tmp_path / "cache", *SMALL, *QUICK]
+    biases = []
+    for value in ("on", "off"):
+        path = main([*map(str, flags), "--lr", "1e-12", "--prior_bias", value, "--out_dir", str(tmp_path / value)])
+        biases.append(load_finetuned(path)[0].out.conv.conv.bias.detach())
+    assert biases[0].softmax(0)[0] > 0.5 and biases[0].exp().sum() == pytest.approx(1, abs=1e-3)
+    assert biases[1].exp().sum() != pytest.approx(1, abs=1e-3)
+
+
+def test_a_prior_is_refused_where_there_is_none(tmp_path):
+    flags = [
+        "--preset",
+        "MSD01_BrainTumour",
+        "--data",
+        str(tmp_path),
+        "--out_dir",
+        str(tmp_path / "run"),
+        "--prior_bias",
+        "on",
+    ]
+    with pytest.raises(InputError, match="--prior_bias on: found --model unetr and MSD01_BrainTumour"):
+        main(flags)
+    assert not (tmp_path / "run").exists()
 
 
 class MeanHead(nn.Module):

@@ -19,8 +19,8 @@ from Finetune.cases import (
     split,
     with_mapped_labels,
 )
-from Finetune.main_finetune import FinetuneSettings
 from Finetune.presets import load_preset
+from Finetune.settings import FinetuneSettings
 from tests.helpers import touch
 
 

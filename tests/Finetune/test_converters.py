@@ -22,6 +22,7 @@ from Finetune.converters import (
     to_monai_vit,
     to_nnssl,
 )
+from Finetune.encoder3d import take
 from Finetune.models_3dvit import VisionTransformer3D
 
 OURS = dict(img_size=(16, 16, 32), patch_size=8, embed_dim=24, depth=3, num_heads=2)
@@ -122,22 +123,26 @@ def test_ours_computes_what_the_encoder_of_a_monai_unetr_does(x):
 # ---------------------------------------------------------------- MONAI MaskedAutoEncoderViT
 
 
-def reconstructed(model, x, ids_keep):
-    """Return what our autoencoder predicts for all patches from those that are kept."""
+def removed_from(x, ids_keep):
+    """Return the patches of x (B, R) that are not kept."""
     count = x.shape[2] * x.shape[3] * x.shape[4] // 512
-    removed = torch.tensor([[i for i in range(count) if i not in row] for row in ids_keep.tolist()])
-    ids_restore = torch.cat([ids_keep, removed], dim=1).argsort(dim=1)
-    return model.forward_decoder(model(x, ids_keep=ids_keep), ids_restore)
+    return torch.tensor([[i for i in range(count) if i not in row] for row in ids_keep.tolist()])
+
+
+def reconstructed(model, x, ids_keep):
+    """Return what our autoencoder predicts for the removed patches from those that are kept."""
+    return model.forward_decoder(model(x, ids_keep=ids_keep), ids_keep, removed_from(x, ids_keep))
 
 
 def both_reconstruct(model, other, x, monkeypatch):
-    """Return what both autoencoders predict from the patches that MONAI's draws."""
+    """Return what both autoencoders predict for the patches that MONAI's removes."""
     drawn = []
     masking = other._masking
     monkeypatch.setattr(other, "_masking", lambda *a, **k: drawn.append(masking(*a, **k)) or drawn[-1])
     torch.manual_seed(3)
     theirs, _ = other(x)
-    return reconstructed(model, x, drawn[0][1]), theirs
+    ids_keep = drawn[0][1]
+    return reconstructed(model, x, ids_keep), take(theirs, removed_from(x, ids_keep))
 
 
 def test_a_monai_autoencoder_reconstructs_what_ours_does(x, monkeypatch):
@@ -164,6 +169,8 @@ def test_what_a_monai_autoencoder_cannot_compute_is_refused():
         to_monai_mae(model.state_dict())
     with pytest.raises(NotConvertible, match="no mask_token"):
         to_monai_mae(ours().state_dict())
+    with pytest.raises(NotConvertible, match="a decoder with cross-attention"):
+        to_monai_mae(ours(**DECODER, decoder="cross").state_dict())
     with pytest.raises(NotConvertible, match="MaskedAutoEncoderViT"):
         from_monai_mae(ours().state_dict())
 

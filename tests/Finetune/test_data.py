@@ -11,8 +11,8 @@ from monai.data import get_track_meta
 from common.cli import parse
 from common.errors import InputError
 from Finetune.data import CropDataset, VolumeDataset, crop_start
-from Finetune.main_finetune import FinetuneSettings
 from Finetune.presets import Augmentation, load_preset
+from Finetune.settings import FinetuneSettings
 
 ALL = Augmentation(flip=0.5, rotate90=0.5)
 

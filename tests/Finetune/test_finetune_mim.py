@@ -11,10 +11,10 @@ from common.cli import parse
 from common.config import from_dict, to_dict
 from common.errors import InputError
 from Finetune.architectures import Architecture, ModelSettings, build_model, load_encoder, load_finetuned, resolve
-from Finetune.main_finetune import FinetuneSettings
 from Finetune.models_convvit3d import convvit3d_tiny_patch16
 from Finetune.models_unetr import convvit3d_unetr
 from Finetune.presets import load_preset
+from Finetune.settings import FinetuneSettings
 from tests.helpers import ROOT
 
 PRESET = load_preset("sample_abdomen")

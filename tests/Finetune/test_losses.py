@@ -1,9 +1,10 @@
 """Losses against MONAI's DiceCELoss and against the formula."""
 
+import pytest
 import torch
 from monai.losses import DiceCELoss
 
-from Finetune.losses import class_weights, dice_ce, one_hot_regions, region_dice
+from Finetune.losses import class_weights, dice_ce, one_hot_regions, region_dice, start_at_prior
 
 REGIONS = {"core": (2, 3), "whole": (1, 2, 3), "enhancing": (3,)}
 
@@ -36,6 +37,26 @@ def test_weights_are_those_of_the_cross_entropy():
     plain, weighted = dice_ce(logits, label), dice_ce(logits, label, weight)
     torch.testing.assert_close(weighted["ce"], expected / share.sum())
     assert torch.equal(weighted["dice"], plain["dice"])
+
+
+@pytest.mark.parametrize("power", [0.0, 0.6, 1.0])
+def test_no_constant_prediction_is_better_than_the_prior(power):
+    label = torch.tensor([0] * 90 + [1] * 9 + [2]).view(1, 1, 100, 1, 1)
+    counts = label.flatten().bincount()
+    bias = torch.full((6,), 0.3)
+    start_at_prior(bias, counts, power)
+    assert torch.equal(bias[:3], bias[3:])
+    constant = bias[:3].clone().requires_grad_()
+    dice_ce(constant.view(1, 3, 1, 1, 1).expand(1, 3, 100, 1, 1), label, class_weights(counts, power))["ce"].backward()
+    assert constant.grad.abs().max() < 1e-6
+    if power == 0:
+        torch.testing.assert_close(constant.softmax(0), torch.tensor([0.9, 0.09, 0.01]))
+
+
+def test_classes_without_voxels_have_a_finite_prior():
+    bias = torch.zeros(2)
+    start_at_prior(bias, torch.tensor([100, 0]))
+    assert torch.isfinite(bias).all() and bias[1] < bias[0]
 
 
 def test_region_dice_is_the_formula_per_region():

@@ -1,12 +1,15 @@
 """The ViT encoder: its numbers against the same equations written out, and the ways to call it."""
 
+import copy
 import math
 
 import pytest
 import torch
 
-from Finetune.encoder3d import resample_pos_embed
+from Finetune import encoder3d
+from Finetune.encoder3d import resample_pos_embed, take
 from Finetune.models_3dvit import (
+    PatchEmbed3D,
     VisionTransformer3D,
     vit_base_patch16_3d,
     vit_huge_patch16_3d,
@@ -152,14 +155,13 @@ def test_impossible_sizes_are_refused(sizes, words):
         small(**sizes)
 
 
-def test_decoder_puts_patches_back_in_raster_order():
-    """The order in which all patches are kept does not change what the decoder predicts."""
+def test_predictions_do_not_depend_on_the_order():
     model = small(encoder_only=False, decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=4).eval()
     tokens = model(torch.rand(1, 1, 32, 32, 32), return_features=True)["all_features"]
     raster = model.forward_decoder(tokens, torch.arange(64).unsqueeze(0))
     shuffle = torch.randperm(64).unsqueeze(0)
     shuffled = torch.cat([tokens[:, :1], tokens[:, 1:][:, shuffle[0]]], 1)
-    torch.testing.assert_close(model.forward_decoder(shuffled, shuffle.argsort(1)), raster)
+    torch.testing.assert_close(model.forward_decoder(shuffled, shuffle), raster[:, shuffle[0]])
     assert raster.shape == (1, 64, 512)
 
 
@@ -170,6 +172,50 @@ def test_other_input_sizes_resample_from_the_stored_grid():
     state["pos_embed"] = resample_pos_embed(model.pos_embed, (2, 4, 6), (4, 2, 3))
     twin.load_state_dict(state)
     torch.testing.assert_close(model(x), twin(x))
+
+
+def test_patches_are_embedded_as_by_the_convolution():
+    """All of them, and those that were chosen; two channels, patches and volume of unequal sides."""
+    embed, x = PatchEmbed3D((4, 8, 2), 2, 12), torch.rand(2, 2, 8, 24, 4)
+    expected = embed.proj(x).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(embed(x), expected)
+    ids = torch.tensor([[5, 0, 11], [3, 4, 2]])
+    torch.testing.assert_close(embed(x, ids), take(expected, ids))
+
+
+def test_positions_are_resampled_once_per_size(monkeypatch):
+    model, calls = small().eval(), []
+    plain = encoder3d.resample_pos_embed
+
+    def counted(table, source, target, prefix):
+        calls.append(target)
+        return plain(table, source, target, prefix)
+
+    monkeypatch.setattr(encoder3d, "resample_pos_embed", counted)
+    a, b = torch.rand(1, 1, 16, 16, 16), torch.rand(1, 1, 24, 16, 16)
+    with torch.inference_mode():
+        first = model(a)
+    for x in (a, b, a, b):
+        model(x)
+    assert calls == [(2, 2, 2), (3, 2, 2)]
+    # a table made in inference mode serves training too
+    model(a).sum().backward()
+    # copies start anew, and so do tables that were loaded, changed or moved
+    copy.deepcopy(model)(a)
+    copy.copy(model._tables).get("pos_embed", model.pos_embed, (4, 4, 4), (2, 2, 2), 1)
+    assert len(calls) == 4
+    model.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(a), first)
+    with torch.no_grad():
+        model.pos_embed.mul_(2.0)
+    assert not torch.allclose(model(a), first, atol=1e-3)
+    model.double()(a.double())
+    assert len(calls) == 7
+    # a trained table must have its gradient
+    model.pos_embed.requires_grad_()
+    model(a.double()).sum().backward()
+    model(a.double()).sum().backward()
+    assert len(calls) == 9 and model.pos_embed.grad.any()
 
 
 # ---------------------------------------------------------------- fine-tuning

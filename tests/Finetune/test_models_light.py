@@ -49,7 +49,7 @@ def test_mae_decoder_predicts_what_mae_predicts(tmp_path, roi):
     x = torch.rand(2, 1, *architecture.roi)
     grid = architecture.grid_size
     everything = torch.arange(math.prod(grid)).expand(2, -1)
-    prediction = mae.forward_decoder(mae(x, ids_keep=everything), everything, grid)
+    prediction = mae.forward_decoder(mae(x, ids_keep=everything), everything, grid=grid)
     torch.testing.assert_close(model(x), unpatchify(prediction, (16, 16, 16), grid))
 
 

@@ -44,6 +44,7 @@ def authors_file(path, grid=(10, 10, 10), decoder_width=48, prefix="module.backb
     return {k.removeprefix(prefix): v for k, v in weights.items()}
 
 
+@pytest.mark.slow
 def test_the_readmes_example_runs_from_inside_finetune(tmp_path):
     """The snippet of the README, unchanged, with nothing but Finetune/ on the path."""
     code = f"""

@@ -10,8 +10,8 @@ import pytest
 
 from common.cli import parse
 from Finetune.architectures import resolve
-from Finetune.main_finetune import FinetuneSettings
 from Finetune.presets import available, load_preset
+from Finetune.settings import FinetuneSettings
 from tests.Finetune.made import make_dataset
 from tests.helpers import ROOT
 

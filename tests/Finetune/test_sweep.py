@@ -407,6 +407,7 @@ def test_task_of_the_array_does_one_group(small):
     assert {value(words, "label_count") for _, words in small.calls if "--label_count" in words} == {"2"}
 
 
+@pytest.mark.slow
 def test_former_name_of_the_program_still_works():
     done = run_module("Finetune.compare", "--help")
     assert "--label_counts" in done.stdout and done.stderr.strip().count("\n") == 0 and "Finetune.sweep" in done.stderr

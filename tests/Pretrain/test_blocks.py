@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 
 from common.cache.build import build_cache
 from common.data.datalist import Case
-from common.data.loader import Loading, build_loader
+from common.data.loader import Loading, build_loader, micro_batches
 from common.data.preprocessing import Preprocessing
 from common.data.sampler import StreamSampler, generator
 from common.errors import InputError
@@ -93,10 +93,10 @@ def test_the_loader_hands_over_stored_numbers_in_order(cached, workers):
     samples = ViewDataset(cached["int16"], SPECS["resize"], seed=5)
     sampler = StreamSampler(2, 2, 1)
     sampler.stop = 3
-    how = Loading(BlockDataset(samples), collate_blocks, ViewMaker(samples.specs))
-    loader = build_loader(how, sampler, workers, CPU)
-    for batch, items in zip(loader, sampler, strict=True):
-        assert batch["numbers"].dtype == torch.int16 and batch["numbers"].is_shared() == (workers > 0)
+    how = Loading(BlockDataset(samples), collate_blocks, ViewMaker(samples.specs), by_sample=True)
+    for batch, items in zip(micro_batches(build_loader(how, sampler, workers, CPU), how, 2), sampler, strict=True):
+        for numbers in batch["numbers"]:
+            assert numbers.dtype == torch.int16 and numbers.is_shared() == (workers > 0)
         assert_close(how.prepare(batch, CPU), default_collate([samples[item] for item in items]))
 
 

@@ -76,6 +76,18 @@ def test_the_loss_falls(scans, tmp_path, method):
     assert sum(curve[-3:]) / 3 < sum(curve[:3]) / 3 - 0.005
 
 
+@pytest.mark.parametrize("method", ["mae", "glmae"])
+def test_a_cheap_recipe_with_automatic_micro_batches(scans, tmp_path, capsys, method):
+    cheap = "--decoder cross --decode_fraction 0.5 --micro_batch_size auto --epochs 1".split()
+    pretrain(scans, tmp_path / "run", *cheap, method=method)
+    assert "micro-batches of 2 volume(s) per process, 1 accumulated" in capsys.readouterr().out
+    content = torch.load(tmp_path / "run/checkpoint-last.pth", weights_only=True)
+    assert content["args"]["micro_batch"] == 2 and content["args"]["micro_batch_size"] == "auto"
+    names = content["model"] if method == "mae" else content["student"]
+    assert any(name.endswith("decoder_blocks.0.attn.kv.weight") for name in names)
+    assert (tmp_path / "run/reconstruction-0.png").exists() and read_log(tmp_path / "run")[0]["rec_local"] > 0
+
+
 def assert_divisions_agree(settings, folder, epochs, terms):
     """One process, two, two with FSDP2, and accumulated micro-batches log the same numbers in every epoch, to 1e-4.
 
@@ -131,7 +143,9 @@ WHERE = {
 }
 
 
-@pytest.mark.parametrize("where", ["loader", "device", pytest.param("resident", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "where", ["loader", *(pytest.param(name, marks=pytest.mark.slow) for name in ("device", "resident"))]
+)
 def test_a_resumed_run_equals_an_undisturbed_one(scans, tmp_path, monkeypatch, where):
     """Teacher, centre, schedules and data go on where they stopped: bit for bit, wherever views are made."""
     more = ["--epochs", "3", *WHERE[where]]
@@ -182,6 +196,8 @@ def test_where_views_are_made_changes_no_number(scans, tmp_path, capsys):
         (["--mask_ratio_local", "1.0"], r"--mask_ratio_local 1.0: must be less than 1"),
         (["--global_views", "0"], "--global_views 0"),
         (["--batch_size", "3", "--micro_batch_size", "2"], "multiple of 2"),
+        (["--micro_batch_size", "most"], "--micro_batch_size: found .most., expected one of auto"),
+        (["--decode_fraction", "0.5"], "decode_fraction 0.5: must be 1 unless the decoder is `cross`"),
         (["--datalist", "nowhere"], "nowhere"),
         (["--datasets", "2k", "--data_root", "."], "did you mean"),
         (["--methot", "mae"], "--method"),

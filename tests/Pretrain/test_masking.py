@@ -16,7 +16,7 @@ def test_counts_of_the_recipes_and_the_float_trap():
 
 
 def test_kept_and_removed_partition_the_patches():
-    ids_keep, ids_restore, mask = random_masking(torch.rand(5, 50), 20)
+    ids_keep, ids_restore, mask, ids_removed = random_masking(torch.rand(5, 50), 20)
     for b in range(5):
         kept = set(ids_keep[b].tolist())
         assert len(kept) == 20
@@ -89,7 +89,7 @@ def test_patches_with_content_are_those_that_hold_a_voxel():
 def test_padding_is_visible_only_for_want_of_content():
     noise, keep = uniform(torch.arange(300), 64), 24
     content = content_patches(random_boxes((32, 32, 32), 300), (8, 8, 8), (4, 4, 4))
-    ids_keep, ids_restore, mask = random_masking(noise, keep, content)
+    ids_keep, ids_restore, mask, ids_removed = random_masking(noise, keep, content)
     visible = content.gather(1, ids_keep).sum(dim=1)
     assert torch.equal(visible, content.sum(dim=1).clamp(max=keep))
     assert (visible < keep).any() and (visible == keep).any()

@@ -1,15 +1,17 @@
 """GL-MAE's contract: the properties of spec section 14, on a small encoder."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch.nn.functional import log_softmax, softmax
 
 from Finetune.models_3dvit import VisionTransformer3D
-from Pretrain.losses import cross_entropy_pairs
-from Pretrain.models_glmae import GLMAE
-from Pretrain.models_mae import MAE, encode_visible, reconstruct, view_keys, view_major
+from Pretrain.health import report
+from Pretrain.losses import cross_entropy_pairs, masked_mse, norm_pix, patchify
+from Pretrain.models_glmae import GLMAE, TERMS, kinds_of_parts
+from Pretrain.models_mae import MAE, complete_reconstruction, encode_visible, reconstruct, view_keys, view_major
 
 
 def small_vit(**kwargs):
@@ -33,7 +35,7 @@ def batch(volumes=2, p=2, q=3):
 
 def update(method, data, step=0, lr=1e-2):
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=lr)
-    values = method(data, step)
+    values = report(method, data, step)
     sum(values[t] for t in method.terms).backward()
     method.before_step(step)
     optimizer.step()
@@ -43,7 +45,7 @@ def update(method, data, step=0, lr=1e-2):
 
 def test_trainable_parameters_get_gradients_and_the_teacher_none():
     method = small_glmae()
-    values = method(batch())
+    values = report(method, batch(), 0)
     sum(values[t] for t in method.terms).backward()
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
@@ -81,7 +83,7 @@ def test_the_teacher_sees_the_same_views_without_a_mask():
 
     method.teacher["backbone"].register_forward_pre_hook(spy("teacher"), with_kwargs=True)
     method.student["backbone"].register_forward_pre_hook(spy("student"), with_kwargs=True)
-    method(data)
+    report(method, data, 0)
     ((teacher_input, teacher_ids),) = seen["teacher"]
     student_input, student_ids = seen["student"][0]
     assert torch.equal(teacher_input, student_input) and torch.equal(teacher_input, view_major(data["global"]))
@@ -90,21 +92,15 @@ def test_the_teacher_sees_the_same_views_without_a_mask():
     assert all(ids is not None for _, ids in seen["student"])
 
 
-def test_reconstruction_looks_at_removed_patches_alone():
+def test_only_removed_patches_are_predicted_and_compared():
+    """The loss equals that of predictions of all patches, restricted to the removed ones."""
     vit, x = small_vit(), torch.rand(2, 1, 16, 16, 16)
     visible = encode_visible(vit, x, torch.tensor([3, 4]), 0.5)
-    offset = torch.zeros(2, 8, 512)
-    plain = vit.forward_decoder
-
-    def shifted(*args):
-        return plain(*args) + offset
-
-    vit.forward_decoder = shifted
-    loss, _ = reconstruct(vit, x, visible, True)
-    offset = (1 - visible.mask).unsqueeze(-1) * 7.0
-    assert torch.equal(reconstruct(vit, x, visible, True)[0], loss)
-    offset = visible.mask.unsqueeze(-1) * 7.0
-    assert reconstruct(vit, x, visible, True)[0] > loss + 1
+    loss, prediction = reconstruct(vit, x, visible, True)
+    assert prediction.shape == (2, 4, 512)
+    made = complete_reconstruction(vit, x, visible)
+    torch.testing.assert_close(masked_mse(made.prediction, norm_pix(patchify(x, vit.patch_size)), made.mask), loss)
+    assert made.prediction[made.mask == 0].abs().max() == 0
 
 
 def test_local_reconstruction_alone_is_plain_mae_bit_for_bit():
@@ -120,6 +116,14 @@ def test_local_reconstruction_alone_is_plain_mae_bit_for_bit():
     for name, p in glmae.encoder.named_parameters():
         assert (p.grad is None and gradients[name] is None) or torch.equal(p.grad, gradients[name]), name
     assert list(glmae.teacher.parameters()) == []
+
+
+def test_the_teacher_has_no_dropout_and_no_graph():
+    torch.manual_seed(0)
+    method, data = GLMAE(small_vit(drop_path_rate=0.5), hidden_dim=32, bottleneck_dim=8, out_dim=16).train(), batch()
+    assert method.encoder.blocks[1].training
+    first, second = (method._teacher_targets(data["global"], 0) for _ in range(2))
+    assert torch.equal(first, second) and not first.requires_grad
 
 
 def test_one_global_view_keeps_global_to_global_defined():
@@ -191,7 +195,7 @@ def test_checkpoint_restores_teacher_centre_and_loss():
     twin.load_checkpoint_state(copy.deepcopy(method.checkpoint_state()))
     assert torch.equal(twin.center, method.center)
     for term in method.terms:
-        assert torch.equal(method(data, 1)[term], twin(data, 1)[term])
+        assert torch.equal(report(method, data, 1)[term], report(twin, data, 1)[term])
 
 
 def test_written_layout_reads_as_the_authors_loaders_do():
@@ -214,7 +218,7 @@ def test_written_layout_reads_as_the_authors_loaders_do():
 
 def test_byol_has_no_prototypes_and_trains_every_parameter():
     method = small_glmae(consistency="byol")
-    values = method(batch())
+    values = report(method, batch(), 0)
     assert not any("last_layer" in n for n, _ in method.named_parameters())
     sum(values[t] for t in method.terms).backward()
     assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
@@ -233,9 +237,9 @@ def test_byol_is_zero_for_equal_embeddings_only():
 @pytest.mark.parametrize("consistency", ["ce", "byol"])
 def test_bfloat16_autocast_is_close_and_losses_are_float32(consistency):
     method, data = small_glmae(consistency=consistency), batch()
-    full = method(data)
+    full = report(method, data, 0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = method(data)
+        half = report(method, data, 0)
     sum(half[t] for t in method.terms).backward()
     for term in method.terms:
         assert half[term].dtype == torch.float32
@@ -246,3 +250,24 @@ def test_bfloat16_autocast_is_close_and_losses_are_float32(consistency):
 def test_unknown_term_is_named():
     with pytest.raises(ValueError, match="globule"):
         small_glmae(terms=("globule",))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_the_last_part_trains_every_layer(count):
+    """DDP reduces gradients in the last backward pass of an update, and waits there for those of all parameters."""
+    for terms in itertools.combinations(TERMS, count):
+        needed = ["rec" in str(terms), "global_global" in terms or "global_local" in terms]
+        vit = small_vit() if needed[0] else small_vit(encoder_only=True)
+        method, data = GLMAE(vit, terms=terms, hidden_dim=16, bottleneck_dim=8, out_dim=12), batch()
+        for part in range(method.num_parts):
+            method.zero_grad()
+            reported = method(data, part=part)
+            sum(reported[term] for term in terms if term in reported).backward()
+        assert not [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None], terms
+
+
+def test_kinds_of_view_have_a_pass_each_where_they_can():
+    assert kinds_of_parts(TERMS) == [["global"], ["local"]]
+    assert kinds_of_parts(["rec_global", "rec_local", "global_global"]) == [["local"], ["global"]]
+    assert kinds_of_parts(["rec_global", "global_local"]) == [["global", "local"]]
+    assert kinds_of_parts(["rec_local"]) == [["local"]]

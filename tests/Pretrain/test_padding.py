@@ -90,7 +90,8 @@ def changed(method, offsets):
 
         @functools.wraps(plain)
         def shifted(*args):
-            return plain(*args) + next(calls).unsqueeze(-1)
+            # the third argument says which patches are predicted: the removed ones
+            return plain(*args) + next(calls).gather(1, args[2]).unsqueeze(-1)
 
     setattr(owner, name, shifted)
     return method

@@ -32,3 +32,17 @@ def test_durations_are_in_their_largest_unit(seconds, text):
 @pytest.mark.parametrize("value, text", [(5, "5 B"), (1500, "1.5 kB"), (2.345e12, "2.35 TB"), (3e21, "3e+03 EB")])
 def test_quantities_have_a_prefix(value, text):
     assert resources.quantity(value, "B") == text
+
+
+@pytest.mark.parametrize(
+    "files, unused, available",
+    [
+        ({"/proc/meminfo": "MemFree: 1 kB MemAvailable: 4 kB"}, 4096, 4096),
+        ({"/proc/meminfo": "MemAvailable: 4 kB", "max": "3000", "current": "1000"}, 4096, 2000),
+        ({"/proc/meminfo": "MemAvailable: 4 kB", "max": "max", "current": "1000"}, 4096, 4096),
+        ({"max": "3000", "current": "1000"}, None, None),
+    ],
+)
+def test_memory_that_is_available(monkeypatch, files, unused, available):
+    monkeypatch.setattr(resources, "_words", lambda path: files.get(path, files.get(path.split(".")[-1], "")).split())
+    assert (resources.unused_memory(), resources.available_memory()) == (unused, available)

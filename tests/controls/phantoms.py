@@ -23,8 +23,6 @@ CLASSES = ("background", "first", "second", "third")
 # voxels after which a pattern repeats, which divides the patch size of the encoders
 PERIOD = 8
 REGIONS = 5
-# standard deviation of a pattern as a fraction of that of the noise
-STRENGTH = 0.24
 # HU of the middle of the window [0, 1000], and of the noise's standard deviation
 MIDDLE, NOISE = 500.0, 150.0
 
@@ -51,8 +49,13 @@ def patterns() -> Tensor:
     return fine / fine.std(dim=(1, 2, 3), keepdim=True)
 
 
-def phantom(shape: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
-    """Return HU (D, H, W) and class ids (D, H, W) uint8. The sizes are multiples of 8."""
+def phantom(shape: Sequence[int], seed: int, strength: float) -> tuple[Tensor, Tensor]:
+    """Return HU (D, H, W) and class ids (D, H, W) uint8.
+
+    Args:
+        shape: multiples of 8.
+        strength: standard deviation of a pattern as a fraction of that of the noise.
+    """
     rng = torch.Generator().manual_seed(seed)
     axes = [torch.arange(size, dtype=torch.float32) for size in shape]
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (3, D, H, W)
@@ -63,7 +66,7 @@ def phantom(shape: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
     label = classes[distance.argmin(dim=1)].view(*shape)
     repeated = patterns().repeat(1, *(size // PERIOD for size in shape))  # (classes, D, H, W)
     signal = repeated.gather(0, label[None])[0]
-    hu = MIDDLE + NOISE * (STRENGTH * signal + torch.randn(*shape, generator=rng))
+    hu = MIDDLE + NOISE * (strength * signal + torch.randn(*shape, generator=rng))
     return hu, label.to(torch.uint8)
 
 
@@ -77,16 +80,16 @@ def write_volume(path: Path, values: Tensor, dtype: type) -> None:
     write_nifti(path, nib.Nifti1Image(values.round().numpy().astype(dtype), np.eye(4)))
 
 
-def write_unlabelled(folder: Path, shape: Sequence[int], count: int, shuffle: bool = False) -> Path:
+def write_unlabelled(folder: Path, shape: Sequence[int], count: int, strength: float, shuffle: bool = False) -> Path:
     """Write volumes for pretraining, with or without their voxels shuffled."""
     folder.mkdir(parents=True)
     for seed in range(count):
-        hu, _ = phantom(shape, seed)
+        hu, _ = phantom(shape, seed, strength)
         write_volume(folder / f"{seed:04}.nii.gz", shuffled(hu, seed) if shuffle else hu, np.int16)
     return folder
 
 
-def write_labelled(folder: Path, shape: Sequence[int], training: int, validation: int) -> Path:
+def write_labelled(folder: Path, shape: Sequence[int], training: int, validation: int, strength: float) -> Path:
     """Write labelled phantoms, none of them one of pretraining, and a preset for them. Return the preset's path.
 
     Fold 0 has the validation cases.
@@ -94,7 +97,7 @@ def write_labelled(folder: Path, shape: Sequence[int], training: int, validation
     folder.mkdir(parents=True)
     cases = []
     for number in range(training + validation):
-        hu, label = phantom(shape, 100_000 + number)
+        hu, label = phantom(shape, 100_000 + number, strength)
         name = f"case{number:02}"
         write_volume(folder / f"{name}.nii.gz", hu, np.int16)
         write_volume(folder / f"{name}_label.nii.gz", label, np.uint8)

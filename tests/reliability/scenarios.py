@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from common import checkpoint
+from common import checkpoint, signals
 from common.peers import EXIT_PEER_DIED
 from common.signals import EXIT_REQUEUE
 from Finetune.presets import load_preset
@@ -156,10 +156,18 @@ def signal_at_update(at: int, number: int, rank: int) -> None:
 
     def save_or_stop(self, at_end):
         if self.state.step == at + 1 and rank == world - 1:
-            os.killpg(os.getpid(), number)
+            stop_own_group(number)
         inner(self, at_end)
 
     Trainer.save_or_stop = save_or_stop
+
+
+def stop_own_group(number: int) -> None:
+    """Signal this training process and its workers, and wait until it is recorded: the kernel may give the signal to
+    another thread, and Python then calls the handler later."""
+    os.killpg(os.getpid(), number)
+    while not signals.stop_requested():
+        time.sleep(0.001)
 
 
 def within_save(number: int, at_save: int, rank: int) -> None:

@@ -25,6 +25,19 @@ def test_a_trend_tells_growth_from_noise(growth, flat):
     assert found.flat == flat and found.growth == pytest.approx(growth, abs=0.5)
 
 
+@pytest.mark.parametrize("growth, flat", [(0.9, True), (1.1, False)])
+def test_one_per_cent_of_steady_growth_is_noticed(growth, flat):
+    steps = list(range(48))
+    assert trend(steps, [100.0 + growth * step / 47 for step in steps]).flat == flat
+
+
+def test_a_step_is_no_growth():
+    steps = np.arange(500)
+    noise = np.random.default_rng(0).normal(0.0, 0.1, 500)
+    found = trend(list(steps), list(100.0 + 5.0 * (steps > 250) + noise))
+    assert found.flat and found.growth > 4.0
+
+
 @pytest.mark.parametrize("growth, flat", [(0.0, True), (1.0, False)])
 def test_growth_across_processes_is_noticed(growth, flat):
     samples = [

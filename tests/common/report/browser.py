@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-SECONDS = 120
+SECONDS = 600
 # descriptors that the shell can give the numbers 3 and 4, which Chromium reads and writes
 FIRST_FREE = 10
 

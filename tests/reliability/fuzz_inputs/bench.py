@@ -68,12 +68,13 @@ def build_finetuning(argv: Words) -> None:
     from common.cli import parse
     from common.training.settings import plan_updates
     from Finetune.presets import load_preset
+    from Finetune.settings import FinetuneSettings, check_settings, initial_checkpoint
 
-    config = parse(main_finetune.FinetuneSettings, argv)
+    config = parse(FinetuneSettings, argv)
     preset = load_preset(config.cases.preset)
-    main_finetune.check_settings(config, preset)
+    check_settings(config, preset)
     plan_updates(config, 3, 1)
-    build_model(resolve(config.network, preset, main_finetune.initial_checkpoint(config.start)))
+    build_model(resolve(config.network, preset, initial_checkpoint(config.start)))
 
 
 PROGRAMS: dict[str, Callable[[Words], Any]] = {

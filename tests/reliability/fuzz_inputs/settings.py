@@ -9,7 +9,8 @@ import yaml
 
 import generate_cache_files
 from common.config import settings_of
-from Finetune import evaluate, main_finetune, predict, sweep
+from Finetune import evaluate, predict, sweep
+from Finetune.settings import FinetuneSettings
 from Pretrain.build import settings_class
 from tests.reliability.fuzz_inputs.bench import PRETRAIN, Bench, Words, finetune_words, pretrain_words
 
@@ -20,7 +21,7 @@ def is_number(kind: Any) -> bool:
 
 CLASSES = {
     "pretrain": settings_class(),
-    "finetune": main_finetune.FinetuneSettings,
+    "finetune": FinetuneSettings,
     "predict": predict.PredictSettings,
     "evaluate": evaluate.EvaluateSettings,
     "sweep": sweep.SweepSettings,
