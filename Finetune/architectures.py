@@ -304,7 +304,10 @@ def encoder_sizes(
 def build_model(a: Architecture) -> nn.Module:
     """Return the network with random weights: (B, in_chans, *roi) -> logits, as `Head` describes."""
     head = find_head(a.model)
-    return head.build(ENCODERS[head.encoder].build(a) if head.encoder else None, a)
+    if head.encoder is None:
+        return head.build(None, a)
+    encoder = ENCODERS[head.encoder]
+    return head.build(encoder.bare(a) if head.as_pretrained else encoder.build(a), a)
 
 
 # ---------------------------------------------------------------- from checkpoints

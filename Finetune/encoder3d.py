@@ -200,6 +200,10 @@ class Encoder3D(nn.Module):
             raise ValueError(f"found an input of shape {tuple(x.shape)}, expected (B, {self.in_chans}, D, H, W)")
         return grid_of(x.shape[2:], self.patch_size)
 
+    def patch_features(self, x: Tensor) -> Tensor:
+        """Return the features (B, N, C) of all patches of a volume, after the final norm, in raster order."""
+        raise NotImplementedError
+
     def run_block(self, block: nn.Module, *args) -> Tensor:
         """Return `block(*args)`, recomputed in the backward pass with gradient checkpointing."""
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():

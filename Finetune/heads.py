@@ -64,6 +64,7 @@ class Head:
         help: one phrase for `--help`, which shows the heads that are registered before architectures.py is imported.
         encoder: the encoder that `build` is given and that checkpoints are loaded into. None: `build` is given None,
             and the network starts from random weights only.
+        as_pretrained: `build` is given the hybrid encoder as pretraining has it, without its feature pyramid.
         check: raises InputError for an architecture that cannot be built. Called before any data is read.
         classifies: the network is for presets of classification, not of segmentation.
         frozen: train the head alone, as `--freeze` does.
@@ -78,6 +79,7 @@ class Head:
     build: Callable[[nn.Module | None, Architecture], nn.Module]
     help: str
     encoder: Literal["vit", "hybrid"] | None = "vit"
+    as_pretrained: bool = False
     check: Callable[[Architecture], object] = lambda a: None
     classifies: bool = False
     frozen: bool = False
@@ -136,6 +138,11 @@ def bias_of(layer: str) -> Callable[[nn.Module], nn.Parameter]:
     return lambda model: model.get_submodule(layer).bias
 
 
+def last_bias(model: LightDecoder) -> nn.Parameter:
+    """Return the bias of the last layer of a light decoder."""
+    return model.decoder[-1].proj.bias
+
+
 HEADS = {
     "unetr": Head(
         lambda backbone, a: UNETR(backbone, a.in_chans, a.out_channels, a.feature_size),
@@ -170,7 +177,15 @@ HEADS = {
         lambda backbone, a: LightDecoder(backbone, a.out_channels),
         "the ViT with a light decoder similar to that of Primus",
         class_token=True,
-        output_bias=lambda model: model.decoder[-1].proj.bias,
+        output_bias=last_bias,
+        prior_bias=True,
+    ),
+    "mim_light": Head(
+        lambda backbone, a: LightDecoder(backbone, a.out_channels),
+        "the hybrid encoder as in pretraining, with the decoder of primus",
+        encoder="hybrid",
+        as_pretrained=True,
+        output_bias=last_bias,
         prior_bias=True,
     ),
     "swinunetr": Head(

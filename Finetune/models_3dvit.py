@@ -191,6 +191,10 @@ class VisionTransformer3D(encoder3d.Encoder3D):
         summary = self._summary(tokens)
         return summary if self.head is None else self.head(summary)
 
+    def patch_features(self, x: Tensor) -> Tensor:
+        """Return the patch tokens (B, N, C) after the final norm, in raster order."""
+        return self(x, return_features=True)["patch_features"]
+
     def forward_tokens(
         self,
         x: Tensor,

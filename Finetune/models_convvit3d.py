@@ -327,6 +327,10 @@ class ConvViT3D(encoder3d.Encoder3D):
             layers.append(normalize_channels(self.fpn(coarse)))
         return fused, [layers[layer] for layer in return_layers]
 
+    def patch_features(self, x: Tensor) -> Tensor:
+        """Return the tokens (B, N, C_4) in raster order, as `forward` does without further arguments."""
+        return self(x)
+
     def forward_stages(self, x: Tensor, ids_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Return the tokens (B, K, C_4) after the last block, before fusion and norm, and the convolutional stages.
 

@@ -1,4 +1,4 @@
-"""Light heads on the ViT: logits from the tokens alone, so that no path leads around the encoder.
+"""Light heads: logits from the tokens alone, so that no path leads around the encoder.
 
 B batch   (D, H, W) voxels   (d, h, w) patch grid   N = d*h*w patches   C width   E width of MAE's decoder   K classes
 
@@ -76,14 +76,15 @@ def upsampling_strides(patch_size: Sequence[int]) -> list[Grid]:
 
 
 class LightDecoder(nn.Module):
-    """ViT with a few upsampling layers on its patch tokens: (B, in_chans, D, H, W) -> logits (B, K, D, H, W).
+    """An encoder with a few upsampling layers on its patch features: (B, in_chans, D, H, W) -> logits (B, K, D, H, W).
 
     Similar to the decoder of Primus (Wald et al., arXiv 2503.01835), written from the paper's description: upsampling
     by 2 with LayerNorm and GELU in between, and no skip connections. Our choice: the width is halved in each step, down
     to K at the least.
 
     Args:
-        backbone: a ViT. Its normed patch tokens are used.
+        backbone: one of the two encoders. Its features after the final norm are used, so the hybrid encoder must be
+            that of pretraining, without the pyramid.
         out_channels: K, including the background.
     """
 
@@ -99,5 +100,5 @@ class LightDecoder(nn.Module):
         self.decoder = nn.Sequential(*layers, PatchExpand(width, out_channels, last))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.backbone(x, return_features=True)["patch_features"]  # (B, N, C)
+        tokens = self.backbone.patch_features(x)  # (B, N, C)
         return self.decoder(tokens.unflatten(1, grid_of(x.shape[2:], self.backbone.patch_size))).movedim(-1, 1)

@@ -173,7 +173,7 @@ class LinearProbe(nn.Module):
         self.head = nn.Conv3d(backbone.embed_dim, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.backbone(x, return_features=True)["patch_features"]  # (B, N, C)
+        tokens = self.backbone.patch_features(x)  # (B, N, C)
         logits = self.head(to_map(tokens, grid_of(x.shape[2:], self.backbone.patch_size)))  # (B, K, d, h, w)
         return F.interpolate(logits, size=x.shape[2:], mode="trilinear", align_corners=False)
 

@@ -36,15 +36,15 @@ step() { printf '\n== %s\n   -> %s\n' "$1" "$2"; }
 # Updates of pretraining and fine-tuning; pretraining seeds; fine-tuning seeds; numbers of labels; learning rates to choose from.
 if [ "$size" = quick ]; then
   mae_updates=4800 glmae_updates=2400 mim_updates=1200 updates=400
-  pretraining_seeds=(0) seeds=0,1,2 counts=8 rates=5e-4,2e-3
-  # an update of MiM's network takes several times as long as one of the ViT's
+  pretraining_seeds=(0) seeds=0,1,2 counts=8 rates=1e-3,4e-3
   mim_size=(--embed_dims 12 24 48 96 --depths 1 1 1 2 --num_heads 3)
-  mim_budget=(--updates 200 --seeds 0,1 --tune lr=1e-3 --development 0.5)
+  # heads that read the features of pretraining alone; with the others an update takes several times as long
+  vit_heads=primus mim_heads=mim_light
 else
   mae_updates=20000 glmae_updates=10000 mim_updates=10000 updates=2000
   pretraining_seeds=(0 1 2) seeds=0,1,2 counts=4,8,16,32,all rates=3e-4,1e-3,3e-3
   mim_size=(--embed_dims 24 48 96 192 --depths 1 1 2 4 --num_heads 6)
-  mim_budget=(--tune "lr=$rates")
+  vit_heads=primus,unetr,mae_decoder mim_heads=mim_light,mim
 fi
 
 # ---------------------------------------------------------------- settings
@@ -138,13 +138,12 @@ done
 finish_cells
 
 vit_inits="scratch,mae=$(files mae "${pretraining_seeds[@]}"),glmae=$(files glmae "${pretraining_seeds[@]}")"
-heads=primus
-[ "$size" = quick ] || heads=primus,unetr,mae_decoder
-step "3 Fine-tuning: ViT, the network of MiM, and DynUNet as the bar" "$out/vit $out/mim $out/dynunet"
+step "3 Fine-tuning: ViT, MiM's encoder, and DynUNet as the bar" "$out/vit $out/mim $out/dynunet"
 roi='roi: [32, 48, 32]'
-sweep vit "$roi" --models "$heads" --inits "$vit_inits" --label_counts "$counts" --tune "lr=$rates"
-# its network needs a roi in multiples of 32
-sweep mim 'roi: [32, 64, 32]' --models mim --inits "scratch,mim=$(files mim "${pretraining_seeds[@]}")" --label_counts "$counts" "${mim_budget[@]}"
+sweep vit "$roi" --models "$vit_heads" --inits "$vit_inits" --label_counts "$counts" --tune "lr=$rates"
+# MiM's own head needs a roi in multiples of 32
+mim_roi='roi: [32, 64, 32]'
+sweep mim "$mim_roi" --models "$mim_heads" --inits "scratch,mim=$(files mim "${pretraining_seeds[@]}")" --label_counts "$counts" --tune "lr=$rates"
 sweep dynunet "$roi" --models dynunet --inits scratch --label_counts "$counts" --tune "lr=$rates"
 
 step "4 Probes of frozen features, beside a random encoder" "$out/probe_vit $out/probe_mim"
@@ -184,7 +183,7 @@ if [ "$size" = full ]; then
   done
   finish_cells
   sweep ablations_vit "$roi" --models primus --inits "scratch,$inits" --label_counts 8 --tune "lr=$rates"
-  sweep ablations_mim 'roi: [32, 64, 32]' --models mim --inits "scratch,$mim_inits" --label_counts 8 --tune "lr=$rates"
+  sweep ablations_mim "$mim_roi" --models mim_light --inits "scratch,$mim_inits" --label_counts 8 --tune "lr=$rates"
 
   step "6 The length of pretraining, MAE, seed 0" "$out/length"
   inits="mae-x1=$(files mae 0)"

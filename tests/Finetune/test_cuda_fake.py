@@ -20,6 +20,7 @@ RUNS = [
     ("unetr", REGIONS, VIT | {"feature_size": 4}, {"layer_decay": 0.75}),
     ("linear", DICE_CE, VIT, {"freeze": True}),
     ("mim", DICE_CE, HYBRID, {}),
+    ("mim_light", DICE_CE, HYBRID, {}),
     pytest.param("swinunetr", REGIONS, {"feature_size": 12}, {}, marks=pytest.mark.slow),
     ("dynunet", DICE_CE, {"feature_size": 2}, {}),
     ("classifier", CLASSES, VIT, {}),

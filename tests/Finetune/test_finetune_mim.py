@@ -11,6 +11,7 @@ from common.cli import parse
 from common.config import from_dict, to_dict
 from common.errors import InputError
 from Finetune.architectures import Architecture, ModelSettings, build_model, load_encoder, load_finetuned, resolve
+from Finetune.main_finetune import main
 from Finetune.models_convvit3d import convvit3d_tiny_patch16
 from Finetune.models_unetr import convvit3d_unetr
 from Finetune.presets import load_preset
@@ -46,6 +47,36 @@ def test_widths_depths_and_weights_come_from_the_checkpoint(tmp_path):
     model = build_model(architecture)
     load_encoder(model, path)
     assert torch.equal(model.backbone.blocks4[1].attn.qkv.weight, encoder.blocks4[1].attn.qkv.weight)
+
+
+def test_light_network_reads_the_features_of_pretraining_alone(tmp_path, monkeypatch):
+    path, encoder = pretrained(tmp_path, depths=(1, 1, 1, 1))
+    architecture = resolve(ModelSettings(model="mim_light", roi=(48, 32, 16)), PRESET, path)
+    model = build_model(architecture).eval()
+    load_encoder(model, path)
+    a, b = torch.rand(2, 1, 1, 48, 32, 16)
+    everything = torch.arange(6)[None]
+    with torch.no_grad():
+        features = encoder.eval()(a, ids_keep=everything)
+        torch.testing.assert_close(model.backbone.patch_features(a), features, rtol=1e-4, atol=1e-4)
+        assert model(a).shape == (1, PRESET.out_channels, 48, 32, 16) and not torch.equal(model(a), model(b))
+        monkeypatch.setattr(model.backbone, "forward_stages", lambda *_: (features, []))
+        monkeypatch.setattr(model.backbone, "_fuse", lambda *_: torch.zeros(()))
+        assert torch.equal(model(a), model(b))
+
+
+def test_light_network_is_trained_and_rebuilt(tmp_path, spleen):
+    sizes = dict(embed_dims=(6, 6, 12, 24), depths=(1, 1, 1, 1), num_heads=2)
+    path, encoder = pretrained(tmp_path, {"num_heads": 2}, **sizes)
+    flags = ["--preset", "MSD09_Spleen", "--data", spleen, "--cache_dir", tmp_path / "cache", "--model", "mim_light"]
+    flags += "--roi 32 --freeze --lr 0.01 --crops 1 --epochs 1 --warmup_epochs 0 --workers 0 --device cpu".split()
+    tuned = main([*map(str, flags), "--init", str(path), "--out_dir", str(tmp_path / "run")])
+    model, architecture, *_ = load_finetuned(tuned)
+    assert architecture.model == "mim_light" and architecture.drop_path == 0
+    for name in model.backbone.encoder_names:
+        if name != "pos_embed":
+            assert torch.equal(model.backbone.state_dict()[name], encoder.state_dict()[name]), name
+    assert model.decoder[-1].proj.bias.abs().max() > 0
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,9 @@ class FixedTokens(torch.nn.Module):
             return {"cls_token": other[:, 0], "patch_features": patches, "all_features": everything}
         return everything, [everything + other for _ in return_layers]
 
+    def patch_features(self, x):
+        return self(x, return_features=True)["patch_features"]
+
 
 def test_linear_probe_sees_neither_image_nor_cls_nor_hidden():
     """The image enters through the patch tokens only: with these fixed, any image has the same logits."""
