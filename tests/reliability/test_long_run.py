@@ -13,7 +13,7 @@ from tests.reliability.long_run import LEAST_PROCESSES, UNITS, across_processes,
 @pytest.mark.slow
 def test_a_long_run_ends_as_undisturbed_with_flat_use():
     command = [sys.executable, "-m", "tests.reliability.long_run", "--updates", "600"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-4000:]}"
 
 

@@ -10,7 +10,7 @@ from tests.reliability.two_hosts import CACHE_TRIAL, EXIT_UNAVAILABLE, TRIALS
 
 @pytest.mark.slow
 def test_two_hosts_end_with_a_reason_and_resume(tmp_path):
-    done = run_module("tests.reliability.two_hosts", "--table", tmp_path / "table.md", check=False, timeout=900)
+    done = run_module("tests.reliability.two_hosts", "--table", tmp_path / "table.md", check=False, timeout=2400)
     if done.returncode == EXIT_UNAVAILABLE:
         # A skipped test does not show its reason by default, a warning does.
         warnings.warn(done.stderr.strip(), stacklevel=1)
