@@ -11,8 +11,8 @@
 # DATA: Task04_Hippocampus as published. OUT: folder of the study. CACHE: folder of the cache.
 # JOBS: trainings at once; one per GPU, or 2 on two CPU cores.
 #
-# Hardware: two CPU cores, or a GPU. Time, expected and not measured as one run: --quick 1.5 hours or more on two cores. The
-# whole study is many times as much: days on two cores, and never run yet. Every training is a cell of its own and prints what remains.
+# Hardware: two CPU cores, or a GPU. Time: --quick took 52 minutes on two cores (docs/evidence.md), more on slower ones. The
+# whole study is many times as much: days on two cores, and never run yet. Every training prints what remains.
 # Our choice: all settings; the papers do not use this data set.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
