@@ -49,10 +49,10 @@ class Control:
 
 CONTROLS = {
     "mae": Control(f"{VIT} --lr 1e-3 --batch_size 16 --samples_per_epoch 3200 --epochs 12"),
-    "glmae": Control(f"{VIT} {GLMAE} {WEIGHTS} --lr 2e-3 --batch_size 8 --samples_per_epoch 1600 --epochs 24"),
+    "glmae": Control(f"{VIT} {GLMAE} {WEIGHTS} --lr 2e-3 --batch_size 8 --samples_per_epoch 1600 --epochs 14"),
     # Its levels need twice the inputs' size, and its network is larger: fewer volumes, and patterns that are easier.
     "mim": Control(
-        f"{HYBRID} --lr 2e-3 --batch_size 4 --samples_per_epoch 400 --epochs 28",
+        f"{HYBRID} --lr 2e-3 --batch_size 4 --samples_per_epoch 400 --epochs 16",
         fine_tuned=False,
         volumes=200,
         size=(64, 64, 64),
