@@ -85,14 +85,14 @@ class Encoder:
         choose: settings, preset and the sizes of the checkpoint ({} without one) -> sizes, as in `Architecture`.
         read: tensors and settings of a checkpoint -> sizes. KeyError or ValueError if it holds another encoder.
         build: returns the encoder with random weights, as heads need it.
-        bare: returns it as pretraining has it, its output being the features.
+        as_pretrained: returns it as pretraining has it, its output being the features.
     """
 
     name: str
     choose: Callable[[ModelSettings, Preset, Sizes], Sizes]
     read: Callable[[State, dict], Sizes]
     build: Callable[[Architecture], nn.Module]
-    bare: Callable[[Architecture], nn.Module]
+    as_pretrained: Callable[[Architecture], nn.Module]
 
 
 def choose_vit(settings: ModelSettings, preset: Preset, found: Sizes) -> Sizes:
@@ -307,7 +307,7 @@ def build_model(a: Architecture) -> nn.Module:
     if head.encoder is None:
         return head.build(None, a)
     encoder = ENCODERS[head.encoder]
-    return head.build(encoder.bare(a) if head.as_pretrained else encoder.build(a), a)
+    return head.build(encoder.as_pretrained(a) if head.as_pretrained else encoder.build(a), a)
 
 
 # ---------------------------------------------------------------- from checkpoints

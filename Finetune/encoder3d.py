@@ -187,6 +187,7 @@ class Encoder3D(nn.Module):
         encoder_names      the tensors that a pretrained checkpoint must provide
         num_prefix_tokens  rows of a position table before those of the patches
         patch_weight       the name of the convolution weight that is applied to the voxels
+        patch_features(x)  a method: the features (B, N, C) of all patches, after the final norm, in raster order
     """
 
     num_prefix_tokens = 0
@@ -199,10 +200,6 @@ class Encoder3D(nn.Module):
         if x.ndim != 5 or x.shape[1] != self.in_chans:
             raise ValueError(f"found an input of shape {tuple(x.shape)}, expected (B, {self.in_chans}, D, H, W)")
         return grid_of(x.shape[2:], self.patch_size)
-
-    def patch_features(self, x: Tensor) -> Tensor:
-        """Return the features (B, N, C) of all patches of a volume, after the final norm, in raster order."""
-        raise NotImplementedError
 
     def run_block(self, block: nn.Module, *args) -> Tensor:
         """Return `block(*args)`, recomputed in the backward pass with gradient checkpointing."""

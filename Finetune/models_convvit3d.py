@@ -51,17 +51,6 @@ SIZES = {
 # ---------------------------------------------------------------- functions
 
 
-def visible_cubes(x: Tensor, ids_keep: Tensor) -> Tensor:
-    """Return the voxels of the kept tokens (B, K) of a volume (B, C, D, H, W), as (B, K, 16, 16, 16, C)."""
-    batch, chans, *sizes = x.shape
-    d, h, w = (size // STRIDE for size in sizes)
-    x = x.reshape(batch, chans, d, STRIDE, h, STRIDE, w, STRIDE).permute(
-        0, 2, 4, 6, 3, 5, 7, 1
-    )  # (B, d, h, w, s, s, s, C)
-    rows = torch.arange(batch, device=x.device).unsqueeze(1)
-    return x[rows, ids_keep // (h * w), ids_keep // w % h, ids_keep % w]
-
-
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
     """Apply a function of single voxels to (..., C), a part of them at a time, and again in the backward pass.
 
@@ -340,7 +329,9 @@ class ConvViT3D(encoder3d.Encoder3D):
         if ids_keep is None:
             x = x.movedim(1, -1)
         else:
-            x, cubes = visible_cubes(x, ids_keep), depthwise3d.neighbour_cubes(ids_keep, grid)
+            # the voxels of the visible tokens alone, (B, K, 16, 16, 16, in_chans)
+            x = encoder3d.cut_patches(x, self.patch_size, ids_keep).movedim(2, -1)
+            cubes = depthwise3d.neighbour_cubes(ids_keep, grid)
         stages = []
         for stage in (1, 2, 3):
             x = self.get_submodule(f"patch_embed{stage}")(x)  # (B, D/2^stage, ..., C_stage) or (B, K, s, s, s, C_stage)

@@ -220,7 +220,7 @@ def build_encoder(init: Init, number: int, seed: int, statistics: InputStatistic
     """
     torch.manual_seed(mix(seed, 1))
     try:
-        encoder = ENCODERS[init.architecture.model].bare(init.architecture)
+        encoder = ENCODERS[init.architecture.model].as_pretrained(init.architecture)
         if init.files:
             encoder.load_pretrained_checkpoint(init.files[number], checkpoint_key=init.key)
         elif statistics:

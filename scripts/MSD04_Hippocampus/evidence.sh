@@ -38,7 +38,7 @@ if [ "$size" = quick ]; then
   mae_updates=4800 glmae_updates=2400 mim_updates=1200 updates=400
   pretraining_seeds=(0) seeds=0,1,2 counts=8 rates=1e-3,4e-3
   mim_size=(--embed_dims 12 24 48 96 --depths 1 1 1 2 --num_heads 3)
-  # heads that read the features of pretraining alone; with the others an update takes several times as long
+  # the heads that read the features of pretraining alone, to stay within the hour
   vit_heads=primus mim_heads=mim_light
 else
   mae_updates=20000 glmae_updates=10000 mim_updates=10000 updates=2000

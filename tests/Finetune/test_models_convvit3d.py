@@ -13,14 +13,13 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from Finetune.depthwise3d import margin_rows, neighbour_cubes
-from Finetune.encoder3d import take
+from Finetune.encoder3d import cut_patches, take
 from Finetune.models_convvit3d import (
     ConvBlock,
     convvit3d_base_patch16,
     convvit3d_tiny_patch16,
     relative_position_index,
     resample_bias_table,
-    visible_cubes,
 )
 from tests.helpers import ROOT
 
@@ -93,7 +92,8 @@ def test_the_convolution_block_against_its_equations(masked):
         expected = mixed + conv(block.mlp.fc2, F.gelu(conv(block.mlp.fc1, norm(mixed))))
         if masked:
             rows = margin_rows(neighbour_cubes(ids_keep, (2, 2, 2)), 16, 2)
-            y, expected = block(visible_cubes(x, ids_keep), rows), visible_cubes(expected, ids_keep)
+            x, expected = (cut_patches(v, (16, 16, 16), ids_keep).movedim(2, -1) for v in (x, expected))
+            y = block(x, rows)
         else:
             y = block(x.movedim(1, -1)).movedim(-1, 1)
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
