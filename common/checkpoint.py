@@ -53,13 +53,6 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
             raise InputError(f"{path}: cannot be written ({one_line(error)})") from None
 
 
-def remove_temporary(folder: Path) -> None:
-    """Remove incomplete checkpoints of a process that was killed. Only the process that holds the folder's lock may
-    call this."""
-    for path in folder.glob(".checkpoint-*.tmp"):
-        path.unlink(missing_ok=True)
-
-
 def verify(path: str | Path) -> None:
     """Compare every record of the file with its CRC32. Files in the format before torch 1.6 have none and pass.
 

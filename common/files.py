@@ -64,6 +64,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
                 temporary.unlink()
 
 
+def remove_temporary(folder: Path) -> None:
+    """Remove what `replacing` left in `folder` when its process was killed, whatever the file.
+
+    A file that another process is writing there at this moment is removed too, and that process reports an error:
+    call it as the holder of the folder's lock.
+    """
+    for path in folder.glob(".*." + "[0-9a-f]" * 8 + ".tmp"):
+        path.unlink(missing_ok=True)
+
+
 def save_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path`, completely or not at all. Raise InputError if it cannot be written."""
     with replacing(path) as temporary:

@@ -26,7 +26,7 @@ from common.data.loader import (
 from common.data.sampler import StreamSampler, mix
 from common.distributed import Run
 from common.errors import InputError
-from common.files import lock_folder, naming_errors, save_bytes
+from common.files import lock_folder, naming_errors, remove_temporary, save_bytes
 from common.resources import duration
 from common.runlog import RunLog, print_main, progress
 from common.signals import MARKER, Requeue, remove_requeue_marker, write_requeue_marker
@@ -187,7 +187,7 @@ class Trainer:
         if self.run.rank == 0:
             if self._lock.enter_context(lock_folder(self.out_dir, LOCK_TIMEOUT)) is None:
                 raise InputError(f"{self.out_dir}: another process trains into this folder")
-            checkpoint.remove_temporary(self.out_dir)
+            remove_temporary(self.out_dir)
             paths = checkpointing.checkpoints_to_resume(self.out_dir, self.settings.checkpoints.resume)
         found = checkpointing.load_first_intact(paths, self.run)
         if found:

@@ -168,7 +168,8 @@ def test_any_altered_byte_is_refused_or_harmless(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_removed_at_the_start(tmp_path):
-    (tmp_path / ".checkpoint-last.pth.0a1b2c3d.tmp").write_bytes(b"half")
+    for name in ("checkpoint-last.pth", "reconstruction-1.png", "log.jsonl"):
+        (tmp_path / f".{name}.0a1b2c3d.tmp").write_bytes(b"half")
     run_toy(tmp_path, epochs=1)
     assert [p.name for p in tmp_path.glob(".*")] == [".lock"]
 
