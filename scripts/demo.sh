@@ -119,7 +119,7 @@ in_background "$out/scratch/finetune.log" finetune "$out/scratch/finetune" --scr
 finetune "$out/finetune"
 await_background
 
-# Predict the other scan and score it, in the folder $1. Bones have several parts.
+# Predict the other scan and score it, in the folder $1. Bones and back muscles have several parts.
 predict() {
   "$PYTHON" -m Finetune.predict --checkpoint "$1/finetune/checkpoint-last.pth" --images "$data/imagesTs" --out "$1/predictions" \
     --largest_component 1 2 3 4 6

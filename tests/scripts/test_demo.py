@@ -47,7 +47,7 @@ def test_the_short_demo_goes_from_scans_to_scores(tmp_path, method, encoder):
     with open(out / "scores/scores.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 7 and {row["case"] for row in rows} == {"abdomen_b"}
-    # The phantoms have four of the six structures.
+    # The phantoms have four of the seven structures.
     card = json.loads((out / "scores/scores.json").read_text())
     assert card["counts"]["present"] == 4 and card["counts"]["absent"] + card["counts"]["false_positives"] == 3
     # Both fine-tunings are scored, and only one starts from the pretrained encoder.

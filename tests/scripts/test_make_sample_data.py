@@ -1,7 +1,6 @@
 """The data set of the demo: synthetic without a network, real and checked with one, made once."""
 
 import gzip
-import json
 import tarfile
 import zipfile
 
@@ -53,17 +52,6 @@ def test_an_incomplete_folder_is_made_again(tmp_path):
     (out / "labelsTs/abdomen_b.nii.gz").unlink()
     make_sample_data.make(out, synthetic=True)
     assert make_sample_data.is_complete(out) and [p.name for p in tmp_path.iterdir()] == ["s"]
-
-
-def test_a_folder_with_other_classes_is_made_again(tmp_path):
-    """As an older version of the repository may have left it."""
-    out = tmp_path / "s"
-    make_sample_data.make(out, synthetic=True)
-    listing = out / "structures.json"
-    before = listing.read_text()
-    listing.write_text(json.dumps(json.loads(before) | {"labels": {"0": "background", "1": "liver"}}))
-    make_sample_data.make(out, synthetic=True)
-    assert listing.read_text() == before
 
 
 def test_without_a_network_the_scans_are_synthetic(tmp_path, monkeypatch, capsys):
