@@ -232,7 +232,8 @@ def test_a_job_that_fails_or_restarts_too_often_ends(pretraining, tmp_path):
         "pretrain.sbatch", restarts=1, OUT_DIR=tmp_path / "out", **settings | {"DATALIST": tmp_path / "nowhere"}
     )
     assert failed.returncode != 0 and "nowhere" in failed.stderr and not cluster.requeued.exists()
-    (tmp_path / "tired.sh").write_text('mkdir -p "$OUT_DIR"; touch "$OUT_DIR/requeue"; exit 1\n')
+    # A file system's clock moves in steps: without the pause, the marker can be as old as the start.
+    (tmp_path / "tired.sh").write_text('sleep 0.1; touch "$OUT_DIR/requeue"; exit 1\n')
     tired = {"OUT_DIR": tmp_path / "tired", **settings, "RECIPE": tmp_path / "tired.sh"}
     assert cluster.start("pretrain.sbatch", restarts=100, **tired).returncode == 1 and not cluster.requeued.exists()
     assert cluster.start("pretrain.sbatch", restarts=99, **tired).returncode == 0 and cluster.requeued.exists()
