@@ -63,6 +63,9 @@ class PredictSettings:
     largest_component: tuple[int, ...] = setting(
         (), "ids of which only the largest connected component is kept, in label maps and overlays", least=1, most=254
     )
+    largest_foreground: bool = setting(
+        False, "before that, keep only the largest connected component of all classes together"
+    )
     probabilities: bool = setting(False, "also write NAME_probabilities.nii: one channel per class, steps of 1/255")
     overlays: bool = setting(True, "also write overlays/NAME.png: three planes with the classes over the image")
     amp: Literal["auto", "bf16", "fp16", "off"] = setting("auto", "autocast; auto: bf16 on CUDA, off on a CPU")
@@ -171,7 +174,7 @@ def predict_case(
         total = len(window_starts(source.shape, window))
         with progress(total=total, desc=f"predict {title}", unit="window") as bar:
             resample_logits(slabs(tensor, predict, window, bar.update), source, space, emit)
-        keep_largest_components(labels, config.largest_component)
+        keep_largest_components(labels, config.largest_component, config.largest_foreground)
         write_label_map(config.out / f"{case.name}.nii.gz", labels, space, case.image)
     if grey is not None:
         draw_overlay(config.out / "overlays" / f"{case.name}.png", grey, labels, space, preset)
@@ -201,6 +204,7 @@ def describe(
         "blending": window.blending,
         "flips": config.flips,
         "largest_component": list(config.largest_component),
+        "largest_foreground": config.largest_foreground,
         "ensemble": len(ensemble.members),
         "code_version": code_version(),
         "cases": cases,

@@ -43,16 +43,24 @@ def label_map(logits: Tensor, preset: Preset) -> Tensor:
     return ids
 
 
-def keep_largest_components(labels: np.ndarray, ids: Collection[int]) -> None:
+def keep_largest_components(labels: np.ndarray, ids: Collection[int], foreground: bool = False) -> None:
     """Remove from a label map (D, H, W), in place, all but the largest connected component of each class in `ids`.
 
-    Voxels are connected through faces. What is removed becomes the background.
+    With `foreground`, first all but the largest connected component of all classes together. Voxels are connected
+    through faces. What is removed becomes the background.
     """
+    if foreground:
+        keep_largest(labels, labels > 0)
     for number in ids:
-        components, count = ndimage.label(labels == number)
-        if count > 1:
-            largest = 1 + np.bincount(components.ravel())[1:].argmax()
-            labels[(components > 0) & (components != largest)] = 0
+        keep_largest(labels, labels == number)
+
+
+def keep_largest(labels: np.ndarray, mask: np.ndarray) -> None:
+    """Set a label map to 0, in place, in all but the largest connected component of a mask of the same shape."""
+    components, count = ndimage.label(mask)
+    if count > 1:
+        largest = 1 + np.bincount(components.ravel())[1:].argmax()
+        labels[mask & (components != largest)] = 0
 
 
 def largest_channel(logits: Tensor) -> Tensor:

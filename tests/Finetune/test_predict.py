@@ -155,6 +155,24 @@ def test_the_largest_component_is_kept(tmp_path, preset, file):
     assert json.loads((tmp_path / "out/predictions.json").read_text())["largest_component"] == split
 
 
+def test_the_largest_component_of_all_classes_is_kept(tmp_path, monkeypatch, file):
+    hu = np.full((30, 28, 26), -175, np.int16)
+    # a trunk of two classes, and an arm in which the brighter one is larger
+    hu[2:16, 4:24, 4:22] = 25
+    hu[6:10, 8:12, 8:12] = 200
+    hu[20:28, 4:24, 4:22] = 200
+    (tmp_path / "in").mkdir()
+    nib.save(nib.Nifti1Image(hu, np.diag([1.5, 1.5, 1.5, 1])), tmp_path / "in/scan.nii.gz")
+    monkeypatch.setattr("Finetune.predict.mean_logits", lambda *_: Bright(14).requires_grad_(False))
+    run(file, tmp_path / "in", tmp_path / "all")
+    run(file, tmp_path / "in", tmp_path / "one", "--largest_foreground")
+    before, after = (np.asarray(nib.load(tmp_path / f"{name}/scan.nii.gz").dataobj) for name in ("all", "one"))
+    assert ndimage.label(before)[1] == 2
+    np.testing.assert_array_equal(after[:18], before[:18])
+    assert not after[18:].any() and len(np.unique(after[:18])) > 2
+    assert json.loads((tmp_path / "one/predictions.json").read_text())["largest_foreground"] is True
+
+
 def test_bad_volumes_are_named_and_others_predicted(tmp_path, preset, file, capsys):
     write_ct(tmp_path / "in/good.nii.gz", preset, AFFINES["flipped"])
     (tmp_path / "in/torn.nii.gz").write_bytes((tmp_path / "in/good.nii.gz").read_bytes()[:2000])
