@@ -119,10 +119,11 @@ in_background "$out/scratch/finetune.log" finetune "$out/scratch/finetune" --scr
 finetune "$out/finetune"
 await_background
 
-# Predict the other scan and score it, in the folder $1. Bones and back muscles have several parts.
+# Predict the other scan and score it, in the folder $1. Only the trunk is kept: the training scan shows no arms. Bones and back muscles have
+# several parts.
 predict() {
   "$PYTHON" -m Finetune.predict --checkpoint "$1/finetune/checkpoint-last.pth" --images "$data/imagesTs" --out "$1/predictions" \
-    --largest_component 1 2 3 4 6
+    --largest_foreground --largest_component 1 2 3 4 6
   "$PYTHON" -m Finetune.evaluate --predictions "$1/predictions" --labels "$data/structuresTs" --preset "$preset" \
     --images "$data/imagesTs" --out "$1/scores"
 }

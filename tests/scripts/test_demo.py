@@ -43,6 +43,7 @@ def test_the_short_demo_goes_from_scans_to_scores(tmp_path, method, encoder):
     protocol = json.loads((out / "predictions/predictions.json").read_text())
     kept = protocol["largest_component"]
     assert kept and all(ndimage.label(np.asarray(label_map.dataobj) == number)[1] <= 1 for number in kept)
+    assert protocol["largest_foreground"]
 
     with open(out / "scores/scores.csv") as file:
         rows = list(csv.DictReader(file))
