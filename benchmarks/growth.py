@@ -39,7 +39,7 @@ def measure(quick: bool, device: torch.device) -> list[dict[str, Any]]:
         data_row(quick),
     ]
     if device.type == "cpu" or torch.cuda.device_count() > 1:
-        rows += [rank_row(volumes, quick, device) for volumes in (1, 4)]
+        rows.append(rank_row(quick, device))
     return rows
 
 
@@ -102,19 +102,18 @@ def data_row(quick: bool) -> dict[str, Any]:
     ).as_dict()
 
 
-def rank_row(volumes: int, quick: bool, device: torch.device) -> dict[str, Any]:
-    """Return the row of two processes of `volumes` each, as many as one alone has. On a CPU each has one thread."""
+def rank_row(quick: bool, device: torch.device) -> dict[str, Any]:
+    """Return the row of two processes, each with as much work as one alone. On a CPU each has one thread."""
     model, updates, turns = ("tiny", 3, 1) if quick else ("base", 3, 2)
     spent: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(turns):
         for count, times in spent.items():
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
             command = [sys.executable, *launcher, "-m", "benchmarks.ranks", device.type, model, str(updates)]
-            command.append(str(volumes))
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
             times.append(float(done.stdout.split()[-1]))
     one, two = (statistics.median(times) for times in spent.values())
-    name = f"growth with processes, MAE {model}: 2, each with {volumes} volume(s) of 2 views, as one alone"
+    name = f"growth with processes, MAE {model}: 2, each with the work of one"
     return Row(name=name, against="1 process", ours=two, theirs=one, unit="s per update", aim=AIM).as_dict()

@@ -70,8 +70,8 @@ ORGANS = load_preset("sample_abdomen").foreground
 DEMO_PRESET = Path(__file__).parent / "demo.yaml"
 # TotalSegmentator's id -> BTCV's
 TO_BTCV = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 7, 7: 11, 8: 12, 9: 13, 15: 5, 52: 8, 63: 9, 64: 10}
-# TotalSegmentator's id -> that of scripts/demo.yaml. Bones are all that the package knows, but for costal cartilage, and for
-# 69 and 70, the humeri: only the scan that is scored shows arms.
+# TotalSegmentator's id -> that of scripts/demo.yaml. Bones are all that the package knows, but for costal cartilage and
+# the humeri (69, 70): only the scan that is scored shows arms.
 BONES = (*range(25, 51), *range(71, 79), *range(91, 117))
 TO_STRUCTURES = {5: 1, 1: 2, 6: 3, 52: 4, 79: 6, 86: 7, 87: 7} | dict.fromkeys(BONES, 5)
 BTCV_TO_STRUCTURES = {6: 1, 1: 2, 7: 3, 8: 4}
