@@ -24,7 +24,7 @@ def test_only_the_largest_component_of_the_given_classes_is_kept():
     assert labels.flatten().tolist() == [0, 0, 1, 1, 2, 0, 2, 2, 3]
 
 
-def test_the_largest_component_of_all_classes_is_kept_before_that_of_each():
+def test_all_classes_together_come_before_each():
     # the largest 1 lies apart from the largest component of all classes
     labels = np.array([1, 1, 0, 1, 2, 1, 0, 3], np.uint8).reshape(1, 1, 8)
     keep_largest_components(labels, (2,), foreground=True)
