@@ -64,7 +64,7 @@ class PredictSettings:
         (), "ids of which only the largest connected component is kept, in label maps and overlays", least=1, most=254
     )
     largest_foreground: bool = setting(
-        False, "before that, keep only the largest connected component of all classes together"
+        False, "before --largest_component, keep only the largest connected component of all classes together"
     )
     probabilities: bool = setting(False, "also write NAME_probabilities.nii: one channel per class, steps of 1/255")
     overlays: bool = setting(True, "also write overlays/NAME.png: three planes with the classes over the image")
