@@ -142,13 +142,13 @@ def scaled(crop: np.ndarray) -> torch.Tensor:
 # ---------------------------------------------------------------- formats
 
 
-OURS = "blosc2 lz4hc 5 bitshuffle"
+OURS = "blosc2 lz4hc 5 shuffle"
 
 
 def formats() -> list[tuple[str, Callable, Callable]]:
     """Return (name, write(path, numbers), read(path, box) -> float32) of each format."""
     found = [("numpy memory map, int16", write_npy, read_npy)]
-    for codec, level, filter_ in (("LZ4HC", 5, "BITSHUFFLE"), ("LZ4HC", 5, "SHUFFLE"), ("ZSTD", 5, "BITSHUFFLE")):
+    for codec, level, filter_ in (("LZ4HC", 5, "SHUFFLE"), ("LZ4HC", 5, "BITSHUFFLE"), ("ZSTD", 5, "BITSHUFFLE")):
         name = f"blosc2 {codec.lower()} {level} {filter_.lower()}"
         found.append((name, blosc_writer(codec, level, filter_), read_blosc))
     if importlib.util.find_spec("h5py"):

@@ -121,7 +121,9 @@ def write(path: Path, numbers: np.ndarray, codec: blosc2.Codec = blosc2.Codec.LZ
     """Write an array (C, D, H, W) to a file."""
     chunks = (1, *(min(CHUNK, n) for n in numbers.shape[1:]))
     blocks = (1, *(min(BLOCK, n) for n in chunks[1:]))
-    params = blosc2.CParams(codec=codec, clevel=5, nthreads=1, filters=[blosc2.Filter.BITSHUFFLE])
+    # bytes cannot be shuffled; the bits of wider numbers take longer to put back than their bytes
+    filter_ = blosc2.Filter.BITSHUFFLE if numbers.itemsize == 1 else blosc2.Filter.SHUFFLE
+    params = blosc2.CParams(codec=codec, clevel=5, nthreads=1, filters=[filter_])
     numbers = np.ascontiguousarray(numbers)
     blosc2.asarray(numbers, chunks=chunks, blocks=blocks, cparams=params, urlpath=str(path), mode="w")
 
