@@ -5,18 +5,20 @@ of 1 is linear growth, and more than 1 a fixed cost that the larger size shares:
 Memory is per volume or token as well, except where a row says otherwise.
 """
 
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.cache import write_volumes
-from benchmarks.harness import ROOT, Row, alternate, peak_memory, peak_resident, timed
+from benchmarks.harness import ROOT, Row, alternate, peak_memory, peak_resident
 from benchmarks.training import QUICK, Training, settings_of
 from common.cache.build import build_cache
 from common.data.datalist import Case, stem
@@ -79,15 +81,16 @@ def update_of(volumes: int, edge: int, more: Sequence[str], device: torch.device
 def data_row(quick: bool) -> dict[str, Any]:
     """Return the row of caching a data set: the time without the start of the program, and its peak of memory."""
     counts, shape = ((2, 8), (128, 128, 64)) if quick else ((4, 16), (256, 256, 128))
-    seconds, peaks = [], []
     with tempfile.TemporaryDirectory(prefix="benchmark-growth-") as name:
+        builds, peaks = {}, []
         for count in counts:
             folder = Path(name) / str(count)
             folder.mkdir()
             cases = [Case(stem(path), path) for path in write_volumes(folder, count, shape)]
-            seconds.append(timed(lambda c=cases, f=folder: build_cache(c, Preprocessing(), f / "timed")))
+            builds[str(count)] = partial(cache_anew, cases, folder / "timed")
             command = [sys.executable, "generate_cache_files.py", "--datalist", str(folder)]
             peaks.append(int(peak_resident([*command, "--cache_dir", str(folder / "cache"), "--workers", "0"])))
+        seconds = list(alternate(builds, 1 if quick else 3).values())
     return Row(
         name=f"growth with volumes of a data set: caching {counts[1]} of {'x'.join(map(str, shape))}",
         against=f"caching {counts[0]}",
@@ -100,6 +103,12 @@ def data_row(quick: bool) -> dict[str, Any]:
         memory_aim=FLAT,
         note="memory of the whole program, not per volume",
     ).as_dict()
+
+
+def cache_anew(cases: Sequence[Case], folder: Path) -> None:
+    """Cache all cases in a folder, which is emptied first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    build_cache(cases, Preprocessing(), folder)
 
 
 def rank_row(quick: bool, device: torch.device) -> dict[str, Any]:

@@ -7,7 +7,7 @@
 #
 # Steps: (1) a list of the training cases of fold 0; the held-out cases are seen by no pretraining; (2) pretraining, a folder per method and
 # seed; (3) fine-tuning, learning rates chosen on half of the held-out cases, results on the other half; (4) probes of frozen features;
-# with --ablations and without --quick also (5) ablations, one switch at a time; without --quick also (6) the length of pretraining. The
+# (5) ablations, one switch at a time, with --quick only if --ablations is given; (6) without --quick the length of pretraining. The
 # same command goes on where it was stopped.
 #
 # DATA: Task04_Hippocampus as published. OUT: folder of the study. CACHE: folder of the cache.
@@ -16,8 +16,6 @@
 # Hardware: two CPU cores, or a GPU. Time: --quick took 52 minutes on two cores (docs/evidence.md), more on slower ones. The
 # whole study is many times as much: days on two cores, and never run yet. Every training prints what remains.
 # Our choice: all settings; the papers do not use this data set.
-
-source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
 
 size=full ablations=""
 for argument in "$@"; do
@@ -28,6 +26,8 @@ for argument in "$@"; do
   esac
 done
 [ "$size" = quick ] || ablations=yes
+
+source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
 
 data="${DATA:-data/Task04_Hippocampus}"
 out="${OUT:-runs/evidence_$size}"
