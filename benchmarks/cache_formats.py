@@ -144,16 +144,15 @@ def scaled(crop: np.ndarray) -> torch.Tensor:
 # ---------------------------------------------------------------- formats
 
 
-OURS = "blosc2 lz4hc shuffle 16x16x64"
+OURS = "blosc2 lz4hc 5 shuffle"
 
 
 def formats() -> list[tuple[str, Callable, Callable]]:
     """Return (name, write(path, numbers), read(path, box) -> float32) of each format."""
     found = [("numpy memory map, int16", write_npy, read_npy)]
-    for codec, filter_ in (("LZ4HC", "SHUFFLE"), ("LZ4HC", "BITSHUFFLE"), ("ZSTD", "SHUFFLE"), ("ZSTD", "BITSHUFFLE")):
-        for blocks in ((16, 16, 64), (32, 32, 32)):
-            name = f"blosc2 {codec.lower()} {filter_.lower()} {'x'.join(map(str, blocks))}"
-            found.append((name, blosc_writer(codec, filter_, blocks), read_blosc))
+    for codec, level, filter_ in (("LZ4HC", 5, "SHUFFLE"), ("LZ4HC", 5, "BITSHUFFLE"), ("ZSTD", 5, "BITSHUFFLE")):
+        name = f"blosc2 {codec.lower()} {level} {filter_.lower()}"
+        found.append((name, blosc_writer(codec, level, filter_), read_blosc))
     if importlib.util.find_spec("h5py"):
         found.append(("HDF5 lzf shuffle c64", write_h5, read_h5))
     if importlib.util.find_spec("zarr"):
@@ -170,12 +169,12 @@ def read_npy(path: Path, box: tuple[slice, ...]) -> torch.Tensor:
     return scaled(np.load(path, mmap_mode="r")[(0, *box)])
 
 
-def blosc_writer(codec: str, filter_: str, blocks: tuple[int, ...]) -> Callable:
+def blosc_writer(codec: str, level: int, filter_: str) -> Callable:
     def write(path: Path, numbers: np.ndarray) -> None:
-        params = blosc2.CParams(codec=blosc2.Codec[codec], clevel=5, nthreads=1, filters=[blosc2.Filter[filter_]])
-        chunks = tuple(map(min, storage.CHUNK, numbers.shape[1:]))
-        shapes = {"chunks": (1, *chunks), "blocks": (1, *map(min, blocks, chunks))}
-        blosc2.asarray(numbers, **shapes, cparams=params, urlpath=str(path), mode="w")
+        params = blosc2.CParams(codec=blosc2.Codec[codec], clevel=level, nthreads=1, filters=[blosc2.Filter[filter_]])
+        chunks = (1, *(min(64, n) for n in numbers.shape[1:]))
+        blocks = (1, *(min(32, n) for n in chunks[1:]))
+        blosc2.asarray(numbers, chunks=chunks, blocks=blocks, cparams=params, urlpath=str(path), mode="w")
 
     return write
 

@@ -131,7 +131,7 @@ def decode_rate() -> float:
     """Return the voxels per second that one core decompresses, of a volume with noise stored as in the cache."""
     noise = np.random.default_rng(0).normal(40, 12, (128, 128, 128)).astype(np.int16)
     params = blosc2.CParams(codec=blosc2.Codec.LZ4HC, clevel=5, nthreads=1, filters=[blosc2.Filter.SHUFFLE])
-    stored = blosc2.asarray(noise, chunks=(64, 64, 64), blocks=(16, 16, 64), cparams=params)
+    stored = blosc2.asarray(noise, chunks=(64, 64, 64), blocks=(32, 32, 32), cparams=params)
     return per_second(lambda: stored[:], noise.size)
 
 

@@ -1,6 +1,6 @@
 """The on-disk cache: one folder per preprocessed volume, written once, read in boxes. Axis order (C, D, H, W).
 
-    cache_dir/<key>/image.b2nd         blosc2 arrays: int16 (or uint8), compressed, in chunks of 64^3
+    cache_dir/<key>/image.b2nd         blosc2 arrays: int16 (or uint8), compressed, in chunks of 64^3 and blocks of 32^3
                     image_2x.b2nd ...  reduced levels, area-averaged, for views that cover much of a scan
                     label.b2nd  points.npz  meta.json
     cache_dir/index.jsonl              (path, size, modification time) -> hash: a second call reads no volume

@@ -1,7 +1,7 @@
 """Compressed, chunked arrays of a cached volume: rounding, resolution levels, reading of boxes, resizing.
 
-blosc2, int16, chunks of 64^3 in blocks of 16x16x64, read through a memory map by one thread;
-benchmarks/cache_formats.py compares the alternatives.
+blosc2, int16, 64^3 chunks of 32^3 blocks, read through a memory map by one thread; benchmarks/cache_formats.py compares
+the alternatives.
 """
 
 import os
@@ -23,8 +23,7 @@ from common.data.preprocessing import Preprocessing, is_hounsfield
 from common.errors import InputError, one_line
 from common.files import sync
 
-# voxels (d, h, w); of the blocks that were tried, these give a box of 96^3 soonest
-CHUNK, BLOCK = (64, 64, 64), (16, 16, 64)
+CHUNK, BLOCK = 64, 32
 # full, 2x, 4x
 MAX_LEVELS = 3
 # an axis shorter than this is not halved
@@ -120,8 +119,8 @@ def halve(x: torch.Tensor, axis: int) -> torch.Tensor:
 
 def write(path: Path, numbers: np.ndarray, codec: blosc2.Codec = blosc2.Codec.LZ4HC) -> None:
     """Write an array (C, D, H, W) to a file."""
-    chunks = (1, *map(min, CHUNK, numbers.shape[1:]))
-    blocks = (1, *map(min, BLOCK, chunks[1:]))
+    chunks = (1, *(min(CHUNK, n) for n in numbers.shape[1:]))
+    blocks = (1, *(min(BLOCK, n) for n in chunks[1:]))
     # bytes cannot be shuffled; the bits of wider numbers take longer to put back than their bytes
     filter_ = blosc2.Filter.BITSHUFFLE if numbers.itemsize == 1 else blosc2.Filter.SHUFFLE
     params = blosc2.CParams(codec=codec, clevel=5, nthreads=1, filters=[filter_])
