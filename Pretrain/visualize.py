@@ -109,7 +109,9 @@ def curves(lines: Sequence[Mapping[str, float]]) -> bytes:
             short = name.removeprefix(PREFIX)
             is_monitor = title.startswith("monitors")
             if is_monitor != name.startswith(PREFIX) and any(_matches(short, word) for word in wanted):
-                ax.plot([line["epoch"] for line in lines], [line.get(name, math.nan) for line in lines], label=short)
+                values = [line.get(name, math.nan) for line in lines]
+                # with dots, or a single measurement would not be seen
+                ax.plot([line["epoch"] for line in lines], values, ".-", label=short)
         _finish(ax, title, "epoch")
     for ax, measure in zip(axes[len(CURVES) :], ("participation_ratio", "power", "content")):
         stages = [name for name in lines[-1] if name.startswith(PREFIX) and name.endswith(f"/{measure}")]
