@@ -9,7 +9,8 @@ from common.training.loop import UpdateRule, train_one_epoch
 from common.training.optim import build_optimizer
 from common.training.parallel import autocast_dtype
 from common.training.state import TrainingState
-from Finetune.models_convvit3d import ConvBlock, RelativeBlock
+from Finetune.depthwise3d import margin_rows, neighbour_cubes
+from Finetune.models_convvit3d import MARGIN, ConvBlock, RelativeBlock
 from tests.Pretrain.test_cuda_fake import METHODS, build, views, volumes
 
 pytestmark = pytest.mark.cuda
@@ -88,7 +89,17 @@ def test_depthwise_convolutions(device, monkeypatch, dtype, shape):
     """Also on a map smaller than the kernel."""
     if dtype is torch.bfloat16:
         avoid_wrong_gradient(device, monkeypatch)
-    block, x = ConvBlock(16), torch.randn(2, 16, *shape)
-    visible = (torch.rand(2, 1, *shape) > 0.5).float()
-    wanted = gradients(block, x, None, visible)
-    assert_close(gradients(block.to(device), x.to(device), dtype, visible.to(device)), wanted, TOLERANCES[dtype])
+    block, x = ConvBlock(16), torch.randn(2, *shape, 16)
+    wanted = gradients(block, x, None)
+    assert_close(gradients(block.to(device), x.to(device), dtype), wanted, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_depthwise_convolutions_of_visible_voxels(device, monkeypatch, dtype):
+    if dtype is torch.bfloat16:
+        avoid_wrong_gradient(device, monkeypatch)
+    block, x = ConvBlock(16), torch.randn(2, 10, 4, 4, 4, 16)
+    kept = torch.stack([torch.randperm(27)[:10] for _ in range(2)])
+    rows = margin_rows(neighbour_cubes(kept, (3, 3, 3)), 4, MARGIN)
+    wanted = gradients(block, x, None, rows)
+    assert_close(gradients(block.to(device), x.to(device), dtype, rows.to(device)), wanted, TOLERANCES[dtype])
