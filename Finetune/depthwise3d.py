@@ -21,11 +21,14 @@ from torch import Tensor
 MATRIX_PRODUCT_ON = {"cpu"}
 # Larger blocks of memory go back to the system and are slow to get again (glibc's largest mmap threshold is 32 MB).
 CPU_BLOCK_BYTES = 1 << 24
+# elements of a tensor that kernels with 32-bit indices can address
+MAX_ELEMENTS = (1 << 31) - 1
 
 
 def blocks_of(x: Tensor, row_size: int) -> int:
-    """Return how many rows of `row_size` elements like those of `x` to compute at once: on a GPU all of them."""
-    return max(1, CPU_BLOCK_BYTES // (row_size * x.element_size())) if x.device.type == "cpu" else 1 << 62
+    """Return how many rows of `row_size` elements like those of `x` to compute at once: on a GPU as many as it can."""
+    elements = CPU_BLOCK_BYTES // x.element_size() if x.device.type == "cpu" else MAX_ELEMENTS
+    return max(1, elements // row_size)
 
 
 # ---------------------------------------------------------------- margins

@@ -246,6 +246,7 @@ class ConvViT3D(encoder3d.Encoder3D):
 
         table = encoder3d.get_3d_sincos_pos_embed(self.embed_dim, self.grid_size)
         self.pos_embed = nn.Parameter(table, requires_grad=pyramid)
+        self._tables = encoder3d.ResampledTables()
         widths = (in_chans, *embed_dims)
         for stage in (1, 2, 3, 4):
             self.add_module(f"patch_embed{stage}", PatchEmbed(widths[stage - 1], widths[stage]))
@@ -340,7 +341,7 @@ class ConvViT3D(encoder3d.Encoder3D):
                 x = self.run_block(block, x, rows)
             stages.append(x.movedim(-1, 1) if cubes is None else x)
         x = self.patch_embed5(self.patch_embed4(x).flatten(1, -2))  # (B, K, C_4)
-        pos_embed = encoder3d.resample_pos_embed(self.pos_embed, self.grid_size, grid, num_prefix_tokens=0)
+        pos_embed = self._tables.get("pos_embed", self.pos_embed, self.grid_size, grid, num_prefix_tokens=0)
         x = x + (pos_embed if ids_keep is None else encoder3d.take(pos_embed.expand(len(x), -1, -1), ids_keep))
         for block in self.blocks4:
             x = self.run_block(block, x, *((grid, ids_keep) if self.pyramid else ()))

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from common.config import setting
 from common.training.method import Batch, Method, Reconstruction
-from Finetune.encoder3d import Grid, get_3d_sincos_pos_embed, grid_of, resample_pos_embed, take
+from Finetune.encoder3d import Grid, ResampledTables, get_3d_sincos_pos_embed, grid_of, take
 from Finetune.models_convvit3d import ConvViT3D, convvit3d_base_patch16, convvit3d_tiny_patch16, to_map, to_tokens
 from Finetune.pretrained import load_matching, read_checkpoint
 from Pretrain.losses import (
@@ -152,6 +152,7 @@ class MaskedDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.grid_size = grid
         self.decoder_pos_embed = nn.Parameter(get_3d_sincos_pos_embed(width, grid), requires_grad=False)
+        self._tables = ResampledTables()
         block = partial(Block, width, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm_layer)
         self.decoder_blocks = nn.ModuleList(block() for _ in range(depth))
         self.decoder_norm = norm_layer(width)
@@ -168,7 +169,8 @@ class MaskedDecoder(nn.Module):
         """
         x = self.decoder_embed(latent)
         removed = self.mask_token.expand(len(x), ids_restore.shape[1] - x.shape[1], -1).to(x.dtype)
-        positions = resample_pos_embed(self.decoder_pos_embed, self.grid_size, grid or self.grid_size, 0)
+        table, target = self.decoder_pos_embed, grid or self.grid_size
+        positions = self._tables.get("decoder_pos_embed", table, self.grid_size, target, num_prefix_tokens=0)
         x = take(torch.cat([x, removed], dim=1), ids_restore) + positions  # (M, T, E)
         for block in self.decoder_blocks:
             x = block(x)
@@ -378,9 +380,9 @@ class MiM(Method):
         feature = self.decoder(self.encoder(x, ids_keep=masking.ids_keep), masking.ids_restore, grid)
         if self._seen is not None:
             self._seen.append(Reconstruction(x, masking.mask, self.decoder.decoder_pred(feature)))
-        removed = masking.ids_restore.argsort(dim=1)[:, masking.ids_keep.shape[1] :]  # (M, T-K)
+        removed = masking.ids_removed
         prediction = self.decoder.decoder_pred(take(feature, removed))  # (M, T-K, P)
-        target = take(patchify(x, self.encoder.patch_size), removed)
+        target = patchify(x, self.encoder.patch_size, removed)
         target = norm_pix(target, self.norm_pix_eps) if self.norm_pix_loss else target
         return masked_mse(prediction, target, masking.mask.gather(1, removed)), feature
 

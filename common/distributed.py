@@ -33,11 +33,15 @@ class Run:
 def setup(device: Literal["auto", "cpu", "cuda"] = "auto") -> Run:
     """Join the process group of a torchrun launch: nccl on CUDA, gloo on CPU. Without torchrun there is one process.
 
+    Products and convolutions of float32 are then computed in float32, as on a CPU.
+
     Raises:
         InputError: `device` is cuda, and there is no CUDA device. auto is CUDA if there is one.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available here; use --device cpu or auto")
+    # torch alone would use TF32 in convolutions; training may ask for it (--tf32)
+    torch.backends.cudnn.allow_tf32 = False
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in defaults.items())
     use_cuda = device != "cpu" and torch.cuda.is_available()

@@ -19,7 +19,8 @@ from tests.Pretrain.test_cuda_fake import METHODS, build, views, volumes
 pytestmark = pytest.mark.cuda
 
 VIT = dict(embed_dim=24, depth=4, num_heads=2, patch_size=(16, 16, 16))
-HYBRID = dict(embed_dims=(6, 6, 12, 24), depths=(1, 1, 1, 1), num_heads=2)
+# no drop path: a seed gives other random numbers on a GPU
+HYBRID = dict(embed_dims=(6, 6, 12, 24), depths=(1, 1, 1, 1), num_heads=2, drop_path=0.0)
 # the sizes of each network, where they are not those of the ViT
 SIZES = {"unetr": VIT | {"feature_size": 4}, "swinunetr": {"feature_size": 12}, "dynunet": {"feature_size": 2}}
 SIZES |= dict.fromkeys((name for name, head in HEADS.items() if head.encoder == "hybrid"), HYBRID)
