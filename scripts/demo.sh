@@ -7,8 +7,8 @@
 #
 # Hardware: two CPU cores. Result: runs/demo_glmae (or runs/smoke_glmae, runs/demo_mim, ...). A second run reuses environment, data and
 # cache, and trains again.
-# One scan with labels trains, and one is scored, so the table shows that the chain works, not how good a method is. A model made the
-# labels. All numbers are our choice, made by looking at the scores of that same scan: there is no other.
+# One scan with labels is used for training and one for scoring, so the table shows that the chain works, not how good a method is. A model
+# made the labels. All numbers are our choice, made by looking at the scores of that same scan: there is no other.
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GL-MAE on 746 CT volumes (24 of BTCV, 722 of TCIA-Covid19): ViT-B, global views of 160^3, local views of 96^3, 1600 epochs.
+# GL-MAE on the CT volumes of BTCV and TCIA-Covid19: ViT-B, global views of 160^3, local views of 96^3, 1600 epochs.
 #
 #   NPROC=8 bash scripts/pretrain_glmae.sh --out_dir runs/glmae_1k
 #   NPROC=8 bash scripts/pretrain_glmae.sh --datasets 1k LUNA16         other sets of Pretrain/datasets/; or --datalist /data/my_ct
@@ -8,15 +8,19 @@
 #   bash scripts/pretrain_glmae.sh --help                               every setting, with the values of this recipe
 #
 # Arguments are passed on to the program and override the values below. NPROC: number of processes, one per GPU.
+# Data: BTCV's 24 training volumes and all of TCIA-Covid19 that is found (771 are published; the papers use 722, and which ones is not in what we
+# could read). 5 % of the volumes are held out for the measures of health, unless --holdout 0 is given.
 # Hardware: GPUs of 24 GB or more. Expected, not measured here.
-# Time: 2.6 EFLOP, about 36 h on one GPU at 20 TFLOP/s. Computed from 2.2 TFLOP per volume and epoch; the full run was not made here.
+# Time: 2.6 EFLOP for 746 volumes, about 36 h on one GPU at 20 TFLOP/s. Computed from 2.2 TFLOP per volume and epoch; the full run was not made
+# here.
 # Result: checkpoint-1599.pth, for scripts/BTCV/run.sh.
 #
 # From the paper (arXiv 2306.08913, figure and Table I) or its released files: view sizes, ViT-B/16, HU -1000..1000, foreground crop,
 # 1600 epochs, a teacher that sees unmasked global views, four loss terms.
 # Our choice, because no source we could read states it: 2 global and 8 local views, resized crops and their scales, flips, mask ratio
 # 0.6, decoder 576/8/16, normalised targets, the projection head and its 4096 prototypes, temperatures, centre, momentum, loss weights
-# 1/1/1/1, the patch embedding initialised for the mean and spread of the data, AdamW with lr 1.5e-4 per 256 views, 40 epochs of warm-up, 32 volumes per update, gradient norm clipped at 3, bf16.
+# 1/1/1/1, the patch embedding initialised for the mean and spread of the data, AdamW with lr 1.5e-4 per 256 views, 40 epochs of warm-up,
+# 32 volumes per update, gradient norm clipped at 3, bf16.
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 

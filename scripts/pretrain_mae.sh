@@ -5,6 +5,7 @@
 #   bash scripts/pretrain_mae.sh --decoder cross --decode_fraction 0.25                      cheaper: a quarter of the removed patches is decoded
 #
 # Arguments are passed on to the program and override the values below. NPROC: number of processes, one per GPU.
+# Data: as pretrain_glmae.sh.
 # Hardware: GPUs of 24 GB or more. Expected, not measured here; the full run was not made here either.
 # Result: checkpoint-1599.pth, for scripts/BTCV/run.sh.
 # All numbers are our choice, and equal to GL-MAE's where both methods have the setting.

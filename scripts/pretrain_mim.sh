@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# MiM on 746 CT volumes (24 of BTCV, 722 of TCIA-Covid19): hybrid encoder, three levels of 96^3 in crops of 192^3, 800 epochs.
+# MiM on the CT volumes of BTCV and TCIA-Covid19: hybrid encoder, three levels of 96^3 in crops of 192^3, 800 epochs.
 #
 #   NPROC=2 bash scripts/pretrain_mim.sh --out_dir runs/mim_1k
 #   NPROC=2 bash scripts/pretrain_mim.sh --align published ...       the alignment as the authors' code computes it, for comparison
 #   bash scripts/pretrain_mim.sh --help                              every setting, with the values of this recipe
 #
 # Arguments are passed on to the program and override the values below. NPROC: number of processes, one per GPU.
+# Data: BTCV's 24 training volumes and all of TCIA-Covid19 that is found (771 are published; the papers use 722, and which ones is not in what we
+# could read). 5 % of the volumes are held out for the measures of health, unless --holdout 0 is given.
 # Hardware: GPUs of 24 GB; --down_parts 16 and --grad_checkpointing need less memory. Expected, not measured here.
-# Time: 1.8 EFLOP, computed from 3.06 TFLOP per crop; the full run was not made here.
+# Time: 1.8 EFLOP for 746 volumes, about 25 h on one GPU at 20 TFLOP/s. Computed from 3.06 TFLOP per crop; the full run was not made here.
 # Result: checkpoint-799.pth, for scripts/BTCV/run.sh --model mim.
 #
 # From the authors' scripts and code: crops of 192^3 at the scanned spacing, HU -1000..1000, no flips; up/mid/down mask ratios

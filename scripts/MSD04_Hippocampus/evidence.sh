@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# MSD04_Hippocampus: does pretraining help, by how much, and how sure is that? MAE, GL-MAE and MiM against their scratch twins and DynUNet.
+# MSD04_Hippocampus: does pretraining help, by how much, and how sure is that? MAE, GL-MAE and MiM against the same networks
+# from random weights, and against DynUNet.
 #
 #   DATA=/path/to/Task04_Hippocampus bash scripts/MSD04_Hippocampus/evidence.sh --quick                one pretraining seed, 8 labels
 #   DATA=/path/to/Task04_Hippocampus bash scripts/MSD04_Hippocampus/evidence.sh --quick --ablations    then short ablations, frozen features
@@ -10,7 +11,8 @@
 # (5) ablations, one switch at a time, with --quick only if --ablations is given; (6) without --quick the length of pretraining. The
 # same command goes on where it was stopped.
 #
-# DATA: Task04_Hippocampus as published. OUT: folder of the study. CACHE: folder of the cache.
+# DATA: Task04_Hippocampus as published; by default data/MSD04_Hippocampus, where scripts.prepare puts it.
+# OUT: folder of the study. CACHE: folder of the cache.
 # LABELS: numbers of labelled cases, such as 8,all. JOBS: trainings at once; one per GPU, or 2 on two CPU cores.
 #
 # Hardware: two CPU cores, or a GPU. Time: --quick took 52 minutes on two cores (docs/evidence.md), more on slower ones. The
@@ -29,7 +31,7 @@ done
 
 source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
 
-data="${DATA:-data/Task04_Hippocampus}"
+data="${DATA:-data/MSD04_Hippocampus}"
 out="${OUT:-runs/evidence_$size}"
 cache="${CACHE:-cache/MSD04_Hippocampus}"
 jobs="${JOBS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')}"
@@ -145,7 +147,7 @@ done
 finish_cells
 
 vit_inits="scratch,mae=$(files mae "${pretraining_seeds[@]}"),glmae=$(files glmae "${pretraining_seeds[@]}")"
-step "3 Fine-tuning: ViT, MiM's encoder, and DynUNet as the bar" "$out/vit $out/mim $out/dynunet"
+step "3 Fine-tuning: ViT, MiM's encoder, and DynUNet as the reference" "$out/vit $out/mim $out/dynunet"
 roi='roi: [32, 48, 32]'
 sweep vit "$roi" --models "$vit_heads" --inits "$vit_inits" --label_counts "$counts" --tune "lr=$rates"
 # MiM's own head needs a roi in multiples of 32

@@ -7,15 +7,16 @@
 #   bash scripts/MSD04_Hippocampus/run.sh --help    all settings, with the values of this recipe
 #
 # Arguments are passed on to Finetune.main_finetune and override the values below.
-# DATA: Task04_Hippocampus as published. OUT: folder of the run. NPROC: processes; the batch stays the same.
+# DATA: Task04_Hippocampus as published; by default data/MSD04_Hippocampus, where scripts.prepare puts it.
+# OUT: folder of the run. NPROC: processes; the batch stays the same.
 #
 # Hardware: two CPU cores. Time: under half an hour. Result: mean Dice 0.837 (UNETR), 0.841 (MiM).
-# Measured, with flips along all axes, before the preset had flip_axes: docs/finetuning.md.
+# Measured, with flips along all axes, before the preset had flip_axes: docs/results.md.
 # Our choice: all settings; the papers do not use this data set.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 
-data="${DATA:-data/Task04_Hippocampus}"
+data="${DATA:-data/MSD04_Hippocampus}"
 model="${MODEL:-unetr}"
 out="${OUT:-runs/MSD04_Hippocampus_$model}"
 volumes="$data/dataset.json" labels="$data/labelsTr" images="$data/imagesTr"

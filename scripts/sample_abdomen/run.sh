@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# sample_abdomen: BTCV's organs on two real CT scans. One trains, the other (a DICOM series) is predicted and scored.
+# sample_abdomen: BTCV's organs on two real CT scans. One is used for training, the other (a DICOM series) for prediction and scoring.
 #
 #   bash scripts/sample_abdomen/run.sh --init scratch
 #   bash scripts/sample_abdomen/run.sh --help    all settings, with the values of this recipe
