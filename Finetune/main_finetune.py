@@ -109,6 +109,8 @@ def finetune(
             "training data": digest([*(e.content_hash for e in training), preset.preprocessing]),
             "validation data": digest([e.content_hash for e in validation]),
             "crops": [config.crops, *architecture.roi],
+            # a run that goes on with other weights would be recorded as theirs
+            "init_sha256": args["init_sha256"],
         },
         order_seed=order_seed,
         make_optimizer=partial(make_optimizer, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay),

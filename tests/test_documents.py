@@ -159,11 +159,12 @@ def check_torchrun(monkeypatch, words, command):
 
 
 def check_sbatch(monkeypatch, words, command):
-    template = ROOT / words[1]
-    assert template.is_file(), f"{command}: no such template"
-    if words[2:]:
-        recipe = re.search(r"RECIPE:-([^}]+)\}", template.read_text())[1]
-        check_bash(monkeypatch, ["bash", recipe, *words[2:]], command)
+    # options of sbatch come before the template
+    template, *arguments = [word for word in words[1:] if not word.startswith("--array=")]
+    assert (ROOT / template).is_file(), f"{command}: no such template"
+    if arguments:
+        recipe = re.search(r"RECIPE:-([^}]+)\}", (ROOT / template).read_text())[1]
+        check_bash(monkeypatch, ["bash", recipe, *arguments], command)
 
 
 def check_other(monkeypatch, words, command):

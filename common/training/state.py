@@ -88,7 +88,8 @@ class TrainingState:
 
         Args:
             path: the checkpoint, for messages.
-            invariants: values in `args.loop` that must be those of this run, or the same steps would mean other data.
+            invariants: values in `args.loop`, or in `args`, that must be those of this run, or the same steps would
+                mean other data.
 
         Raises:
             InputError: the checkpoint is of another run.
@@ -96,8 +97,9 @@ class TrainingState:
         try:
             loop = content["args"]["loop"]
             for name, expected in invariants.items():
-                if loop[name] != expected:
-                    raise ValueError(f"{name}: found {loop[name]}, expected {expected}")
+                found = loop[name] if name in loop else content["args"][name]
+                if found != expected:
+                    raise ValueError(f"{name}: found {found}, expected {expected}")
             self.method.load_checkpoint_state(content)
             self._load_optimizer(content["optimizer"])
             self._load_counters(content)

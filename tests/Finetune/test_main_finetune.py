@@ -182,6 +182,22 @@ def test_resuming_with_another_fold_is_refused(tmp_path, spleen):
         run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 1, "--fold", 1)
 
 
+def test_resuming_with_other_initial_weights_is_refused(tmp_path, spleen):
+    file = tmp_path / "pretrained.pth"
+    vit_file(file)
+    run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 1, "--init", file)
+    before = (tmp_path / "run/checkpoint-last.pth").read_bytes()
+    for flags in (("--init", file, "--scratch_twin"), ("--init", "scratch")):
+        with pytest.raises(InputError, match="checkpoint-last.pth: not a checkpoint of this run"):
+            run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 2, *flags)
+    assert (tmp_path / "run/checkpoint-last.pth").read_bytes() == before
+    # as recorded before the check was there
+    content = torch.load(tmp_path / "run/checkpoint-last.pth", weights_only=True)
+    assert content["args"]["loop"].pop("init_sha256") == content["args"]["init_sha256"]
+    torch.save(content, tmp_path / "run/checkpoint-last.pth")
+    run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 2, "--init", file)
+
+
 @pytest.mark.slow
 def test_best_checkpoint_is_not_replaced_by_a_worse_one(tmp_path, spleen, monkeypatch):
     scores = iter([0.5, 0.7, 0.6, 0.65, 0.9])
