@@ -19,6 +19,9 @@ from torch import Tensor
 # Where the gradient to the weights is a product of matrices instead of PyTorch's. It was made for CPUs, and has not
 # been measured on another device.
 MATRIX_PRODUCT_ON = {"cpu"}
+# Where maps are convolved as they lie in memory, with the channels last. PyTorch has a depthwise kernel for GPUs that
+# takes the channels first; neither layout has been measured on one (python -m benchmarks --only layout).
+CHANNELS_LAST_ON = {"cpu"}
 # Larger blocks of memory go back to the system and are slow to get again (glibc's largest mmap threshold is 32 MB).
 CPU_BLOCK_BYTES = 1 << 24
 # elements of a tensor that kernels with 32-bit indices can address
@@ -110,9 +113,15 @@ class _DepthwiseConv3d(torch.autograd.Function):
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None) -> Tensor:
     chans, side = len(weight), weight.shape[-1]
     if rows is None:
-        return F.conv3d(x.movedim(-1, 1), weight, bias, padding=side // 2, groups=chans).movedim(1, -1)
-    parts = [F.conv3d(part.movedim(-1, 1), weight, bias, groups=chans) for part in _with_margin(x, side, rows)]
+        return F.conv3d(_channels_second(x), weight, bias, padding=side // 2, groups=chans).movedim(1, -1)
+    parts = [F.conv3d(_channels_second(part), weight, bias, groups=chans) for part in _with_margin(x, side, rows)]
     return torch.cat(parts).movedim(1, -1)
+
+
+def _channels_second(x: Tensor) -> Tensor:
+    """Return maps (B, D, H, W, C) as (B, C, D, H, W), in memory as `CHANNELS_LAST_ON` says."""
+    x = x.movedim(-1, 1)
+    return x if x.device.type in CHANNELS_LAST_ON else x.contiguous()
 
 
 def _with_margin(x: Tensor, side: int, rows: Tensor | None) -> Iterator[Tensor]:
@@ -136,7 +145,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, rows: Tensor | Non
         if x.device.type in MATRIX_PRODUCT_ON:
             total = total + _correlate(part, part_grad, side)
         else:
-            part, part_grad = part.movedim(-1, 1), part_grad.movedim(-1, 1)
+            part, part_grad = _channels_second(part), _channels_second(part_grad)
             how = [chans], [1] * 3, [0] * 3, [1] * 3, False, [0] * 3, chans, [False, True, False]
             total = total + torch.ops.aten.convolution_backward(part_grad, part, weight, *how)[1]
     return total.to(weight.dtype)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks import cache, cache_formats, growth, inference, machine, mim, table, training, views, vit
+from benchmarks import cache, cache_formats, growth, inference, layout, machine, mim, table, training, views, vit
 from benchmarks.harness import Row
 from common import distributed
 from common.cli import parse, run_program
@@ -41,6 +41,7 @@ BENCHMARKS: dict[str, tuple[str, Measure]] = {
     "prediction": ("peak memory of Finetune.predict against the logits of the volume", inference.measure_prediction),
     "vit": ("MAE and GL-MAE against MONAI and plain timm blocks, and their cheaper recipes", vit.measure),
     "mim": ("MiM against the straightforward form of its network, and its cheaper recipe", mim.measure),
+    "layout": ("channels last in memory against channels first, in convolutions", layout.measure),
     "training": ("updates end to end against their arithmetic and their loading alone", training.measure),
     "growth": ("time and memory as volumes, tokens and processes grow", growth.measure),
 }

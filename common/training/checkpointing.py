@@ -121,7 +121,8 @@ def host_copy(value: Any, keep: bool = True) -> Any:
     """
     if isinstance(value, torch.Tensor):
         tensor = full_tensor(value.detach())
-        return tensor.to("cpu", copy=True) if keep else None
+        # contiguous also with --channels_last: readers need not know of it, and safetensors takes nothing else
+        return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format) if keep else None
     if isinstance(value, dict):
         return {key: host_copy(item, keep) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -28,6 +28,9 @@ class PrecisionSettings:
     amp: Literal["auto", "bf16", "fp16", "off"] = setting("auto", "autocast; auto: bf16 on CUDA, off on a CPU")
     grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     fsdp: bool = setting(False, "FSDP2: shard weights, gradients and AdamW's state over the processes")
+    channels_last: bool = setting(
+        False, "convolutions with the channels last in memory: mim and dynunet are faster on a CPU; not with --fsdp"
+    )
     compile: bool = setting(False, "torch.compile every transformer block; the first updates take minutes")
     tf32: bool = setting(
         False,

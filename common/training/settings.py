@@ -69,7 +69,8 @@ def plan_updates(settings: LoopSettings, num_samples: int, world_size: int) -> B
     With `auto` the micro-batches of the plan have one volume until the trainer enlarges them (microbatch.py).
 
     Raises:
-        InputError: there is no data, or the batch is not a multiple of the micro-batches of all processes.
+        InputError: there is no data, the batch is not a multiple of the micro-batches of all processes, or settings
+            exclude each other.
     """
     batch, micro = settings.batch_size, settings.micro_batch_size
     if num_samples < 1:
@@ -77,6 +78,9 @@ def plan_updates(settings: LoopSettings, num_samples: int, world_size: int) -> B
     if micro == "auto" and settings.precision.fsdp and world_size > 1:
         # a process without memory would leave the others waiting for its weights
         raise InputError("--micro_batch_size auto: cannot be tried with --fsdp, expected a number")
+    if settings.precision.channels_last and settings.precision.fsdp and world_size > 1:
+        # FSDP2 shards contiguous weights only
+        raise InputError("--channels_last: found --fsdp too, expected one of them")
     micro = 1 if micro == "auto" else micro or max(1, batch // world_size)
     if batch % (micro * world_size):
         product = f"{world_size} process(es) x micro-batches of {micro}"

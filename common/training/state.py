@@ -110,10 +110,15 @@ class TrainingState:
             ) from None
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Load the moments, but keep the weight decay and betas of this start."""
+        """Load the moments, in memory as the weights are, but keep the weight decay and betas of this start."""
         groups = self.optimizer.param_groups
         options = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in groups]
         self.optimizer.load_state_dict(state)
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                # fused AdamW pairs numbers by their place in memory
+                if value.shape == parameter.shape and value.stride() != parameter.stride():
+                    moments[name] = torch.empty_like(parameter).copy_(value)
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group |= own
 

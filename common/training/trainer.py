@@ -116,6 +116,8 @@ class Trainer:
     def _make_state(self, make_optimizer: Callable[[Method], torch.optim.Optimizer]) -> TrainingState:
         precision, method = self.settings.precision, self.method.to(self.run.device)
         set_cuda_options(precision)
+        if precision.channels_last:
+            method.to(memory_format=torch.channels_last_3d)
         self.unsharded = None
         if precision.fsdp and self.run.world_size == 1:
             print_main("--fsdp: has no effect on one process")

@@ -182,6 +182,20 @@ def test_resuming_with_another_fold_is_refused(tmp_path, spleen):
         run(tmp_path, "MSD09_Spleen", spleen, "--epochs", 1, "--fold", 1)
 
 
+def test_channels_last_changes_no_number_but_by_rounding(tmp_path, spleen):
+    """Also where a run goes on in the other layout: moments and weights must then be paired as before."""
+    other = ["--channels_last"]
+    losses = {}
+    for name, layouts in {"never": [[], []], "later": [[], other], "first": [other, []]}.items():
+        for epochs, layout in zip((1, 3), layouts):
+            path = run(tmp_path, "MSD09_Spleen", spleen, "--lr", 0.01, "--epochs", epochs, *layout, out=name)
+        losses[name] = [line[term] for line in read_log(tmp_path / name) for term in ("dice", "ce", "grad_norm")]
+        content = torch.load(path, weights_only=True)
+        assert all(value.is_contiguous() for value in content["state_dict"].values())
+    assert losses["later"] == pytest.approx(losses["never"], rel=1e-3)
+    assert losses["first"] == pytest.approx(losses["never"], rel=1e-3)
+
+
 def test_resuming_with_other_initial_weights_is_refused(tmp_path, spleen):
     file = tmp_path / "pretrained.pth"
     vit_file(file)

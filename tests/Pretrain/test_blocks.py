@@ -39,14 +39,18 @@ SPECS = {
 }
 
 
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("blocks")
+def make_volumes(folder):
+    """Return the cached volumes of both scans for each of the ways to store intensities."""
     cases = [
         Case(name, write_nifti(folder / f"{name}.nii.gz", ct(shape, seed), spacing))
         for seed, (name, (shape, spacing)) in enumerate(SCANS.items())
     ]
     return {name: build_cache(cases, Preprocessing(**how), folder / "cache") for name, how in INTENSITIES.items()}
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    return make_volumes(tmp_path_factory.mktemp("blocks"))
 
 
 def assert_close(found, wanted):

@@ -31,14 +31,43 @@ def assert_same_curves(folder, other, tolerance):
         assert b == pytest.approx(a, rel=tolerance, abs=tolerance, nan_ok=True)
 
 
+# relative to those of a run without an option; in bf16 by its precision
+TOLERANCES = {"off": 1e-3, "bf16": 3e-2}
+
+
+@pytest.mark.parametrize("amp", TOLERANCES)
 @pytest.mark.parametrize(
-    "option", ["--grad_checkpointing", "--fsdp", pytest.param("--compile", marks=pytest.mark.slow), "--cudnn_benchmark"]
+    "option", ["--grad_checkpointing", pytest.param("--compile", marks=pytest.mark.slow), "--cudnn_benchmark"]
 )
-def test_options_do_not_change_the_losses(device, scans, tmp_path, option):
-    common = ["--device", device.type, "--amp", "off"]
+def test_options_do_not_change_the_losses(device, scans, tmp_path, option, amp):
+    common = ["--device", device.type, "--amp", amp]
     pretrain(scans, tmp_path / "plain", *common)
     pretrain(scans, tmp_path / "other", *common, option)
-    assert_same_curves(tmp_path / "plain", tmp_path / "other", 1e-3)
+    assert_same_curves(tmp_path / "plain", tmp_path / "other", TOLERANCES[amp])
+
+
+WHERE = {
+    "blocks": ["--views_on", "device", "--resident", "off", "--workers", "2"],
+    "resident": ["--views_on", "device", "--resident", "on"],
+}
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_where_views_are_made_changes_no_loss(device, scans, tmp_path, where):
+    common = ["--device", device.type, "--amp", "off"]
+    pretrain(scans, tmp_path / "loader", *common, "--views_on", "loader", "--workers", "2")
+    pretrain(scans, tmp_path / "device", *common, *WHERE[where])
+    assert_same_curves(tmp_path / "loader", tmp_path / "device", 1e-2)
+
+
+@pytest.mark.parametrize("options", [["--ignore_padding"], ["--decoder", "cross", "--decode_fraction", "0.5"]], ids=str)
+@pytest.mark.parametrize("method", ["mae", "glmae"])
+def test_other_recipes_train(device, scans, tmp_path, method, options):
+    if "--ignore_padding" in options:
+        options = [*options, "--crop_mode", "fixed"]
+    pretrain(scans, tmp_path / "run", "--device", device.type, "--micro_batch_size", "auto", *options, method=method)
+    lines = curves(tmp_path / "run")
+    assert len(lines) == 2 and all(map(math.isfinite, lines[-1].values()))
 
 
 @pytest.mark.slow

@@ -92,22 +92,6 @@ def test_on_cuda_a_batch_is_prepared_one_ahead(monkeypatch):
     assert list(batches) == []
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_prepared_on_cuda_are_complete_when_used():
-    device = torch.device("cuda", torch.cuda.current_device())
-
-    def prepare(batch, device):
-        x = batch.to(device, non_blocking=True)
-        for _ in range(200):
-            x = x * 1.0
-        return {"x": x + 1}
-
-    hosts = [torch.full((1 << 22,), float(i)).pin_memory() for i in range(20)]
-    sums = [batch["x"].mean() for batch in loader.DeviceBatches(hosts, prepare, device)]
-    assert torch.stack(sums).tolist() == [i + 1.0 for i in range(20)]
-
-
 # ---------------------------------------------------------------- shared memory
 
 

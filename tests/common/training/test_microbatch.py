@@ -110,6 +110,9 @@ def test_what_cannot_be_found_is_named(tmp_path, monkeypatch):
     sharded = PrecisionSettings(fsdp=True)
     with pytest.raises(InputError, match="--micro_batch_size auto: cannot be tried with --fsdp"):
         plan_updates(LoopSettings(out_dir=tmp_path, micro_batch_size="auto", precision=sharded), 10, 2)
+    both = PrecisionSettings(fsdp=True, channels_last=True)
+    with pytest.raises(InputError, match="--channels_last: found --fsdp too"):
+        plan_updates(LoopSettings(out_dir=tmp_path, precision=both), 10, 2)
 
 
 def test_kept_bytes_grow_with_the_activations():
