@@ -143,8 +143,11 @@ def make_links(links: Mapping[Path, Path]) -> None:
 
 def report(data: Preset | Source, out: Path, found: Findings, new: int, only_check: bool) -> None:
     """Print what was found and made, and the next command."""
-    state = "incomplete" if found.missing else "complete"
-    count = f"{len(found.pairs)} volumes" if found.pairs else f"{len(found.links)} folders"
+    state = "complete" if found.compared else "not compared with the published number, which is not known here"
+    state = "incomplete" if found.missing else state
+    count = f"{len(found.pairs)} volumes" if found.pairs else f"{found.scans} scans in {len(found.links)} folders"
+    if found.more:
+        print_main(f"note: {named(found.more)}")
     if only_check:
         return print_main(f"{data.name}: {count}, {state}; nothing was written (--check)")
     print_main(
