@@ -10,6 +10,7 @@ command again makes what is not there yet.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = settings.source
     if source is None or not source.is_dir():
         raise InputError(f"--source {source or ''}: expected the folder of the download; {advice(data)}")
+    out = place(data, settings.out)
     found = inspect_source(data, source) if isinstance(data, Source) else inspect(data, source)
     check_contents(found, data if isinstance(data, Preset) else None)
     refuse(found, data, settings.allow_missing)
-    out = settings.out or Path("data") / (data.folders[0] if isinstance(data, Source) else data.name)
     links = {out: found.links[data.folders[0]]} if isinstance(data, Source) else at(out, found.links)
     new = missing_links(links)
     if not settings.check:
@@ -105,6 +106,17 @@ def named(problems: Sequence[str]) -> str:
 
 
 # ---------------------------------------------------------------- links
+
+
+def place(data: Preset | Source, out: Path | None) -> Path:
+    """Return the folder of the links. InputError for a name under which the pretraining set would not be found."""
+    if isinstance(data, Preset):
+        return out or Path("data") / data.name
+    out = out or Path("data") / data.folders[0]
+    if out.name not in data.folders:
+        expected = f"expected a folder called {' or '.join(data.folders)}, such as {out / data.folders[0]}"
+        raise InputError(f"--out {out}: {data.name} is not looked for under this name; {expected}")
+    return out
 
 
 def at(out: Path, links: Mapping[str, Path]) -> dict[Path, Path]:
@@ -159,10 +171,12 @@ def report(data: Preset | Source, out: Path, found: Findings, new: int, only_che
 def next_command(data: Preset | Source, out: Path) -> str:
     """Return the command that uses the data set."""
     if isinstance(data, Source):
-        return f"python generate_cache_files.py --datasets {data.name} --data_root {out.parent} --cache_dir cache"
+        root = shlex.quote(str(out.parent))
+        return f"python generate_cache_files.py --datasets {data.name} --data_root {root} --cache_dir cache"
+    folder = shlex.quote(str(out))
     if data.published.convert:
-        return data.published.convert.format(out=out)
-    return f"DATA={out} bash scripts/{data.name}/run.sh --init scratch"
+        return data.published.convert.format(out=folder)
+    return f"DATA={folder} bash scripts/{data.name}/run.sh --init scratch"
 
 
 # ---------------------------------------------------------------- table of the documents

@@ -1,6 +1,7 @@
 """scripts.prepare on fabricated downloads: complete ones become the recipe's layout, others give one message."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from common.cli import parse
 from common.errors import InputError
 from Finetune import presets
 from Finetune.cases import find_cases
 from Finetune.presets import load_preset
 from Pretrain import catalog
+from Pretrain.catalog import DataSettings
 from scripts import prepare
 from tests.helpers import ROOT
 
@@ -260,7 +263,8 @@ def test_folders_of_slices_are_linked_and_to_be_converted(tmp_path, out, capsys)
 # ---------------------------------------------------------------- pretraining sets
 
 
-def test_a_pretraining_set_is_linked_as_a_whole(tmp_path, out, capsys):
+def test_a_pretraining_set_is_linked_as_a_whole(tmp_path, capsys):
+    out = tmp_path / "data/TotalSegmentator"
     source = tmp_path / "download/Totalsegmentator_dataset"
     write(source / "s0001/ct.nii.gz", np.arange(120, dtype=np.int16).reshape(SHAPE))
     write(source / "s0001/segmentations/liver.nii.gz", np.zeros(SHAPE, np.uint8))
@@ -272,14 +276,39 @@ def test_a_pretraining_set_is_linked_as_a_whole(tmp_path, out, capsys):
     assert f"--datasets TotalSegmentator --data_root {out.parent}" in said
 
 
-def test_a_pretraining_set_must_be_complete(tmp_path, out):
+@pytest.mark.parametrize("name", ["TotalSegmentator", "Totalsegmentator_dataset"])
+def test_the_next_command_finds_a_pretraining_set(tmp_path, capsys, name):
+    source, out = tmp_path / "download", tmp_path / "my data" / name
+    write(source / "s0001/ct.nii.gz", np.arange(120, dtype=np.int16).reshape(SHAPE))
+    run("TotalSegmentator", source, out)
+    words = shlex.split(capsys.readouterr().out.split("next: ")[1])
+    settings = parse(DataSettings, words[words.index("--datasets") :])
+    assert [case.image for case in settings.cases()] == [out / "s0001/ct.nii.gz"]
+
+
+def test_a_folder_in_which_a_pretraining_set_is_not_found_is_refused(tmp_path):
+    message = r"out: HNSCC is not looked for under this name; expected a folder called HNSCC, such as .*/out/HNSCC$"
+    write(tmp_path / "download/1.nii.gz", np.arange(120, dtype=np.int16).reshape(SHAPE))
+    with pytest.raises(InputError, match=message):
+        run("HNSCC", tmp_path / "download", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_next_command_of_a_recipe_names_the_folder(tmp_path, capsys):
+    run("BTCV", download("BTCV", tmp_path / "download"), tmp_path / "my data/l")
+    words = shlex.split(capsys.readouterr().out.split("next: ")[1])
+    assert words[:3] == [f"DATA={tmp_path}/my data/l", "bash", "scripts/BTCV/run.sh"]
+
+
+def test_a_pretraining_set_must_be_complete(tmp_path):
+    out = tmp_path / "data/TCIAcovid19"
     write(tmp_path / "download/a/1.nii.gz", np.arange(120, dtype=np.int16).reshape(SHAPE))
     with pytest.raises(InputError, match="found 1 of 771 published volumes; get TCIAcovid19 from https"):
         run("TCIAcovid19", tmp_path / "download", out)
     run("TCIAcovid19", tmp_path / "download", out, "--allow_missing")
     truncate(tmp_path / "download/a/1.nii.gz")
     with pytest.raises(InputError, match="1.nii.gz: not a NIfTI volume"):
-        run("TCIAcovid19", tmp_path / "download", tmp_path / "other", "--allow_missing")
+        run("TCIAcovid19", tmp_path / "download", tmp_path / "other/TCIAcovid19", "--allow_missing")
     assert not (tmp_path / "other").exists()
 
 
