@@ -37,7 +37,7 @@ class PrepareSettings:
 
     name: str | None = setting(None, "the data set; also as the first word, without --name")
     source: Path | None = setting(None, "folder of the unpacked download")
-    out: Path | None = setting(None, "folder of the links; none: where the recipe looks, data/NAME")
+    out: Path | None = setting(None, "folder of the links; none: data/NAME, where the recipe looks")
     check: bool = setting(False, "only check")
     allow_missing: bool = setting(False, "make the links of what is there, also when published files are missing")
     list: bool = setting(False, "print the table of all data sets, and stop")
@@ -109,9 +109,19 @@ def named(problems: Sequence[str]) -> str:
 
 
 def place(data: Preset | Source, out: Path | None) -> Path:
-    """Return the folder of the links. InputError for a name under which the pretraining set would not be found."""
+    """Return the folder of the links.
+
+    Raises:
+        InputError: a pretraining set would not be found under this name, or the volumes that are made of the links
+            would be written through them.
+    """
     if isinstance(data, Preset):
-        return out or Path("data") / data.name
+        converted = Path("data") / data.name
+        if not data.published.convert:
+            return out or converted
+        if out and os.path.abspath(out) == os.path.abspath(converted):
+            raise InputError(f"--out {out}: this is the folder of the volumes that are made of them, expected another")
+        return out or converted.with_name(f"{data.name}_pictures")
     out = out or Path("data") / data.folders[0]
     if out.name not in data.folders:
         expected = f"expected a folder called {' or '.join(data.folders)}, such as {out / data.folders[0]}"

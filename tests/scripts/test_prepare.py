@@ -260,6 +260,19 @@ def test_folders_of_slices_are_linked_and_to_be_converted(tmp_path, out, capsys)
         run("CC_CCII", tmp_path / "download", tmp_path / "other")
 
 
+def test_volumes_are_not_made_in_the_download(tmp_path, monkeypatch, capsys):
+    """The volumes of CC-CCII go to data/CC_CCII, so the links to its pictures go elsewhere."""
+    for name in ("Normal", "NCP", "CP"):
+        (tmp_path / f"download/{name}/1/2").mkdir(parents=True)
+        (tmp_path / f"download/{name}/1/2/0.png").write_bytes(b"picture")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="--out data/CC_CCII: this is the folder of the volumes"):
+        run("CC_CCII", Path("download"), Path("data/CC_CCII"))
+    prepare.main(["CC_CCII", "--source", "download"])
+    assert "--data data/CC_CCII_pictures --out data/CC_CCII\n" in capsys.readouterr().out
+    assert contents(tmp_path / "data")[0] == "CC_CCII_pictures"
+
+
 # ---------------------------------------------------------------- pretraining sets
 
 
