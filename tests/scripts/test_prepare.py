@@ -299,7 +299,7 @@ def test_the_next_command_finds_a_pretraining_set(tmp_path, capsys, name):
     assert [case.image for case in settings.cases()] == [out / "s0001/ct.nii.gz"]
 
 
-def test_a_folder_in_which_a_pretraining_set_is_not_found_is_refused(tmp_path):
+def test_a_folder_under_another_name_is_refused(tmp_path):
     message = r"out: HNSCC is not looked for under this name; expected a folder called HNSCC, such as .*/out/HNSCC$"
     write(tmp_path / "download/1.nii.gz", np.arange(120, dtype=np.int16).reshape(SHAPE))
     with pytest.raises(InputError, match=message):
