@@ -32,8 +32,7 @@ finetune() {
   done
   # Finetune.predict refuses this too, but only after the training
   if [ -d "$volumes" ]; then
-    mkdir -p "$out"
-    case "$(cd "$out" && pwd -P)/" in
+    case "$("$PYTHON" -c 'import os, sys; print(os.path.realpath(sys.argv[1]))' "$out")/" in
       "$(cd "$volumes" && pwd -P)"/*)
         echo "error: OUT=$out: is in $volumes, expected a folder outside it (its label maps would be taken for images)" >&2
         exit 2
