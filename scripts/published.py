@@ -60,7 +60,7 @@ class Findings:
         if count < published:
             self.missing.append(f"{where}: found {count} of {published} {what}")
         elif count > published:
-            self.more.append(f"{where}: found {count} {what}, more than the {published} expected")
+            self.more.append(f"{where}: found {count}, more than the {published} {what}")
 
 
 def inspect(preset: Preset, source: Path) -> Findings:
