@@ -21,6 +21,7 @@ from common.cache.build import build_cache
 from common.cache.statistics import InputStatistics, input_statistics
 from common.cli import parse, run_program
 from common.config import shown, to_dict
+from common.data.datalist import Case
 from common.distributed import Run
 from common.errors import InputError
 from common.files import check_creatable, check_writable, digest
@@ -66,8 +67,9 @@ def finetune(
     config: FinetuneSettings, preset: Preset, architecture: Architecture, init: Path | None, run: Run
 ) -> Path | None:
     """Fine-tune to the last epoch. Return the path of the last checkpoint, None with `--dry_run`."""
+    cases = choose_cases(config, preset)
     (check_creatable if config.dry_run else check_writable)(config.out_dir)
-    training, validation = prepare_volumes(config, preset, run)
+    training, validation = prepare_volumes(*cases, config, preset, run)
     weights_from = None if config.start.scratch_twin else init
     plan = plan_updates(config, len(training), run.world_size)
     method = build_method(config, preset, architecture, weights_from, run, plan, training)
@@ -128,11 +130,18 @@ def loss_weights(step: int) -> dict[str, float]:
     return {"dice": 1.0, "ce": 1.0}
 
 
-def prepare_volumes(config: FinetuneSettings, preset: Preset, run: Run) -> tuple[Volumes, Volumes]:
-    """Return the cached (training, validation) cases. Rank 0 fills the cache first."""
+def choose_cases(config: FinetuneSettings, preset: Preset) -> tuple[list[Case], list[Case]]:
+    """Return the (training, validation) cases. InputError if the data are not found."""
     chosen = config.cases
     training, validation = split(find_cases(preset, chosen.data, chosen.data_root), preset, chosen.fold)
-    training = few_labels(training, preset, chosen.label_count, chosen.label_fraction, chosen.label_seed)
+    return few_labels(training, preset, chosen.label_count, chosen.label_fraction, chosen.label_seed), validation
+
+
+def prepare_volumes(
+    training: list[Case], validation: list[Case], config: FinetuneSettings, preset: Preset, run: Run
+) -> tuple[Volumes, Volumes]:
+    """Return the cached (training, validation) cases. Rank 0 fills the cache first."""
+    chosen = config.cases
     with distributed.main_first(), Watchdog(config.hang_minutes):
         cases = with_mapped_labels([*training, *validation], preset, chosen.cache_dir / "labels")
         volumes = build_cache(cases, preset.preprocessing, chosen.cache_dir, workers=config.workers)

@@ -10,8 +10,7 @@
 # One scan with labels is used for training and one for scoring, so the table shows that the chain works, not how good a method is. A model
 # made the labels. All numbers are our choice, made by looking at the scores of that same scan: there is no other.
 
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-
+# Arguments are refused before anything is installed.
 method=glmae
 size=demo
 while [ $# -gt 0 ]; do
@@ -22,6 +21,12 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+case "$method" in
+  glmae | mim) ;;
+  *) echo "error: --method: found '$method', expected glmae or mim" >&2; exit 2 ;;
+esac
+
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 # Two fine-tunings run at the same time. Where other work shares the cores, threads that wait for each other are slower than one.
 export OMP_NUM_THREADS=1
@@ -61,7 +66,6 @@ case "$method" in
     pretrain_epochs=4 pretrain_samples=20 finetune_epochs=6 finetune_samples=20
     minutes=(3 3)
     ;;
-  *) echo "error: --method: found '$method', expected glmae or mim" >&2; exit 2 ;;
 esac
 if [ "$size" = smoke ]; then pretrain_epochs=1 pretrain_samples=4 finetune_epochs=1 finetune_samples=2; fi
 

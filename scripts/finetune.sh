@@ -2,6 +2,21 @@
 #
 # The recipe sets data (folder or list), out (folder of the run), volumes (what to predict), labels, and images (folders, for the pictures).
 
+# The arguments of the recipe are refused before anything is installed.
+recipe="$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)"
+for word in "$@"; do
+  case "$word" in
+    --out_dir | --out_dir=* | --data | --data=*)
+      echo "error: $word: expected as DATA=... or OUT=... before the command; prediction and scores use it too" >&2
+      exit 2
+      ;;
+    --preset | --preset=*)
+      echo "error: $word: this recipe is for ${recipe##*/}; prediction and scores use it too" >&2
+      exit 2
+      ;;
+  esac
+done
+
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 finetune() {
@@ -9,14 +24,6 @@ finetune() {
   shift
   for word in "$@"; do
     case "$word" in
-      --out_dir | --out_dir=* | --data | --data=*)
-        echo "error: $word: expected as DATA=... or OUT=... before the command; prediction and scores use it too" >&2
-        exit 2
-        ;;
-      --preset | --preset=*)
-        echo "error: $word: this recipe is for $preset; prediction and scores use it too" >&2
-        exit 2
-        ;;
       --help | -h | --dry_run)
         launch Finetune.main_finetune --preset "$preset" --data "$data" --out_dir "$out" --fold 0 "$@"
         return
@@ -25,8 +32,7 @@ finetune() {
   done
   # Finetune.predict refuses this too, but only after the training
   if [ -d "$volumes" ]; then
-    mkdir -p "$out"
-    case "$(cd "$out" && pwd -P)/" in
+    case "$("$PYTHON" -c 'import os, sys; print(os.path.realpath(sys.argv[1]))' "$out")/" in
       "$(cd "$volumes" && pwd -P)"/*)
         echo "error: OUT=$out: is in $volumes, expected a folder outside it (its label maps would be taken for images)" >&2
         exit 2

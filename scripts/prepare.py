@@ -10,6 +10,7 @@ command again makes what is not there yet.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class PrepareSettings:
 
     name: str | None = setting(None, "the data set; also as the first word, without --name")
     source: Path | None = setting(None, "folder of the unpacked download")
-    out: Path | None = setting(None, "folder of the links; none: where the recipe looks, data/NAME")
+    out: Path | None = setting(None, "folder of the links; none: data/NAME, where the recipe looks")
     check: bool = setting(False, "only check")
     allow_missing: bool = setting(False, "make the links of what is there, also when published files are missing")
     list: bool = setting(False, "print the table of all data sets, and stop")
@@ -52,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = settings.source
     if source is None or not source.is_dir():
         raise InputError(f"--source {source or ''}: expected the folder of the download; {advice(data)}")
+    out = place(data, settings.out)
     found = inspect_source(data, source) if isinstance(data, Source) else inspect(data, source)
     check_contents(found, data if isinstance(data, Preset) else None)
     refuse(found, data, settings.allow_missing)
-    out = settings.out or Path("data") / (data.folders[0] if isinstance(data, Source) else data.name)
     links = {out: found.links[data.folders[0]]} if isinstance(data, Source) else at(out, found.links)
     new = missing_links(links)
     if not settings.check:
@@ -107,6 +108,27 @@ def named(problems: Sequence[str]) -> str:
 # ---------------------------------------------------------------- links
 
 
+def place(data: Preset | Source, out: Path | None) -> Path:
+    """Return the folder of the links.
+
+    Raises:
+        InputError: a pretraining set would not be found under this name, or the volumes that are made of the links
+            would be written through them.
+    """
+    if isinstance(data, Preset):
+        converted = Path("data") / data.name
+        if not data.published.convert:
+            return out or converted
+        if out and os.path.abspath(out) == os.path.abspath(converted):
+            raise InputError(f"--out {out}: this is the folder of the volumes that are made of them, expected another")
+        return out or converted.with_name(f"{data.name}_pictures")
+    out = out or Path("data") / data.folders[0]
+    if out.name not in data.folders:
+        expected = f"expected a folder called {' or '.join(data.folders)}, such as {out / data.folders[0]}"
+        raise InputError(f"--out {out}: {data.name} is not looked for under this name; {expected}")
+    return out
+
+
 def at(out: Path, links: Mapping[str, Path]) -> dict[Path, Path]:
     """Return the links with their places below `out`. InputError for one that would be elsewhere."""
     for name in links:
@@ -143,8 +165,11 @@ def make_links(links: Mapping[Path, Path]) -> None:
 
 def report(data: Preset | Source, out: Path, found: Findings, new: int, only_check: bool) -> None:
     """Print what was found and made, and the next command."""
-    state = "incomplete" if found.missing else "complete"
-    count = f"{len(found.pairs)} volumes" if found.pairs else f"{len(found.links)} folders"
+    state = "complete" if found.compared else "not compared with the published number, which is not known here"
+    state = "incomplete" if found.missing else state
+    count = f"{len(found.pairs)} volumes" if found.pairs else f"{found.scans} scans in {len(found.links)} folders"
+    if found.more:
+        print_main(f"note: {named(found.more)}")
     if only_check:
         return print_main(f"{data.name}: {count}, {state}; nothing was written (--check)")
     print_main(
@@ -156,10 +181,12 @@ def report(data: Preset | Source, out: Path, found: Findings, new: int, only_che
 def next_command(data: Preset | Source, out: Path) -> str:
     """Return the command that uses the data set."""
     if isinstance(data, Source):
-        return f"python generate_cache_files.py --datasets {data.name} --data_root {out.parent} --cache_dir cache"
+        root = shlex.quote(str(out.parent))
+        return f"python generate_cache_files.py --datasets {data.name} --data_root {root} --cache_dir cache"
+    folder = shlex.quote(str(out))
     if data.published.convert:
-        return data.published.convert.format(out=out)
-    return f"DATA={out} bash scripts/{data.name}/run.sh --init scratch"
+        return data.published.convert.format(out=folder)
+    return f"DATA={folder} bash scripts/{data.name}/run.sh --init scratch"
 
 
 # ---------------------------------------------------------------- table of the documents

@@ -4,6 +4,7 @@ Folders above the published names make no difference: `RawData/Training/img/img0
 `img/img0001.nii.gz`. Nothing is written here; scripts/prepare.py makes the links.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from Pretrain.catalog import Source
 # folders that a Mac adds to archives
 CLUTTER = "__MACOSX"
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+EMPTY = "{path}: found an empty file (0 bytes)"
 
 
 @dataclass
@@ -40,11 +42,25 @@ class Findings:
     missing: list[str] = field(default_factory=list)
     # found, but not as published
     wrong: list[str] = field(default_factory=list)
+    # more than is published
+    more: list[str] = field(default_factory=list)
+    # whether a number was compared with a published one
+    compared: bool = False
+    # scans in the folders, where these are linked instead of volumes
+    scans: int = 0
 
     def add(self, targets: Sequence[str], files: Sequence[Path]) -> None:
         """Add a case: its image, and its label where it has one."""
         self.links |= dict(zip(targets, files))
         self.pairs.append((files[0], files[1] if len(files) > 1 else None))
+
+    def compare(self, where: Path, count: int, published: int, what: str) -> None:
+        """Compare a number with a published one: fewer are missing, more are named."""
+        self.compared = True
+        if count < published:
+            self.missing.append(f"{where}: found {count} of {published} {what}")
+        elif count > published:
+            self.more.append(f"{where}: found {count}, more than the {published} {what}")
 
 
 def inspect(preset: Preset, source: Path) -> Findings:
@@ -63,8 +79,8 @@ def inspect_source(data: Source, source: Path) -> Findings:
         return found
     found.links[data.folders[0]] = source
     found.pairs = [(case.image, None) for case in volumes]
-    if data.published and len(volumes) < data.published:
-        found.missing.append(f"{source}: found {len(volumes)} of {data.published} published volumes")
+    if data.published:
+        found.compare(source, len(volumes), data.published, "published volumes")
     return found
 
 
@@ -96,9 +112,12 @@ def _matched(preset: Preset, source: Path) -> Findings:
             found.missing += [f"{source}: found no {name}" for name in absent]
             if not absent:
                 found.add(targets, [images[case], labels[case]])
-        count = published.cases[number] if published.cases else 1
-        if len(images) < count and not expected:
-            found.missing.append(f"{source}: found {len(images)} of {count} files {patterns[0]}")
+        if expected:
+            found.compare(source, len({*images, *expected}), len(expected), "published cases")
+        elif published.cases:
+            found.compare(source, len(images), published.cases[number], f"files {patterns[0]}")
+        elif not images:
+            found.missing.append(f"{source}: found no file {patterns[0]}")
     return found
 
 
@@ -145,10 +164,22 @@ def _listed(preset: Preset, source: Path) -> Findings:
         found.missing += [f"{path}: listed in {name}, and not there" for path in absent]
         if not absent:
             found.add([os.path.relpath(path, folder) for path in files], files)
-    expected = preset.published.cases
-    if expected and len(cases) < expected[0]:
-        found.missing.append(f"{lists[0]}: found {len(cases)} of {expected[0]} published cases")
+    prefix = preset.published.prefix
+    if others := [case.image.name for case in cases if not case.image.name.lower().startswith(prefix.lower())]:
+        expected = f"expected names that start with {prefix}; this is not the list of {preset.name}"
+        found.wrong.append(f"{lists[0]}: found {others[0]}, {expected}")
+    stated, published = _stated_number(lists[0]), preset.published.cases
+    # of two equal numbers the published one is named
+    numbers = ({} if stated is None else {stated: "cases of numTraining"}) | dict.fromkeys(published, "published cases")
+    for number, what in numbers.items():
+        found.compare(lists[0], len({case.image for case in cases}), number, what)
     return found
+
+
+def _stated_number(path: Path) -> int | None:
+    """Return the number of training cases that a Decathlon list states, None if it states no number."""
+    number = json.loads(path.read_text()).get("numTraining")
+    return number if type(number) is int else None
 
 
 def _folders(preset: Preset, source: Path) -> Findings:
@@ -162,12 +193,17 @@ def _folders(preset: Preset, source: Path) -> Findings:
             found.wrong.append(f"{source}: found {name} in several places: {', '.join(map(str, folders))}")
         else:
             found.links[name] = folders[0]
-        found.wrong += [f"{scan}: found no picture" for scan in scans if not _has_pictures(scan)]
+        found.scans += len(scans)
+        for scan in scans:
+            pictures = sorted(path for path in scan.iterdir() if path.suffix.lower() in PICTURES)
+            found.wrong += [EMPTY.format(path=path) for path in pictures if _is_empty(path)]
+            if not pictures:
+                found.wrong.append(f"{scan}: found no picture")
     return found
 
 
-def _has_pictures(folder: Path) -> bool:
-    return any(path.suffix.lower() in PICTURES for path in folder.iterdir())
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
 
 
 # ---------------------------------------------------------------- content
@@ -188,8 +224,8 @@ def _shape(path: Path) -> tuple[int, ...] | None:
     """Return the shape of a NIfTI file. InputError when a file is not complete; of other formats, when it is empty."""
     if path.name.lower().endswith((".nii", ".nii.gz")):
         return nifti.read_shape(path)
-    if path.is_file() and path.stat().st_size == 0:
-        raise InputError(f"{path}: found an empty file (0 bytes)")
+    if _is_empty(path):
+        raise InputError(EMPTY.format(path=path))
     return None
 
 

@@ -13,6 +13,7 @@ class Published:
     licence: str = setting(help="as far as known; the source decides")
     contents: str = setting(help="what is used of the download: archives, folders, names")
     cases: tuple[int, ...] = setting((), "number of cases for each pattern of images; (): not verified", least=1)
+    prefix: str = setting("", "start of the name of every case, in any case of letters; no other data set has it")
     ids: tuple[str, ...] = setting((), "all numbers of the cases, single or as a range such as 0001-0010")
     folders: tuple[str, ...] = setting((), "folders to link as they are, for a download without volumes")
     convert: str = setting("", "command that makes volumes of the linked folders; {out} is the folder of the links")

@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from common.cli import run_program
 from common.errors import InputError
@@ -25,10 +26,17 @@ PAGE = "report.html"
 WATCH = 10.0
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are those of the other programs: one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists the arguments")
+
+
 def main(argv: list[str] | None = None) -> None:
     name = Path(sys.argv[0]).name
     name = "python -m common.report" if name == "__main__.py" else name
-    parser = argparse.ArgumentParser(name, description=__doc__.partition("\n")[0])
+    parser = Parser(name, description=__doc__.partition("\n")[0])
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"page to write (default: RUN_DIR/{PAGE})")
     parser.add_argument(

@@ -14,19 +14,19 @@
 # Measured, with flips along all axes, before the preset had flip_axes: docs/results.md.
 # Our choice: all settings; the papers do not use this data set.
 
-source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
-
-data="${DATA:-data/MSD04_Hippocampus}"
 model="${MODEL:-unetr}"
-out="${OUT:-runs/MSD04_Hippocampus_$model}"
-volumes="$data/dataset.json" labels="$data/labelsTr" images="$data/imagesTr"
-
 case "$model" in
   unetr) epochs=20 network=(--model unetr --size tiny --depth 6 --patch_size 8 --feature_size 16) ;;
   # its network needs a roi in multiples of 32
   mim) epochs=8 network=(--model mim --size tiny --depths 2 2 2 6 --roi 32 64 32) ;;
   *) echo "error: MODEL=$model: expected unetr or mim" >&2; exit 2 ;;
 esac
+
+source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
+
+data="${DATA:-data/MSD04_Hippocampus}"
+out="${OUT:-runs/MSD04_Hippocampus_$model}"
+volumes="$data/dataset.json" labels="$data/labelsTr" images="$data/imagesTr"
 
 finetune MSD04_Hippocampus \
   "${network[@]}" \

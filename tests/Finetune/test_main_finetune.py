@@ -369,6 +369,14 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path, spleen):
         run(tmp_path, "MSD09_Spleen", spleen, out="file/run")
 
 
+def test_no_folder_is_made_when_the_data_are_missing(tmp_path):
+    (tmp_path / "data/img").mkdir(parents=True)
+    for preset, data in (("BTCV", "data"), ("MSD09_Spleen", "data"), ("BTCV", "nothing")):
+        with pytest.raises(InputError, match=f"{data}: .*preset {preset}"):
+            run(tmp_path, preset, tmp_path / data)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_writes_nothing(tmp_path, spleen, capsys):
     assert run(tmp_path, "MSD09_Spleen", spleen, "--dry_run") is None
     printed = capsys.readouterr().out

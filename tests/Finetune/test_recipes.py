@@ -80,4 +80,4 @@ def test_recipe_refuses_bad_flags_before_training(tmp_path):
     ):
         done = run("BTCV", data, out, *flags)
         assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert not list((data / "run").iterdir()) and not (tmp_path / "run").exists()
+    assert not (data / "run").exists() and not (tmp_path / "run").exists()

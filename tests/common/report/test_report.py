@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from common.cli import run_program
 from common.errors import InputError
 from common.report import __main__ as program
 from common.report import page, runs
@@ -222,6 +223,20 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     with pytest.raises(InputError, match="--watch 0: must be"):
         program.main([str(tmp_path / "pre"), "--watch", "0"])
     assert not list(tmp_path.rglob("*.html"))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "the following arguments are required: RUN_DIR"),
+        (["run", "--foo"], "unrecognized arguments: --foo"),
+        (["run", "--watch", "often"], "argument --watch: invalid float value: 'often'"),
+        (["run", "--out"], "argument --out: expected one argument"),
+    ],
+)
+def test_wrong_arguments_are_named_in_one_line(capsys, words, message):
+    assert run_program(lambda: program.main(words)) == 2
+    assert capsys.readouterr() == ("", f"error: {message}; --help lists the arguments\n")
 
 
 # ---------------------------------------------------------------- writing
