@@ -30,12 +30,16 @@ PLAN = "adaptation_plan.json"
 
 @dataclass(frozen=True)
 class Converted:
-    """Weights for another library: its class, the arguments to build it with, and further files of the export."""
+    """Weights for another library: its class, the arguments to build it with, and further files of the export.
+
+    `notes` are lines on what the weights do not compute there, for the screen and the card.
+    """
 
     state: State
     architecture: str
     arguments: dict[str, Any]
     files: dict[str, bytes] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def adaptation_plan(arguments: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,14 +86,31 @@ def _monai_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _without_class_token(state: State, remedy: str) -> list[str]:
+    """Return the notes on weights that are written without the CLS token of the encoder."""
+    if "cls_token" not in state:
+        return []
+    left_out = "the CLS token is left out: features equal those of this encoder without its CLS token"
+    return [f"{left_out}, not those of pretraining, where the patches attend to it; {remedy}"]
+
+
 def _monai_vit(state: State, arguments: Mapping[str, Any], card: Mapping[str, Any]) -> Converted:
+    keep, width = card["keep_class_token"], arguments["embed_dim"]
     more = {"patch_size": arguments["patch_size"], "num_layers": arguments["depth"], "pos_embed_type": "learnable"}
-    return Converted(to_monai_vit(state), "monai.networks.nets.ViT", _monai_arguments(arguments) | more)
+    written, notes = to_monai_vit(state, keep), []
+    if keep:
+        # MONAI's class has the token only with a head; this one returns the token's features unchanged
+        more |= {"classification": True, "num_classes": width, "post_activation": "none"}
+        written["classification_head.weight"], written["classification_head.bias"] = torch.eye(width), torch.zeros(width)
+    else:
+        notes = _without_class_token(state, "--class_token keeps it")
+    return Converted(written, "monai.networks.nets.ViT", _monai_arguments(arguments) | more, notes=notes)
 
 
 def _monai_unetr(state: State, arguments: Mapping[str, Any], card: Mapping[str, Any]) -> Converted:
+    notes = _without_class_token(state, "MONAI's UNETR has none, its ViT can (--format monai_vit --class_token)")
     # out_channels is the task's
-    return Converted(to_monai_unetr(state), "monai.networks.nets.UNETR", _monai_arguments(arguments))
+    return Converted(to_monai_unetr(state), "monai.networks.nets.UNETR", _monai_arguments(arguments), notes=notes)
 
 
 def _monai_mae(state: State, arguments: Mapping[str, Any], card: Mapping[str, Any]) -> Converted:

@@ -231,13 +231,20 @@ def test_a_plan_that_does_not_fit_is_refused():
 @pytest.mark.parametrize(
     "form, network", [("monai_vit", ViT), ("monai_unetr", UNETR), ("monai_mae", MaskedAutoEncoderViT)]
 )
-def test_exported_for_monai_and_back(tmp_path, x, form, network):
+def test_exported_for_monai_and_back(tmp_path, x, form, network, capsys):
     sizes = DEEP if form == "monai_unetr" else OURS
     model = ours(**(sizes | DECODER))
     model.decoder_pos_embed.data[:, :1] = 0
     args = {"grid_size": list(model.grid_size), "num_heads": 2, "decoder_num_heads": 3}
     torch.save({"model": model.state_dict(), "args": args}, tmp_path / "c.pth")
     export.main([str(tmp_path / "c.pth"), "--to", str(tmp_path / "monai"), "--format", form])
+    printed, readme = capsys.readouterr().out, (tmp_path / "monai/README.md").read_text()
+    left_out = form != "monai_mae"
+    assert printed.count("CLS token is left out: features equal those of this encoder without its CLS") == left_out
+    assert readme.count("* The CLS token is left out: features equal") == left_out
+    written = load_file(tmp_path / "monai/model.safetensors")
+    count = sum(value.numel() for value in written.values())
+    assert f"{network.__name__}, {len(written)} tensors, {count:,} values" in printed
     card = json.loads((tmp_path / "monai/config.json").read_text())
     assert card["architecture"] == f"monai.networks.nets.{network.__name__}"
     more = {"out_channels": 2} if network is UNETR else {}
@@ -256,6 +263,36 @@ def test_exported_for_monai_and_back(tmp_path, x, form, network):
         model.load_state_dict(state | {"pos_embed": state["pos_embed"][:, 1:]})
     a, b = (m(x, return_features=True)["all_features"] for m in (back, model))
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_a_monai_vit_is_exported_with_the_cls_token_on_request(tmp_path, x, capsys):
+    model = ours()
+    torch.save({"model": model.state_dict(), "args": {"grid_size": [2, 2, 4], "num_heads": 2}}, tmp_path / "c.pth")
+    words = [str(tmp_path / "c.pth"), "--to", str(tmp_path / "monai"), "--class_token", "--format"]
+    with pytest.raises(InputError, match="--class_token: is a setting of --format monai_vit"):
+        export.main([*words, "monai_unetr"])
+    export.main([*words, "monai_vit"])
+    assert "left out" not in capsys.readouterr().out + (tmp_path / "monai/README.md").read_text()
+    other = match_norm_eps(ViT(**json.loads((tmp_path / "monai/config.json").read_text())["arguments"]).eval())
+    other.load_state_dict(load_file(tmp_path / "monai/model.safetensors"))
+    found, hidden = other(x)
+    torch.testing.assert_close(found, model(x), **CLOSE)
+    expected = model(x, return_features=True)["all_features"]
+    torch.testing.assert_close(other.norm(hidden[-1]), expected, **CLOSE)
+    # what differs without the token is far more than rounding
+    plain = monai_vit()
+    plain.load_state_dict(to_monai_vit(model.state_dict()))
+    assert (plain(x)[0] - expected[:, -16:]).abs().max() > 0.01
+
+
+def test_an_encoder_without_a_cls_token_is_exported_without_a_note(tmp_path, capsys):
+    state = ours(class_token=False).state_dict()
+    torch.save({"model": state, "args": {"grid_size": [2, 2, 4], "num_heads": 2}}, tmp_path / "c.pth")
+    words = [str(tmp_path / "c.pth"), "--to", str(tmp_path / "monai"), "--format", "monai_vit"]
+    with pytest.raises(InputError, match="found no CLS token"):
+        export.main([*words, "--class_token"])
+    export.main(words)
+    assert "CLS" not in capsys.readouterr().out
 
 
 def test_a_hybrid_encoder_has_no_counterpart(tmp_path):
