@@ -24,6 +24,7 @@ from common.config import group, setting, to_dict
 from common.errors import InputError
 from common.files import digest, file_sha256, naming_errors, sync
 from common.runlog import print_main
+from common.training.record import RUN_FILE
 from Finetune.contract import AXES, recorded_preprocessing
 from Finetune.converters import NotConvertible
 from Finetune.encoder_file import EncoderFile, read_encoder_file
@@ -102,7 +103,7 @@ def make_card(config: ExportSettings, source: EncoderFile, arguments: dict[str, 
     else:
         kept = {
             "preprocessing": preprocessing_card(args, path),
-            "training": training_card(args),
+            "training": training_card(args, path),
             "source": {"file": path.name, "sha256": file_sha256(path), "key": config.key, "names": config.source},
             "data": data_hashes(args),
         }
@@ -131,8 +132,8 @@ def preprocessing_card(args: dict[str, Any], path: Path) -> dict[str, Any] | Non
     return AXES | to_dict(preprocessing) | measured
 
 
-def training_card(args: dict[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint records of its training: method, updates and data. Values not recorded are None.
+def training_card(args: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return what a checkpoint records of its training: method, updates, data, code. Values not recorded are None.
 
     Lists of volumes are named by the end of their paths only, as the rest tells about the machine.
     """
@@ -149,7 +150,23 @@ def training_card(args: dict[str, Any]) -> dict[str, Any]:
         "volumes": None if cases is None else len(cases),
         "volumes_sha256": digest(sorted(hashes), 64) if hashes else None,
         "pretrained_from_sha256": args.get("init_sha256"),
+        "code_version": training_code(args, path),
     }
+
+
+def training_code(args: dict[str, Any], path: Path) -> str | None:
+    """Return the commit of the code that trained a checkpoint, None if it is not recorded.
+
+    It is that of the checkpoint's settings, or of run.json beside it, which the last start of the run has written.
+    """
+    try:
+        record = json.loads((path.parent / RUN_FILE).read_bytes())
+    except (OSError, ValueError):
+        record = None
+    machine = record.get("environment") if isinstance(record, dict) else None
+    beside = machine.get("code") if isinstance(machine, dict) else None
+    found = [args.get("code_version"), args.get("commit"), beside]
+    return next((code for code in found if isinstance(code, str) and code != "unknown"), None)
 
 
 def list_name(path: Path) -> str:
