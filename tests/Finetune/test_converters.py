@@ -200,6 +200,25 @@ def test_forms_of_a_plain_mae_compute_the_same(x):
         from_plain_mae({"x": torch.ones(1)})
 
 
+@pytest.mark.parametrize("class_token", [False, True])
+def test_an_encoder_with_the_names_of_selfmedmae_computes_the_same(tmp_path, x, class_token):
+    model = ours(class_token)
+    # in these files the CLS token has no row of positions
+    model.pos_embed.data[:, : int(class_token)] = 0
+    state = {f"module.encoder.{name}": value for name, value in model.state_dict().items() if name != "pos_embed"}
+    state["module.encoder_pos_embed"] = model.pos_embed[:, int(class_token) :]
+    # a decoder of this model's width, whose tensors must not become the encoder's
+    state |= {"module.encoder_to_decoder.weight": torch.ones(12, 24), "module.mask_token": torch.ones(1, 1, 12)}
+    state |= {"module.decoder_pos_embed": torch.ones(1, 16, 12), "module.decoder.norm.weight": torch.ones(24)}
+    state |= {f"module.decoder.blocks.{n}.norm1.weight": torch.ones(24) for n in range(4)}
+    torch.save({"state_dict": state}, tmp_path / "c.pth")
+    words = ["--source", "plain_mae", "--num_heads", "2", "--grid", "2", "2", "4"]
+    export.main([str(tmp_path / "c.pth"), "--to", str(tmp_path / "out"), *words])
+    loaded = VisionTransformer3D.from_pretrained(tmp_path / "out")
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(loaded(x), model(x))
+
+
 def test_an_adaptation_plan_names_the_parts_of_the_weights(tmp_path, x):
     model = ours()
     torch.save({"model": model.state_dict(), "args": {"grid_size": [2, 2, 4], "num_heads": 2}}, tmp_path / "c.pth")
