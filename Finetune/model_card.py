@@ -52,7 +52,7 @@ def readme(card: dict[str, Any]) -> str:
     title = f"# {card['architecture']}, {describe_method(card['training'])}\n"
     parts = [HEADER.format(licence=f"\nlicense: {card['licence']}" if stated else ""), title, use(card)]
     if notes := card.get("notes"):
-        parts.append("## What differs\n\n" + "\n".join(f"* {note[0].upper()}{note[1:]}." for note in notes) + "\n")
+        parts.append("## Notes\n\n" + "\n".join(f"* {note[0].upper()}{note[1:]}." for note in notes) + "\n")
     parts += [preprocessing_text(card["preprocessing"]), training_text(card)]
     return "\n".join(parts)
 

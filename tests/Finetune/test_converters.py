@@ -2,11 +2,16 @@
 
 import json
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.networks.nets import UNETR, MaskedAutoEncoderViT, ViT
 from safetensors.torch import load_file
 
+from common.data.preprocessing import Preprocessing
+from common.data.volume_io import read_image
 from common.errors import InputError
 from Finetune import export
 from Finetune.converters import (
@@ -233,6 +238,68 @@ def test_an_adaptation_plan_names_the_parts_of_the_weights(tmp_path, x):
     words = ["--source", "nnssl", "--num_heads", "2", "--grid", "2", "2", "4"]
     export.main([file, "--to", str(tmp_path / "back"), *words])
     assert torch.equal(VisionTransformer3D.from_pretrained(tmp_path / "back")(x), model(x))
+
+
+def plan_of(tmp_path, **recorded):
+    """Return the adaptation plan of an encoder whose checkpoint records these settings of the preprocessing."""
+    args = {"grid_size": [2, 2, 4], "num_heads": 2} | recorded
+    torch.save({"model": ours().state_dict(), "args": args}, tmp_path / "c.pth")
+    words = ["--to", str(tmp_path / "nnunet"), "--format", "nnunet", "--overwrite"]
+    export.main([str(tmp_path / "c.pth"), *words])
+    plan = json.loads((tmp_path / "nnunet/adaptation_plan.json").read_text())
+    return plan["pretrain_plan"], plan["to_do_by_hand"]
+
+
+def test_the_axes_of_a_plan_are_those_of_our_volumes(tmp_path):
+    # the array's axes are y, z, x of the patient, of 2, 3 and 1 mm, one of them reversed
+    affine = np.array([[0, 0, 1, 0], [-2, 0, 0, 0], [0, 3, 0, 0], [0, 0, 0, 1.0]])
+    file = nib.Nifti1Image(np.arange(60, dtype=np.float32).reshape(3, 4, 5), affine)
+    nib.save(file, tmp_path / "scan.nii.gz")
+    plan, _ = plan_of(tmp_path, intensity="window", spacing=[1.0, 2.0, 3.0])
+    assert plan["image_reader_writer"] == "NibabelIOWithReorient"
+    # what that reader of nnU-Net 2.8.1 returns: reoriented to RAS, axes and spacing in the order z, y, x
+    reoriented = file.as_reoriented(nib.io_orientation(affine))
+    array, spacing = reoriented.get_fdata().transpose(2, 1, 0), reoriented.header.get_zooms()[::-1]
+    order = plan["transpose_forward"]
+    assert np.array_equal(array.transpose(order), read_image(tmp_path / "scan.nii.gz")[0].numpy())
+    assert [spacing[axis] for axis in order] == plan["configurations"]["pretraining"]["spacing"] == [1, 2, 3]
+    assert np.array_equal(array.transpose(order).transpose(plan["transpose_backward"]), array)
+
+
+def test_the_normalisation_of_a_plan_computes_our_window(tmp_path):
+    plan, notes = plan_of(tmp_path, intensity="window", low=-175.0, high=250.0, spacing=[1.0, 1.0, 2.0])
+    configuration = plan["configurations"]["pretraining"]
+    assert (configuration["normalization_schemes"], configuration["use_mask_for_norm"]) == (
+        ["CTNormalization"],
+        [False],
+    )
+    known, x = (
+        plan["foreground_intensity_properties_per_channel"]["0"],
+        torch.linspace(-1000, 1000, 500)[None, None, None],
+    )
+    # what CTNormalization of nnU-Net 2.8.1 computes
+    found = (x.clamp(known["percentile_00_5"], known["percentile_99_5"]) - known["mean"]) / known["std"]
+    expected, _ = Preprocessing(low=-175.0, high=250.0, foreground_threshold=None).apply(MetaTensor(x))
+    torch.testing.assert_close(found, expected.as_tensor())
+    assert any("add the class VisionTransformer3D" in note for note in notes)
+    assert all(note[1:] in (tmp_path / "nnunet/README.md").read_text() for note in notes)
+
+
+@pytest.mark.parametrize(
+    "recorded, scheme, masked, note",
+    [
+        ({"intensity": "zscore"}, "ZScoreNormalization", True, "non-zero"),
+        ({"intensity": "percentiles", "low": 1.0, "high": 99.0}, "NoNormalization", False, "percentiles 1 and 99"),
+        ({"intensity": "window"}, "CTNormalization", False, "set spacing: the encoder was trained on volumes with"),
+        ({}, None, False, "set spacing and normalization_schemes: the checkpoint does not record"),
+    ],
+)
+def test_a_plan_says_what_nnunet_cannot_do(tmp_path, capsys, recorded, scheme, masked, note):
+    plan, notes = plan_of(tmp_path, **recorded)
+    configuration = plan["configurations"]["pretraining"]
+    assert (configuration["normalization_schemes"], configuration["use_mask_for_norm"]) == ([scheme], [masked])
+    (found,) = (line for line in notes if note in line)
+    assert f"--format nnunet: {found}\n" in capsys.readouterr().out
 
 
 def test_a_plan_that_does_not_fit_is_refused():
