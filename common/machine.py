@@ -126,7 +126,7 @@ def matmul_rate(device: str, size: int, dtype: torch.dtype) -> float:
 
 
 def copy_rate(device: str = "cpu") -> float:
-    """Return the bytes per second of a copy in memory, or from pinned memory to a CUDA device, as batches are copied."""
+    """Return the bytes per second of a copy in memory, or from pinned memory to a CUDA device, as for batches."""
     on_cuda = device.startswith("cuda")
     source = torch.ones(1 << 24, pin_memory=on_cuda)
     target = torch.empty_like(source, device=device)

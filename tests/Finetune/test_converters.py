@@ -206,7 +206,7 @@ def test_forms_of_a_plain_mae_compute_the_same(x):
 
 
 @pytest.mark.parametrize("class_token", [False, True])
-def test_an_encoder_with_the_names_of_selfmedmae_computes_the_same(tmp_path, x, class_token):
+def test_names_of_selfmedmae_compute_the_same(tmp_path, x, class_token):
     model = ours(class_token)
     # in these files the CLS token has no row of positions
     model.pos_embed.data[:, : int(class_token)] = 0
@@ -351,7 +351,7 @@ def test_exported_for_monai_and_back(tmp_path, x, form, network, capsys):
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
-def test_a_monai_vit_is_exported_with_the_cls_token_on_request(tmp_path, x, capsys):
+def test_a_monai_vit_keeps_the_cls_token_on_request(tmp_path, x, capsys):
     model = ours()
     torch.save({"model": model.state_dict(), "args": {"grid_size": [2, 2, 4], "num_heads": 2}}, tmp_path / "c.pth")
     words = [str(tmp_path / "c.pth"), "--to", str(tmp_path / "monai"), "--class_token", "--format"]
@@ -371,7 +371,7 @@ def test_a_monai_vit_is_exported_with_the_cls_token_on_request(tmp_path, x, caps
     assert (plain(x)[0] - expected[:, -16:]).abs().max() > 0.01
 
 
-def test_an_encoder_without_a_cls_token_is_exported_without_a_note(tmp_path, capsys):
+def test_without_a_cls_token_there_is_no_note_on_it(tmp_path, capsys):
     state = ours(class_token=False).state_dict()
     torch.save({"model": state, "args": {"grid_size": [2, 2, 4], "num_heads": 2}}, tmp_path / "c.pth")
     words = [str(tmp_path / "c.pth"), "--to", str(tmp_path / "monai"), "--format", "monai_vit"]

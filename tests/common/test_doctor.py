@@ -39,7 +39,7 @@ def disk(**values):
     return report
 
 
-def test_memory_that_is_enough_for_the_largest_volume_is_no_finding():
+def test_memory_for_the_largest_volume_is_no_finding():
     assert list(machine.findings(changed(memory=16 * 10**9))) == []
 
 
