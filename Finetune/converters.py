@@ -221,17 +221,27 @@ def from_monai_mae(state: State) -> State:
 # ---------------------------------------------------------------- plain MAE
 
 
+# of files with an `encoder_pos_embed`: the decoder, and the layer between encoder and decoder
+DECODERS = ("decoder", "encoder_to_decoder", "mask_token")
+
+
 def from_plain_mae(state: State) -> State:
     """Return a 3D MAE checkpoint in the names of the original MAE: those of this repository, with more prefixes.
 
     Encoder and decoder may be in modules of their own (`encoder.blocks.0`, `decoder.blocks.0`), the patch embedding may
     be a linear layer on the voxels of cubic one-channel patches, and a query-key-value bias may be stored as `q_bias`
     and `v_bias` (its key part is zero). This covers forms quoted in public threads about loading MAE's and its
-    re-implementations' files. It is meant for SelfMedMAE's checkpoints as well, but no documentation of their names
-    was found, and no real file of theirs was available: not verified.
+    re-implementations' files.
+
+    Files with the names of SelfMedMAE's checkpoints are read too, their encoder alone: `encoder.*` for the ViT, its
+    position table without a CLS row in `encoder_pos_embed`, and a decoder (`encoder_to_decoder`, `decoder.*`), which
+    is dropped. A CLS token gets a position of zeros. Tested with made files; no real file was available.
     """
     found: State = {}
     cleaned = clean_keys(state)
+    if "encoder_pos_embed" in cleaned:
+        cleaned = {name: value for name, value in cleaned.items() if not name.startswith(DECODERS)}
+        cleaned = _with_table(cleaned, cleaned.pop("encoder_pos_embed"))
     for key, value in cleaned.items():
         name = re.sub(r"^decoder\.(pos_embed|blocks|norm|pred|embed)\b", r"decoder_\1", key)
         if name.endswith("attn.q_bias"):

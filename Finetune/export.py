@@ -3,6 +3,7 @@
     python -m Finetune.export runs/mine/checkpoint-last.pth --to exported --key teacher
     python -m Finetune.export monai_vit.pth --source monai_vit --to exported       from another library's names
     python -m Finetune.export runs/mine/checkpoint-last.pth --format monai_unetr --to for_monai
+    python -m Finetune.export runs/mine/checkpoint-last.pth --format monai_vit --class_token --to for_monai
 
 The folder holds `model.safetensors`, `config.json` (class, arguments, preprocessing, training data, origin) and
 `README.md`, as huggingface_hub lays out a model. Read it with `VisionTransformer3D.from_pretrained(DIR)`,
@@ -19,10 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.cli import parse, run_program
-from common.config import setting, to_dict
+from common.config import group, setting, to_dict
 from common.errors import InputError
 from common.files import digest, file_sha256, naming_errors, sync
 from common.runlog import print_main
+from common.training.record import RUN_FILE
 from Finetune.contract import AXES, recorded_preprocessing
 from Finetune.converters import NotConvertible
 from Finetune.encoder_file import EncoderFile, read_encoder_file
@@ -31,6 +33,13 @@ from Finetune.heads import Triple
 from Finetune.model_card import readme
 from Finetune.predict import code_version
 from Finetune.pretrained import CARD, FORMAT, FORMAT_VERSION, WEIGHTS, State
+
+
+@dataclass(kw_only=True)
+class MonaiSettings:
+    """Settings of an export for MONAI's ViT."""
+
+    class_token: bool = setting(False, "keep the CLS token, for ViT(classification=True); its head returns the token")
 
 
 @dataclass(kw_only=True)
@@ -46,6 +55,7 @@ class ExportSettings:
     format: Literal["encoder", *TARGETS] = setting("encoder", "what to write; monai_*: weights for MONAI's classes")
     licence: str = setting("not stated", "licence of the weights, e.g. cc-by-4.0")
     overwrite: bool = setting(False, "replace --to if it is an export")
+    monai_vit: MonaiSettings = group(MonaiSettings, "MONAI's ViT", format="monai_vit")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,19 +70,25 @@ def main(argv: list[str] | None = None) -> None:
     state = {name: value.detach().contiguous() for name, value in source.build().state_dict().items()}
     card = make_card(config, source, arguments)
     if config.format == "encoder":
+        written = state
         write_folder(config.to, state, card)
     elif source.kind != "vit":
         raise InputError(f"{config.checkpoint}: --format {config.format}: found MiM's hybrid encoder, expected a ViT")
     else:
         try:
-            heads = source.args.get("decoder_num_heads")
-            other = TARGETS[config.format](source.state | state, arguments, card | {"decoder_num_heads": heads})
+            more = {"decoder_num_heads": source.args.get("decoder_num_heads")}
+            more |= {"keep_class_token": config.monai_vit.class_token}
+            other = TARGETS[config.format](source.state | state, arguments, card | more)
         except NotConvertible as error:
             raise InputError(f"{config.checkpoint}: --format {config.format}: {error}") from None
+        written = other.state
         card |= {"format": config.format, "architecture": other.architecture, "arguments": other.arguments}
-        write_folder(config.to, other.state, card, other.files)
-    count = sum(tensor.numel() for tensor in state.values())
-    print_main(f"{config.to}: {card['architecture']}, {len(state)} tensors, {count:,} values")
+        card |= {"notes": other.notes}
+        write_folder(config.to, written, card, other.files)
+        for note in other.notes:
+            print_main(f"--format {config.format}: {note}")
+    count = sum(tensor.numel() for tensor in written.values())
+    print_main(f"{config.to}: {card['architecture']}, {len(written)} tensors, {count:,} values")
 
 
 # ---------------------------------------------------------------- card
@@ -87,7 +103,7 @@ def make_card(config: ExportSettings, source: EncoderFile, arguments: dict[str, 
     else:
         kept = {
             "preprocessing": preprocessing_card(args, path),
-            "training": training_card(args),
+            "training": training_card(args, path),
             "source": {"file": path.name, "sha256": file_sha256(path), "key": config.key, "names": config.source},
             "data": data_hashes(args),
         }
@@ -116,8 +132,8 @@ def preprocessing_card(args: dict[str, Any], path: Path) -> dict[str, Any] | Non
     return AXES | to_dict(preprocessing) | measured
 
 
-def training_card(args: dict[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint records of its training: method, updates and data. Values not recorded are None.
+def training_card(args: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return what a checkpoint records of its training: method, updates, data, code. Values not recorded are None.
 
     Lists of volumes are named by the end of their paths only, as the rest tells about the machine.
     """
@@ -134,7 +150,23 @@ def training_card(args: dict[str, Any]) -> dict[str, Any]:
         "volumes": None if cases is None else len(cases),
         "volumes_sha256": digest(sorted(hashes), 64) if hashes else None,
         "pretrained_from_sha256": args.get("init_sha256"),
+        "code_version": training_code(args, path),
     }
+
+
+def training_code(args: dict[str, Any], path: Path) -> str | None:
+    """Return the commit of the code that trained a checkpoint, None if it is not recorded.
+
+    It is that of the checkpoint's settings, or of run.json beside it, which the last start of the run has written.
+    """
+    try:
+        record = json.loads((path.parent / RUN_FILE).read_bytes())
+    except (OSError, ValueError):
+        record = None
+    machine = record.get("environment") if isinstance(record, dict) else None
+    beside = machine.get("code") if isinstance(machine, dict) else None
+    found = [args.get("code_version"), args.get("commit"), beside]
+    return next((code for code in found if isinstance(code, str) and code != "unknown"), None)
 
 
 def list_name(path: Path) -> str:

@@ -40,6 +40,10 @@ network.load_state_dict(load_file("model.safetensors"){strict})
 
 Finetune/converters.py in the repository they come from says what differs (`match_norm_eps`).
 """
+NNUNET = """## Use
+
+`adaptation_plan.json` describes `checkpoint_final.pth`, whose `network_weights` are also in `model.safetensors`.
+"""
 
 
 def readme(card: dict[str, Any]) -> str:
@@ -47,6 +51,8 @@ def readme(card: dict[str, Any]) -> str:
     stated = card["licence"] != "not stated"
     title = f"# {card['architecture']}, {describe_method(card['training'])}\n"
     parts = [HEADER.format(licence=f"\nlicense: {card['licence']}" if stated else ""), title, use(card)]
+    if notes := card.get("notes"):
+        parts.append("## Notes\n\n" + "\n".join(f"* {note[0].upper()}{note[1:]}." for note in notes) + "\n")
     parts += [preprocessing_text(card["preprocessing"]), training_text(card)]
     return "\n".join(parts)
 
@@ -57,6 +63,8 @@ def describe_method(training: dict[str, Any]) -> str:
 
 def use(card: dict[str, Any]) -> str:
     architecture = card["architecture"]
+    if card["format"] == "nnunet":
+        return NNUNET
     if architecture not in CALLS:
         return OTHER.format(architecture=architecture, strict=", strict=False" * architecture.endswith("UNETR"))
     module = "models_3dvit" if architecture == "VisionTransformer3D" else "models_convvit3d"

@@ -32,8 +32,10 @@ SHARED = Path("/dev/shm")
 # bytes written and read to measure a disk, and seconds of every other measurement
 DISK_BYTES = 128 << 20
 SECONDS = 0.3
-# what less than causes a finding; our choice. A checkpoint holds weights, teacher and moments: 1 GB and more for ViT-B
-LEAST_DISK, LEAST_MEMORY, LEAST_SHARED, LEAST_FILES = 10 * GIB, 4 * GIB, GIB, 1024
+# what less than causes a finding. A checkpoint holds weights, teacher and moments: 1 GB and more for ViT-B
+LEAST_DISK, LEAST_SHARED, LEAST_FILES = 10 * GIB, GIB, 1024
+# bytes that building the largest permitted volume (2^30 voxels) with a label takes: docs/data.md, What is stored
+LEAST_MEMORY = 16e9
 SLOW_DISK = 100e6
 WORKERS = 4
 # of a CUDA device, from which on it has bfloat16
@@ -87,6 +89,8 @@ def measure(folders: Mapping[str, Path]) -> dict[str, Any]:
     for number, gpu in enumerate(gpus):
         dtype = torch.bfloat16 if (gpu.major, gpu.minor) >= BF16 else torch.float16
         rates[f"matmul cuda:{number}"] = matmul_rate(f"cuda:{number}", 8192, dtype)
+        rates[f"copy cuda:{number}"] = copy_rate(f"cuda:{number}")
+    shared = measure_disk(SHARED) if SHARED.is_dir() else {"write": None, "read": None}
     return {
         "versions": {name: installed(name) for name in required()},
         "gpus": [{"name": gpu.name, "memory": gpu.total_memory, "capability": [gpu.major, gpu.minor]} for gpu in gpus],
@@ -95,6 +99,7 @@ def measure(folders: Mapping[str, Path]) -> dict[str, Any]:
         "cores": cores(),
         "memory": memory(),
         "shared": shutil.disk_usage(SHARED).total if SHARED.is_dir() else None,
+        "shared_rates": {way: shared[way] for way in ("write", "read")},
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "rates": rates,
         "disks": {name: measure_disk(folder) for name, folder in folders.items()},
@@ -120,11 +125,13 @@ def matmul_rate(device: str, size: int, dtype: torch.dtype) -> float:
     return per_second(lambda: matrix @ matrix, 2.0 * size**3, wait)
 
 
-def copy_rate() -> float:
-    """Return the bytes per second of a copy in memory."""
-    source = torch.ones(1 << 24)
-    target = torch.empty_like(source)
-    return per_second(lambda: target.copy_(source), source.numel() * 4)
+def copy_rate(device: str = "cpu") -> float:
+    """Return the bytes per second of a copy in memory, or from pinned memory to a CUDA device, as for batches."""
+    on_cuda = device.startswith("cuda")
+    source = torch.ones(1 << 24, pin_memory=on_cuda)
+    target = torch.empty_like(source, device=device)
+    wait = (lambda: torch.cuda.synchronize(device)) if on_cuda else lambda: None
+    return per_second(lambda: target.copy_(source, non_blocking=on_cuda), source.numel() * 4, wait)
 
 
 def decode_rate() -> float:
@@ -167,8 +174,9 @@ def findings(report: Mapping[str, Any]) -> Iterator[Finding]:
     """Yield what will fail, may fail or will be slow according to a report of `measure`."""
     yield from _gpu_findings(report)
     if report["memory"] < LEAST_MEMORY:
-        text = f"{report['memory'] / GIB:.1f} GiB of memory; building a cached volume takes up to 16 GB"
-        yield Finding("may fail", text, "use a machine with more memory, or fewer --workers")
+        needed = f"1.6 GB for a CT of 512 x 512 x 275, up to {quantity(LEAST_MEMORY, 'B')} for the largest"
+        text = f"{quantity(report['memory'], 'B')} of memory; each process that builds the cache takes {needed}"
+        yield Finding("may fail", text, "fewer --workers, or for very large volumes a machine with more memory")
     if report["cores"] < WORKERS + 1:
         text = f"{report['cores']:g} cores for one training process and {WORKERS} loading processes (the default)"
         yield Finding("slow", text, f"--workers {max(0, int(report['cores']) - 1)}")
@@ -222,17 +230,25 @@ def screen(report: Mapping[str, Any], found: list[Finding]) -> str:
     }
     for number, gpu in enumerate(gpus):
         rate = quantity(rates[f"matmul cuda:{number}"], "FLOP/s")
-        rows[f"cuda:{number}"] = f"{gpu['name']}, {gpu['memory'] / GIB:.1f} GiB; matrix product {rate}"
+        copies = quantity(rates[f"copy cuda:{number}"], "B/s")
+        name, size = gpu["name"], f"{gpu['memory'] / GIB:.1f} GiB"
+        rows[f"cuda:{number}"] = f"{name}, {size}; matrix product {rate}, copies to it {copies}"
     rows |= {
         "cores": f"{report['cores']:g}; matrix product {quantity(rates['matmul cpu'], 'FLOP/s')} (float32), "
         f"cache {quantity(rates['decode'], 'voxel/s')} decoded per core",
         "memory": f"{report['memory'] / GIB:.1f} GiB; copy {quantity(rates['memory copy'], 'B/s')}",
-        str(SHARED): "none" if report["shared"] is None else f"{report['shared'] / GIB:.1f} GiB",
+        str(SHARED): "none"
+        if report["shared"] is None
+        else "; ".join([f"{report['shared'] / GIB:.1f} GiB", *speeds(report["shared_rates"])]),
     }
     for name, disk in report["disks"].items():
-        speed = [f"{way} {quantity(disk[way], 'B/s')}" for way in ("write", "read") if disk[way]]
-        rows[name] = "; ".join([disk["folder"], f"{quantity(disk['free'], 'B')} free", *speed])
+        rows[name] = "; ".join([disk["folder"], f"{quantity(disk['free'], 'B')} free", *speeds(disk)])
     width = max(map(len, rows))
     lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
     lines += [f"{finding.level}: {finding.text}\n  remedy: {finding.remedy}" for finding in found]
     return "\n".join(lines if found else [*lines, "nothing will fail or be slow, as far as this report can tell"])
+
+
+def speeds(disk: Mapping[str, float | None]) -> list[str]:
+    """Return the rates of writing and reading as text, those that were measured."""
+    return [f"{way} {quantity(disk[way], 'B/s')}" for way in ("write", "read") if disk[way]]

@@ -37,7 +37,8 @@ class LoopSettings:
         most=10**6,
     )
     dry_run: bool = setting(
-        False, "everything but the updates: one forward and backward pass, its time and memory; out_dir stays as it is"
+        False,
+        "everything but the updates: two passes, their time and memory, and that of the run; out_dir stays as it is",
     )
     optim: OptimSettings = group(OptimSettings, "Optimiser")
     precision: PrecisionSettings = group(PrecisionSettings, "Precision and memory")

@@ -1,7 +1,7 @@
 """What a run prints at its start: one screen that says what is trained, and what can be computed before an update.
 
 The time of an update is not among it: it is printed when some have been measured (common/training/speed.py), and
-`--dry_run` measures the first pass.
+`--dry_run` measures the first passes.
 """
 
 from collections.abc import Mapping

@@ -153,9 +153,10 @@ class Trainer:
         return self.writer.last
 
     def dry_run(self) -> None:
-        """Make the first pass of the first update, print its losses, time and memory, and forget it (`--dry_run`).
+        """Make the first passes, print the losses, time and memory and about how long the run takes (`--dry_run`).
 
-        Nothing is written, and a checkpoint in the folder is not read.
+        Gradients are forgotten. The time of the run is that of the second pass, as the first one starts the workers and
+        may compile blocks. Nothing is written, and a checkpoint in the folder is not read.
 
         Raises:
             InputError: the data cannot be used, or the loss is not finite.
@@ -173,15 +174,30 @@ class Trainer:
             if not loss.isfinite():
                 raise InputError(f"--dry_run: found a loss that is not finite ({shown})")
             seconds = time.perf_counter() - began
+            estimate = self._estimate(batches, rule)
             print_main(
                 f"dry run: {shown}\n"
                 f"  first pass of {self.plan.micro_batch} volume(s), with loading and warm-up: {seconds:.2f} s; "
                 f"{self.plan.accum} passes make an update\n"
+                f"{estimate}"
                 f"  peak memory {peak_text(self.run.device)}; the moments of AdamW are not in it yet\n"
                 f"  nothing was written to {self.out_dir}"
             )
         finally:
             self._close()
+
+    def _estimate(self, batches: Iterator[Batch], rule: UpdateRule) -> str:
+        """Make a pass and return a line with its time and that of the run; "" for a run of a single pass."""
+        updates, passes = self.plan.total_steps, self.plan.accum
+        if updates * passes < 2:
+            return ""
+        began = time.perf_counter()
+        loss, _ = accumulate_gradients(self.state, batches, 0, rule)
+        # the host waits for the device here
+        loss.item()
+        seconds = time.perf_counter() - began
+        run = f"about {duration(seconds * passes * updates)} for {updates:,} updates at this pace"
+        return f"  second pass: {seconds:.2f} s; {run}, without validation and the steps of AdamW\n"
 
     def _begin(self) -> None:
         self.watchdog.reset()

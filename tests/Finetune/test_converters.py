@@ -2,11 +2,16 @@
 
 import json
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.networks.nets import UNETR, MaskedAutoEncoderViT, ViT
 from safetensors.torch import load_file
 
+from common.data.preprocessing import Preprocessing
+from common.data.volume_io import read_image
 from common.errors import InputError
 from Finetune import export
 from Finetune.converters import (
@@ -200,6 +205,25 @@ def test_forms_of_a_plain_mae_compute_the_same(x):
         from_plain_mae({"x": torch.ones(1)})
 
 
+@pytest.mark.parametrize("class_token", [False, True])
+def test_names_of_selfmedmae_compute_the_same(tmp_path, x, class_token):
+    model = ours(class_token)
+    # in these files the CLS token has no row of positions
+    model.pos_embed.data[:, : int(class_token)] = 0
+    state = {f"module.encoder.{name}": value for name, value in model.state_dict().items() if name != "pos_embed"}
+    state["module.encoder_pos_embed"] = model.pos_embed[:, int(class_token) :]
+    # a decoder of this model's width, whose tensors must not become the encoder's
+    state |= {"module.encoder_to_decoder.weight": torch.ones(12, 24), "module.mask_token": torch.ones(1, 1, 12)}
+    state |= {"module.decoder_pos_embed": torch.ones(1, 16, 12), "module.decoder.norm.weight": torch.ones(24)}
+    state |= {f"module.decoder.blocks.{n}.norm1.weight": torch.ones(24) for n in range(4)}
+    torch.save({"state_dict": state}, tmp_path / "c.pth")
+    words = ["--source", "plain_mae", "--num_heads", "2", "--grid", "2", "2", "4"]
+    export.main([str(tmp_path / "c.pth"), "--to", str(tmp_path / "out"), *words])
+    loaded = VisionTransformer3D.from_pretrained(tmp_path / "out")
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(loaded(x), model(x))
+
+
 def test_an_adaptation_plan_names_the_parts_of_the_weights(tmp_path, x):
     model = ours()
     torch.save({"model": model.state_dict(), "args": {"grid_size": [2, 2, 4], "num_heads": 2}}, tmp_path / "c.pth")
@@ -214,6 +238,68 @@ def test_an_adaptation_plan_names_the_parts_of_the_weights(tmp_path, x):
     words = ["--source", "nnssl", "--num_heads", "2", "--grid", "2", "2", "4"]
     export.main([file, "--to", str(tmp_path / "back"), *words])
     assert torch.equal(VisionTransformer3D.from_pretrained(tmp_path / "back")(x), model(x))
+
+
+def plan_of(tmp_path, **recorded):
+    """Return the adaptation plan of an encoder whose checkpoint records these settings of the preprocessing."""
+    args = {"grid_size": [2, 2, 4], "num_heads": 2} | recorded
+    torch.save({"model": ours().state_dict(), "args": args}, tmp_path / "c.pth")
+    words = ["--to", str(tmp_path / "nnunet"), "--format", "nnunet", "--overwrite"]
+    export.main([str(tmp_path / "c.pth"), *words])
+    plan = json.loads((tmp_path / "nnunet/adaptation_plan.json").read_text())
+    return plan["pretrain_plan"], plan["to_do_by_hand"]
+
+
+def test_the_axes_of_a_plan_are_those_of_our_volumes(tmp_path):
+    # the array's axes are y, z, x of the patient, of 2, 3 and 1 mm, one of them reversed
+    affine = np.array([[0, 0, 1, 0], [-2, 0, 0, 0], [0, 3, 0, 0], [0, 0, 0, 1.0]])
+    file = nib.Nifti1Image(np.arange(60, dtype=np.float32).reshape(3, 4, 5), affine)
+    nib.save(file, tmp_path / "scan.nii.gz")
+    plan, _ = plan_of(tmp_path, intensity="window", spacing=[1.0, 2.0, 3.0])
+    assert plan["image_reader_writer"] == "NibabelIOWithReorient"
+    # what that reader of nnU-Net 2.8.1 returns: reoriented to RAS, axes and spacing in the order z, y, x
+    reoriented = file.as_reoriented(nib.io_orientation(affine))
+    array, spacing = reoriented.get_fdata().transpose(2, 1, 0), reoriented.header.get_zooms()[::-1]
+    order = plan["transpose_forward"]
+    assert np.array_equal(array.transpose(order), read_image(tmp_path / "scan.nii.gz")[0].numpy())
+    assert [spacing[axis] for axis in order] == plan["configurations"]["pretraining"]["spacing"] == [1, 2, 3]
+    assert np.array_equal(array.transpose(order).transpose(plan["transpose_backward"]), array)
+
+
+def test_the_normalisation_of_a_plan_computes_our_window(tmp_path):
+    plan, notes = plan_of(tmp_path, intensity="window", low=-175.0, high=250.0, spacing=[1.0, 1.0, 2.0])
+    configuration = plan["configurations"]["pretraining"]
+    assert (configuration["normalization_schemes"], configuration["use_mask_for_norm"]) == (
+        ["CTNormalization"],
+        [False],
+    )
+    known, x = (
+        plan["foreground_intensity_properties_per_channel"]["0"],
+        torch.linspace(-1000, 1000, 500)[None, None, None],
+    )
+    # what CTNormalization of nnU-Net 2.8.1 computes
+    found = (x.clamp(known["percentile_00_5"], known["percentile_99_5"]) - known["mean"]) / known["std"]
+    expected, _ = Preprocessing(low=-175.0, high=250.0, foreground_threshold=None).apply(MetaTensor(x))
+    torch.testing.assert_close(found, expected.as_tensor())
+    assert any("add the class VisionTransformer3D" in note for note in notes)
+    assert all(note[1:] in (tmp_path / "nnunet/README.md").read_text() for note in notes)
+
+
+@pytest.mark.parametrize(
+    "recorded, scheme, masked, note",
+    [
+        ({"intensity": "zscore"}, "ZScoreNormalization", True, "non-zero"),
+        ({"intensity": "percentiles", "low": 1.0, "high": 99.0}, "NoNormalization", False, "percentiles 1 and 99"),
+        ({"intensity": "window"}, "CTNormalization", False, "set spacing: the encoder was trained on volumes with"),
+        ({}, None, False, "set spacing and normalization_schemes: the checkpoint does not record"),
+    ],
+)
+def test_a_plan_says_what_nnunet_cannot_do(tmp_path, capsys, recorded, scheme, masked, note):
+    plan, notes = plan_of(tmp_path, **recorded)
+    configuration = plan["configurations"]["pretraining"]
+    assert (configuration["normalization_schemes"], configuration["use_mask_for_norm"]) == ([scheme], [masked])
+    (found,) = (line for line in notes if note in line)
+    assert f"--format nnunet: {found}\n" in capsys.readouterr().out
 
 
 def test_a_plan_that_does_not_fit_is_refused():
@@ -231,13 +317,20 @@ def test_a_plan_that_does_not_fit_is_refused():
 @pytest.mark.parametrize(
     "form, network", [("monai_vit", ViT), ("monai_unetr", UNETR), ("monai_mae", MaskedAutoEncoderViT)]
 )
-def test_exported_for_monai_and_back(tmp_path, x, form, network):
+def test_exported_for_monai_and_back(tmp_path, x, form, network, capsys):
     sizes = DEEP if form == "monai_unetr" else OURS
     model = ours(**(sizes | DECODER))
     model.decoder_pos_embed.data[:, :1] = 0
     args = {"grid_size": list(model.grid_size), "num_heads": 2, "decoder_num_heads": 3}
     torch.save({"model": model.state_dict(), "args": args}, tmp_path / "c.pth")
     export.main([str(tmp_path / "c.pth"), "--to", str(tmp_path / "monai"), "--format", form])
+    printed, readme = capsys.readouterr().out, (tmp_path / "monai/README.md").read_text()
+    left_out = form != "monai_mae"
+    assert printed.count("CLS token is left out: features equal those of this encoder without its CLS") == left_out
+    assert readme.count("* The CLS token is left out: features equal") == left_out
+    written = load_file(tmp_path / "monai/model.safetensors")
+    count = sum(value.numel() for value in written.values())
+    assert f"{network.__name__}, {len(written)} tensors, {count:,} values" in printed
     card = json.loads((tmp_path / "monai/config.json").read_text())
     assert card["architecture"] == f"monai.networks.nets.{network.__name__}"
     more = {"out_channels": 2} if network is UNETR else {}
@@ -256,6 +349,36 @@ def test_exported_for_monai_and_back(tmp_path, x, form, network):
         model.load_state_dict(state | {"pos_embed": state["pos_embed"][:, 1:]})
     a, b = (m(x, return_features=True)["all_features"] for m in (back, model))
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_a_monai_vit_keeps_the_cls_token_on_request(tmp_path, x, capsys):
+    model = ours()
+    torch.save({"model": model.state_dict(), "args": {"grid_size": [2, 2, 4], "num_heads": 2}}, tmp_path / "c.pth")
+    words = [str(tmp_path / "c.pth"), "--to", str(tmp_path / "monai"), "--class_token", "--format"]
+    with pytest.raises(InputError, match="--class_token: is a setting of --format monai_vit"):
+        export.main([*words, "monai_unetr"])
+    export.main([*words, "monai_vit"])
+    assert "left out" not in capsys.readouterr().out + (tmp_path / "monai/README.md").read_text()
+    other = match_norm_eps(ViT(**json.loads((tmp_path / "monai/config.json").read_text())["arguments"]).eval())
+    other.load_state_dict(load_file(tmp_path / "monai/model.safetensors"))
+    found, hidden = other(x)
+    torch.testing.assert_close(found, model(x), **CLOSE)
+    expected = model(x, return_features=True)["all_features"]
+    torch.testing.assert_close(other.norm(hidden[-1]), expected, **CLOSE)
+    # what differs without the token is far more than rounding
+    plain = monai_vit()
+    plain.load_state_dict(to_monai_vit(model.state_dict()))
+    assert (plain(x)[0] - expected[:, -16:]).abs().max() > 0.01
+
+
+def test_without_a_cls_token_there_is_no_note_on_it(tmp_path, capsys):
+    state = ours(class_token=False).state_dict()
+    torch.save({"model": state, "args": {"grid_size": [2, 2, 4], "num_heads": 2}}, tmp_path / "c.pth")
+    words = [str(tmp_path / "c.pth"), "--to", str(tmp_path / "monai"), "--format", "monai_vit"]
+    with pytest.raises(InputError, match="found no CLS token"):
+        export.main([*words, "--class_token"])
+    export.main(words)
+    assert "CLS" not in capsys.readouterr().out
 
 
 def test_a_hybrid_encoder_has_no_counterpart(tmp_path):

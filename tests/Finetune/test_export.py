@@ -145,6 +145,26 @@ def test_the_card_says_what_was_recorded(tmp_path, vit):
     assert "license: cc-by-4.0" in (tmp_path / "out/README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "args, record, expected",
+    [
+        ({}, None, None),
+        ({}, {"environment": {"code": "abc-dirty"}}, "abc-dirty"),
+        ({"code_version": "def"}, {"environment": {"code": "abc"}}, "def"),
+        ({"commit": "fed"}, None, "fed"),
+        ({}, {"environment": {"code": "unknown"}}, None),
+        ({"commit": 3}, ["no", "record"], None),
+    ],
+)
+def test_the_card_has_the_code_version_of_the_training(tmp_path, vit, args, record, expected):
+    if record:
+        (tmp_path / "run.json").write_text(json.dumps(record))
+    save(tmp_path / "c.pth", vit, **args)
+    run(tmp_path / "c.pth", "--to", tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["training"]["code_version"] == expected
+    assert f"| code version | {expected or 'not recorded'} |" in (tmp_path / "out/README.md").read_text()
+
+
 def test_unknown_preprocessing_is_said_to_be_unknown(tmp_path, vit):
     torch.save({"model": vit.state_dict(), "args": {"grid_size": [2, 2, 4], "num_heads": 2}}, tmp_path / "c.pth")
     run(tmp_path / "c.pth", "--to", tmp_path / "out")

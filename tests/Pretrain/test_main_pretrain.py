@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from common.errors import InputError
 from common.runlog import TIMES
+from common.training import trainer
 from common.training.speed import Speed
 from Finetune.models_3dvit import VisionTransformer3D
 from Pretrain import main_pretrain
@@ -271,6 +273,21 @@ def test_a_dry_run_writes_nothing(scans, tmp_path, capsys, method):
     printed = capsys.readouterr().out
     assert "dry run: rec_" in printed and "first pass of 2 volume(s)" in printed and "peak memory" in printed
     assert not (tmp_path / "new").exists()
+
+
+def test_a_dry_run_estimates_the_time_of_the_run(scans, tmp_path, monkeypatch, capsys):
+    clock = iter([0.0, 5000.0, 5000.0, 5100.0])
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    pretrain(scans, tmp_path / "run", "--dry_run", "--micro_batch_size", "1", method="mae")
+    printed = capsys.readouterr().out
+    # 4 updates of 2 passes of 100 s
+    assert "second pass: 100.00 s; about 13 min for 4 updates at this pace, without validation" in printed
+
+
+def test_a_dry_run_of_a_run_of_one_pass_makes_one(scans, tmp_path, capsys):
+    pretrain(scans, tmp_path / "run", "--dry_run", "--samples_per_epoch", "2", "--epochs", "1", method="mae")
+    printed = capsys.readouterr().out
+    assert "first pass of 2 volume(s)" in printed and "second pass" not in printed
 
 
 def test_a_dry_run_leaves_a_run_as_it_is(scans, tmp_path):

@@ -19,8 +19,9 @@ GOOD = {
     "cores": 16.0,
     "memory": 128 << 30,
     "shared": 64 << 30,
+    "shared_rates": {"write": 3e9, "read": 4e9},
     "open_files": 20000,
-    "rates": {"matmul cpu": 1e12, "memory copy": 1e10, "decode": 1e9, "matmul cuda:0": 5e14},
+    "rates": {"matmul cpu": 1e12, "memory copy": 1e10, "decode": 1e9, "matmul cuda:0": 5e14, "copy cuda:0": 2.5e10},
     "disks": {
         name: {"folder": f"/data/{name}", "free": 1 << 40, "writable": True, "write": 1e9, "read": 2e9}
         for name in ("cache", "runs")
@@ -38,11 +39,21 @@ def disk(**values):
     return report
 
 
+def test_memory_for_the_largest_volume_is_no_finding():
+    assert list(machine.findings(changed(memory=16 * 10**9))) == []
+
+
 def test_a_good_machine_has_no_findings():
     assert list(machine.findings(GOOD)) == []
     text = machine.screen(GOOD, [])
     assert len(text.splitlines()) < 24 and max(map(len, text.splitlines())) <= 140
-    for part in ("GPU, 80.0 GiB; matrix product 500 TFLOP/s", "16; matrix product 1 TFLOP/s", "1.1 TB free", "nothing"):
+    assert "64.0 GiB; write 3 GB/s; read 4 GB/s" in text
+    for part in (
+        "GPU, 80.0 GiB; matrix product 500 TFLOP/s, copies to it 25 GB/s",
+        "16; matrix product 1 TFLOP/s",
+        "1.1 TB free",
+        "nothing",
+    ):
         assert part in text
 
 
@@ -52,7 +63,9 @@ def test_a_good_machine_has_no_findings():
         (changed(gpus=[], driver=None), "slow", "no GPU", "--dry_run"),
         (changed(gpus=[]), "slow", "driver 550.1, but torch 1.0 finds no GPU", "pytorch.org"),
         (changed(gpus=[{"name": "V100", "memory": 1, "capability": [7, 0]}]), "slow", "no bfloat16", "--amp fp16"),
-        (changed(memory=2 << 30), "may fail", "2.0 GiB of memory", "--workers"),
+        (changed(memory=2 << 30), "may fail", "2.15 GB of memory; each process", "--workers"),
+        # what the text says is needed is what is asked for
+        (changed(memory=int(15.9e9)), "may fail", "15.9 GB of memory; each process", "--workers"),
         (changed(cores=2.0), "slow", "2 cores", "--workers 1"),
         (changed(cores=0.5), "slow", "0.5 cores", "--workers 0"),
         (changed(shared=64 << 20), "may fail", "67.1 MB in /dev/shm", "--shm-size"),
@@ -77,6 +90,8 @@ def test_this_machine_is_measured(tmp_path, monkeypatch):
     assert all(disk["writable"] and disk["write"] > 0 and disk["read"] > 0 for disk in report["disks"].values())
     assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert report["disks"]["cache"]["folder"] == str(tmp_path / "a/b") and list(tmp_path.iterdir()) == []
+    if report["shared"] is not None:
+        assert report["shared_rates"]["write"] > 0 and report["shared_rates"]["read"] > 0
     json.dumps(report)
     machine.screen(report, list(machine.findings(report)))
 
