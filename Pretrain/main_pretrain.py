@@ -22,7 +22,15 @@ from common.cache.statistics import input_statistics
 from common.cache.volume import CachedVolume
 from common.cli import parse, run_program
 from common.config import shown, to_dict
-from common.data.loader import Loading, build_loader, end_workers, measure_loader, micro_batches, to_device
+from common.data.loader import (
+    Loading,
+    build_loader,
+    check_limits,
+    end_workers,
+    measure_loader,
+    micro_batches,
+    to_device,
+)
 from common.data.sampler import StreamSampler
 from common.distributed import Run
 from common.errors import InputError
@@ -144,6 +152,7 @@ def measure(settings: PretrainSettings, run: Run, plan: BatchPlan, loading: Load
     """Load this rank's batches of the first epoch without a model, and print the speed (`--loader_only`)."""
     sampler = StreamSampler(len(loading.dataset), plan.micro_batch, plan.accum, run.rank, run.world_size, settings.seed)
     sampler.stop = plan.steps_per_epoch
+    check_limits(loading, sampler, settings.workers)
     loader = build_loader(loading, sampler, settings.workers, run.device)
     try:
         batches = micro_batches(loader, loading, plan.micro_batch)

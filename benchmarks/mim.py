@@ -1,4 +1,7 @@
-"""MiM against the straightforward form of its network: one volume, and all levels; and its cheaper recipe."""
+"""MiM against the straightforward form of its network: one volume, and all levels; and its cheaper recipe.
+
+Losses are compared in float32, and steps are measured in the precision of training: bfloat16 on CUDA.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import compare
 from benchmarks.mim_reference import straightforward
+from common.training.parallel import autocast, autocast_dtype
 from Pretrain.masking import random_masking
 from Pretrain.models_mim import MiM, mim_convvit3d_base_patch16, mim_convvit3d_tiny_patch16
 
@@ -41,16 +45,17 @@ def measure_network(build: Callable[..., MiM], name: str, device: torch.device, 
     kept = round(tokens * (1 - MASK_RATIO))
     volume, masking = torch.rand(1, 1, *size, device=device), random_masking(torch.rand(1, tokens, device=device), kept)
 
-    def step(model: MiM) -> Tensor:
-        return backward(model, lambda: model.reconstruct(volume, masking)[0])
+    def step(model: MiM, dtype: torch.dtype | None = None) -> Tensor:
+        return backward(model, lambda: model.reconstruct(volume, masking)[0], dtype)
 
     check_same(step(method), step(reference))
     return compare(
         f"MiM {name}, one volume of {size[0]}^3, {kept} of {tokens} tokens, forward and backward",
-        partial(step, method),
-        partial(step, reference),
+        partial(step, method, autocast_dtype("auto", device)),
+        partial(step, reference, autocast_dtype("auto", device)),
         against="straightforward form of its network",
         device=device,
+        dtype=autocast_dtype("auto", device) or torch.float32,
         rounds=rounds,
         aim=2.0,
         memory_aim=1 / 3,
@@ -66,10 +71,11 @@ def measure_levels(build: Callable[..., MiM], name: str, device: torch.device, r
     check_same(in_parts(method, batch), at_once(reference, batch))
     return compare(
         f"MiM {name}, all levels of one volume of {batch['image'].shape[-1]}^3",
-        partial(in_parts, method, batch),
-        partial(at_once, reference, batch),
+        partial(in_parts, method, batch, autocast_dtype("auto", device)),
+        partial(at_once, reference, batch, autocast_dtype("auto", device)),
         against="straightforward form, all 21 volumes at once",
         device=device,
+        dtype=autocast_dtype("auto", device) or torch.float32,
         rounds=rounds,
         aim=2.0,
         memory_aim=1 / 5,
@@ -83,10 +89,11 @@ def measure_half_down(build: Callable[..., MiM], name: str, device: torch.device
     batch = volumes_of(method, device)
     return compare(
         f"MiM {name}, all levels of one volume of {batch['image'].shape[-1]}^3, --half_down",
-        partial(in_parts, method, batch),
-        partial(in_parts, full, batch),
+        partial(in_parts, method, batch, autocast_dtype("auto", device)),
+        partial(in_parts, full, batch, autocast_dtype("auto", device)),
         against="the full recipe",
         device=device,
+        dtype=autocast_dtype("auto", device) or torch.float32,
         rounds=rounds,
         note=f"another recipe, not the same result; memory {GRADIENTS}",
     )
@@ -101,23 +108,27 @@ def volumes_of(method: MiM, device: torch.device) -> dict[str, Tensor]:
     return {"image": torch.rand(1, 1, *size, device=device), "key": torch.zeros(1, dtype=torch.long, device=device)}
 
 
-def in_parts(model: MiM, batch: dict[str, Tensor]) -> Tensor:
+def in_parts(model: MiM, batch: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """Run the forward and backward pass of each part, as training does. Return the sum of all losses."""
     losses = [lambda part=part: sum(model(batch, part=part).values()) for part in range(model.num_parts)]
-    return sum(backward(model, loss, keep=part > 0) for part, loss in enumerate(losses))
+    return sum(backward(model, loss, dtype, keep=part > 0) for part, loss in enumerate(losses))
 
 
-def at_once(model: MiM, batch: dict[str, Tensor]) -> Tensor:
+def at_once(model: MiM, batch: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """Run forward and backward pass over all volumes in one graph. Return the sum of all losses."""
-    return backward(model, lambda: sum(model(batch).values()))
+    return backward(model, lambda: sum(model(batch).values()), dtype)
 
 
-def backward(model: nn.Module, loss: Callable[[], Tensor], keep: bool = False) -> Tensor:
-    """Add the gradients of a loss to those of the model, which are first set to 0 unless `keep`. Return the loss."""
+def backward(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype | None, keep: bool = False) -> Tensor:
+    """Add the gradients of a loss to those of the model, which are first set to 0 unless `keep`. Return the loss.
+
+    `dtype` is that of autocast, None for float32.
+    """
     if not keep:
         # not to None: so that the memory of gradients exists before a step
         model.zero_grad(set_to_none=False)
-    value = loss()
+    with autocast(next(model.parameters()).device, dtype):
+        value = loss()
     value.backward()
     return value.detach()
 

@@ -1,7 +1,8 @@
 """Steps of MAE and GL-MAE against the forms that one would write down first, and cheaper recipes against the full ones.
 
 A step is the forward and backward pass of one micro-batch under gradient accumulation: the gradients exist, and the
-weights are not updated. So peak memory is that of activations and of what passes through.
+weights are not updated. So peak memory is that of activations and of what passes through. Losses are compared in
+float32, and steps are measured in the precision of training: bfloat16 on CUDA.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from benchmarks.glmae_reference import ReferenceGLMAE
 from benchmarks.harness import compare, threads
 from benchmarks.mae_reference import MonaiMAE
 from common.training.method import Batch, Method
+from common.training.parallel import autocast, autocast_dtype
 from Finetune.models_3dvit import vit_base_patch16_3d, vit_tiny_patch16_3d
 from Pretrain.models_glmae import GLMAE
 from Pretrain.models_mae import MAE
@@ -44,10 +46,11 @@ def mae_row(quick: bool, device: torch.device, rounds: int) -> dict[str, Any]:
     torch.testing.assert_close(step(ours, batch)["rec_local"], theirs(batch).detach(), rtol=1e-4, atol=1e-6)
     return compare(
         f"MAE {model_name(quick)}, {batch['local'].shape[1]} views of 96^3, 54 of 216 patches kept, step",
-        partial(step, ours, batch),
-        lambda: theirs(batch).backward(),
+        partial(step, ours, batch, dtype=autocast_dtype("auto", device)),
+        partial(their_step, theirs, batch, dtype=autocast_dtype("auto", device)),
         against="MONAI MaskedAutoEncoderViT (mlp_dim=3072)",
         device=device,
+        dtype=autocast_dtype("auto", device) or torch.float32,
         rounds=rounds,
         aim=1.1,
         memory_aim=0.75,
@@ -63,10 +66,11 @@ def glmae_row(quick: bool, device: torch.device, rounds: int) -> dict[str, Any]:
         torch.testing.assert_close(losses[name], loss.detach(), rtol=1e-4, atol=1e-6)
     return compare(
         f"GL-MAE {model_name(quick)}, 1 view of 160^3 and 2 of 96^3, step",
-        partial(step, ours, batch),
-        lambda: sum(theirs(batch).values()).backward(),
+        partial(step, ours, batch, dtype=autocast_dtype("auto", device)),
+        partial(their_step, theirs, batch, dtype=autocast_dtype("auto", device)),
         against="timm blocks composed the obvious way",
         device=device,
+        dtype=autocast_dtype("auto", device) or torch.float32,
         rounds=rounds,
         aim=1.1,
         memory_aim=0.5,
@@ -81,31 +85,41 @@ def cheap_rows(quick: bool, device: torch.device, rounds: int) -> list[dict[str,
     cheap_mae = MAE(cross(), mask_ratio=0.6, decode_fraction=0.25).to(device)
     cheap_glmae = GLMAE(cross(), decode_fraction=0.25).to(device)
     fewer = batch | {"local": batch["local"][:, :1]}
-    cross_flags = "--decoder cross --decode_fraction 0.25"
+    dtype, cross_flags = autocast_dtype("auto", device), "--decoder cross --decode_fraction 0.25"
+    measured = partial(step, dtype=dtype)
     recipes: list[tuple[str, Callable[[], Any], Callable[[], Any], float | None]] = [
-        (f"MAE with {cross_flags}, step", partial(step, cheap_mae, mae_batch), partial(step, mae, mae_batch), 1.6),
-        (f"GL-MAE with {cross_flags}, step", partial(step, cheap_glmae, batch), partial(step, glmae, batch), 1.3),
-        ("GL-MAE with half the local views, step", partial(step, glmae, fewer), partial(step, glmae, batch), None),
+        (f"MAE with {cross_flags}", partial(measured, cheap_mae, mae_batch), partial(measured, mae, mae_batch), 1.6),
+        (f"GL-MAE with {cross_flags}", partial(measured, cheap_glmae, batch), partial(measured, glmae, batch), 1.3),
+        ("GL-MAE with half the local views", partial(measured, glmae, fewer), partial(measured, glmae, batch), None),
     ]
-    return [
-        compare(name, ours, theirs, against="its full recipe", device=device, rounds=rounds, aim=aim)
-        for name, ours, theirs, aim in recipes
-    ]
+    shared = {"against": "its full recipe", "device": device, "dtype": dtype or torch.float32, "rounds": rounds}
+    return [compare(f"{name}, step", ours, theirs, aim=aim, **shared) for name, ours, theirs, aim in recipes]
 
 
 # ---------------------------------------------------------------- what is measured
 
 
-def step(method: Method, batch: Batch) -> dict[str, Tensor]:
-    """Run the forward and backward pass of every part, as the training loop does, and return the losses."""
+def step(method: Method, batch: Batch, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Run the forward and backward pass of every part, as the training loop does, and return the losses.
+
+    `dtype` is that of autocast, None for float32.
+    """
     losses: dict[str, Tensor] = {}
     for part in range(method.num_parts):
-        reported = method(batch, 0, part)
+        with autocast(batch["key"].device, dtype):
+            reported = method(batch, 0, part)
         of_part = {name: value for name, value in reported.items() if not name.startswith("monitor/")}
         sum(of_part.values()).backward()
         losses |= {name: loss.detach() for name, loss in of_part.items()}
     method.discard_passes()
     return losses
+
+
+def their_step(reference: torch.nn.Module, batch: Batch, dtype: torch.dtype | None) -> None:
+    """Run the forward and backward pass of a reference form, which returns a loss or a mapping of losses."""
+    with autocast(batch["key"].device, dtype):
+        reported = reference(batch)
+    (sum(reported.values()) if isinstance(reported, dict) else reported).backward()
 
 
 def make_vit(quick: bool, **kwargs: Any) -> torch.nn.Module:

@@ -192,6 +192,18 @@ class DeviceBatches:
 # ---------------------------------------------------------------- shared memory
 
 
+def check_limits(loading: Loading, sampler: StreamSampler, workers: int) -> None:
+    """Check that what comes from the loading processes fits into shared memory, and raise the limit of open files.
+
+    Raises:
+        InputError: it does not fit, or the system does not allow as many files.
+    """
+    check_shared_memory(loading, sampler, workers)
+    # a batch has few tensors, whatever the number of its samples
+    if workers and loading.by_sample:
+        allow_open_files(samples_on_their_way(loading, sampler, workers))
+
+
 def check_shared_memory(loading: Loading, sampler: StreamSampler, workers: int, folder: Path = SHARED_MEMORY) -> None:
     """Check that the samples on their way from the loading processes fit into shared memory; without, there is none.
 

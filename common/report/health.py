@@ -44,7 +44,7 @@ def all_is_well(run: RunFolder, measured: bool) -> Html:
         return message(f"Health is not judged yet: its ranges apply from update {begins:,} on.", "note")
     earlier = {line.get("kind") for line in run.warnings}
     note = f"; {counted(len(earlier), 'kind')} of warning earlier" if earlier else ""
-    return message(f"Healthy: all values are in their ranges{note}.", "good")
+    return message(f"No warning: all values are in their ranges{note}.", "good")
 
 
 def health_section(run: RunFolder) -> Html | None:

@@ -26,7 +26,9 @@ def result_tiles(run: RunFolder) -> list[Html]:
         tiles.append(tile("Dice in validation", decimals(dice), counted(cases, "case") if cases else None))
     for kind in views(run)[:2]:
         value = decimals(last(run, f"{HEALTH}{kind}/over_mean"), 2)
-        tiles.append(tile(f"{kind} PSNR", f"{value} dB", f"above the patch mean, {other_volumes(run)}"))
+        tiles.append(
+            tile(f"{kind} PSNR", f"{value} dB", f"above predicting each patch by its true mean, {other_volumes(run)}")
+        )
     if found := losses(run):
         first = next(line[found[0]] for line in run.log if found[0] in line)
         tiles.append(tile(f"loss {found[0]}", number(last(run, found[0]), 3), f"from {number(first, 3)}"))

@@ -13,16 +13,7 @@ from tqdm import tqdm
 
 from common import checkpoint, distributed
 from common.config import to_dict
-from common.data.loader import (
-    DeviceBatches,
-    Loading,
-    allow_open_files,
-    build_loader,
-    check_shared_memory,
-    end_workers,
-    micro_batches,
-    samples_on_their_way,
-)
+from common.data.loader import DeviceBatches, Loading, build_loader, check_limits, end_workers, micro_batches
 from common.data.sampler import StreamSampler, mix
 from common.distributed import Run
 from common.errors import InputError
@@ -300,10 +291,7 @@ class Trainer:
             if self.state.rollbacks:
                 self.dataset.seed = seed
             self.sampler.start, self.sampler.stop = self.state.step, plan.total_steps
-            check_shared_memory(self.loading, self.sampler, workers)
-            # a batch has few tensors, whatever the number of its samples
-            if workers and self.loading.by_sample:
-                allow_open_files(samples_on_their_way(self.loading, self.sampler, workers))
+            check_limits(self.loading, self.sampler, workers)
             self._loader = build_loader(self.loading, self.sampler, workers, run.device)
             batches = micro_batches(self._loader, self.loading, plan.micro_batch)
             self._stream = DeviceBatches(batches, self.loading.prepare, run.device)
