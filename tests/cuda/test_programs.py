@@ -10,6 +10,8 @@ from tests.helpers import read_log, run_module, write_scans
 from tests.Pretrain.test_main_pretrain import flags, pretrain
 
 pytestmark = pytest.mark.cuda
+MIM = """--method mim --batch_size 2 --local_size 32 --model tiny --num_heads 2 --embed_dims 6 6 12 24
+ --depths 1 1 1 1 --decoder_embed_dim 24 --decoder_depth 1 --decoder_num_heads 2"""
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,15 @@ def assert_same_curves(folder, other, tolerance):
 TOLERANCES = {"off": 1e-3, "bf16": 3e-2}
 
 
-@pytest.mark.parametrize("amp", TOLERANCES)
 @pytest.mark.parametrize(
-    "option", ["--grad_checkpointing", pytest.param("--compile", marks=pytest.mark.slow), "--cudnn_benchmark"]
+    "option, amp",
+    [
+        ("--grad_checkpointing", "off"),
+        ("--grad_checkpointing", "bf16"),
+        ("--channels_last", "off"),
+        ("--cudnn_benchmark", "off"),
+        pytest.param("--compile", "bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_options_do_not_change_the_losses(device, scans, tmp_path, option, amp):
     common = ["--device", device.type, "--amp", amp]
@@ -60,12 +68,27 @@ def test_where_views_are_made_changes_no_loss(device, scans, tmp_path, where):
     assert_same_curves(tmp_path / "loader", tmp_path / "device", 1e-2)
 
 
-@pytest.mark.parametrize("options", [["--ignore_padding"], ["--decoder", "cross", "--decode_fraction", "0.5"]], ids=str)
-@pytest.mark.parametrize("method", ["mae", "glmae"])
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        ("mae", ["--decoder", "cross", "--decode_fraction", "0.5"]),
+        ("glmae", ["--decoder", "cross", "--decode_fraction", "0.5"]),
+        ("glmae", ["--ignore_padding", "--crop_mode", "fixed"]),
+    ],
+    ids=["mae-cross", "glmae-cross", "glmae-padding"],
+)
 def test_other_recipes_train(device, scans, tmp_path, method, options):
-    if "--ignore_padding" in options:
-        options = [*options, "--crop_mode", "fixed"]
     pretrain(scans, tmp_path / "run", "--device", device.type, "--micro_batch_size", "auto", *options, method=method)
+    lines = curves(tmp_path / "run")
+    assert len(lines) == 2 and all(map(math.isfinite, lines[-1].values()))
+
+
+@pytest.mark.parametrize("options", [[], ["--half_down", "--local_size", "64"]], ids=["full", "half"])
+def test_mim_trains(device, scans, tmp_path, options):
+    sizes = "--num_mid 2 --num_down 1 --samples_per_epoch 4 --workers 2 --warmup_epochs 0 --epochs 2"
+    data = ["--datalist", scans, "--cache_dir", tmp_path / "cache", "--out_dir", tmp_path / "run"]
+    more = ["--device", device.type, "--micro_batch_size", "auto", *options]
+    run_module("Pretrain.main_pretrain", *MIM.split(), *sizes.split(), *data, *more)
     lines = curves(tmp_path / "run")
     assert len(lines) == 2 and all(map(math.isfinite, lines[-1].values()))
 
