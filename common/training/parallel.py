@@ -29,7 +29,7 @@ class PrecisionSettings:
     grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     fsdp: bool = setting(False, "FSDP2: shard weights, gradients and AdamW's state over the processes")
     channels_last: bool = setting(
-        False, "convolutions with the channels last in memory: mim and dynunet are faster on a CPU; not with --fsdp"
+        False, "convolutions with the channels last in memory: mim is somewhat faster on a CPU; not with --fsdp"
     )
     compile: bool = setting(False, "torch.compile every transformer block; the first updates take minutes")
     tf32: bool = setting(

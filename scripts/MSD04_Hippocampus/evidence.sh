@@ -15,8 +15,8 @@
 # OUT: folder of the study. CACHE: folder of the cache.
 # LABELS: numbers of labelled cases, such as 8,all. JOBS: trainings at once; one per GPU, or 2 on two CPU cores.
 #
-# Hardware: two CPU cores, or a GPU. Time: --quick took 52 minutes on two cores (docs/evidence.md), more on slower ones. The
-# whole study is many times as much: days on two cores, and never run yet. Every training prints what remains.
+# Hardware: two CPU cores, or a GPU. Time: --quick took 52 minutes on two cores (docs/evidence.md), more on slower ones; --ablations adds an
+# hour or more. The whole study is many times as much: days on two cores, and never run yet. Every training prints what remains.
 # Our choice: all settings; the papers do not use this data set.
 
 size=full ablations=""
