@@ -179,6 +179,8 @@ class RelativeBlock(Block):
         self.gamma_2 = nn.Parameter(torch.ones(dim))
         self.attn.relative_position_bias_table = nn.Parameter(torch.zeros(math.prod(_offsets(grid)), num_heads))
         self.attn.register_buffer("relative_position_index", relative_position_index(grid).clone())
+        # of the last other grid, on the device
+        self._other_index: tuple[encoder3d.Grid, Tensor] | None = None
 
     def forward(self, x: Tensor, grid: encoder3d.Grid, ids_keep: Tensor | None = None) -> Tensor:
         """Map tokens (B, K, C) of the grid (d, h, w) to the same shape; `ids_keep` (B, K) if some were removed."""
@@ -188,13 +190,21 @@ class RelativeBlock(Block):
     def bias(self, grid: encoder3d.Grid, ids_keep: Tensor | None) -> Tensor:
         """Return what is added to the attention logits: (1, heads, N, N), or (B, heads, K, K) for kept tokens."""
         table = resample_bias_table(self.attn.relative_position_bias_table, self.grid, grid)
-        index = self.attn.relative_position_index
-        if grid != self.grid:
-            index = relative_position_index(grid).to(index.device)
+        index = self._index(grid)
         if ids_keep is None:
             return table[index].permute(2, 0, 1).unsqueeze(0)
         pairs = index[ids_keep[:, :, None], ids_keep[:, None, :]]  # (B, K, K)
         return table[pairs].permute(0, 3, 1, 2)
+
+    def _index(self, grid: encoder3d.Grid) -> Tensor:
+        """Return the rows of the bias table for a grid. That of another grid is copied to the device once, not in every
+        pass, which would wait for it."""
+        own = self.attn.relative_position_index
+        if grid == self.grid:
+            return own
+        if self._other_index is None or self._other_index[0] != grid or self._other_index[1].device != own.device:
+            self._other_index = grid, relative_position_index(grid).to(own.device)
+        return self._other_index[1]
 
 
 # ---------------------------------------------------------------- model

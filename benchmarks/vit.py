@@ -85,12 +85,14 @@ def cheap_rows(quick: bool, device: torch.device, rounds: int) -> list[dict[str,
     cheap_mae = MAE(cross(), mask_ratio=0.6, decode_fraction=0.25).to(device)
     cheap_glmae = GLMAE(cross(), decode_fraction=0.25).to(device)
     fewer = batch | {"local": batch["local"][:, :1]}
+    smaller = batch | {"local": batch["local"][..., :64, :64, :64].contiguous()}
     dtype, cross_flags = autocast_dtype("auto", device), "--decoder cross --decode_fraction 0.25"
     measured = partial(step, dtype=dtype)
     recipes: list[tuple[str, Callable[[], Any], Callable[[], Any], float | None]] = [
         (f"MAE with {cross_flags}", partial(measured, cheap_mae, mae_batch), partial(measured, mae, mae_batch), 1.6),
         (f"GL-MAE with {cross_flags}", partial(measured, cheap_glmae, batch), partial(measured, glmae, batch), 1.3),
         ("GL-MAE with half the local views", partial(measured, glmae, fewer), partial(measured, glmae, batch), None),
+        ("GL-MAE with local views of 64^3", partial(measured, glmae, smaller), partial(measured, glmae, batch), None),
     ]
     shared = {"against": "its full recipe", "device": device, "dtype": dtype or torch.float32, "rounds": rounds}
     return [compare(f"{name}, step", ours, theirs, aim=aim, **shared) for name, ours, theirs, aim in recipes]
