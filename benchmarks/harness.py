@@ -69,12 +69,12 @@ def compare(
     against: str,
     device: torch.device,
     rounds: int = 3,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     aim: float | None = None,
     memory_aim: float | None = None,
     note: str = "",
 ) -> dict[str, Any]:
-    """Measure two functions that do the same work on `device`, and a matrix product of `dtype` between them.
+    """Measure two functions that do the same work on `device`, and a matrix product between them.
 
     Check before that both compute the same. A call must leave nothing behind that a later one would reuse: drop the
     gradients at its end (`parameter.grad = None`), or the first call alone would pay for them.
@@ -82,10 +82,10 @@ def compare(
     Args:
         name: the work and its sizes, e.g. "MAE ViT-B 96^3, 54 of 216 patches, forward and backward".
         against: what `theirs` is, e.g. "MONAI MaskedAutoEncoderViT".
-        dtype: of the matrix products of the two, for their share of the matrix rate.
+        dtype: of autocast in the two, None for float32; their share is that of the matrix rate in it.
         aim: wanted ratio of the times, theirs / ours, and `memory_aim` of the peak memory, ours / theirs.
     """
-    product, product_flops = matrix_product(device, dtype)
+    product, product_flops = matrix_product(device, dtype or torch.float32)
     seconds = alternate({"ours": ours, "theirs": theirs, "product": product}, rounds)
     rate = product_flops / seconds["product"]
     return Row(

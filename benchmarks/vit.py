@@ -50,7 +50,7 @@ def mae_row(quick: bool, device: torch.device, rounds: int) -> dict[str, Any]:
         partial(their_step, theirs, batch, dtype=autocast_dtype("auto", device)),
         against="MONAI MaskedAutoEncoderViT (mlp_dim=3072)",
         device=device,
-        dtype=autocast_dtype("auto", device) or torch.float32,
+        dtype=autocast_dtype("auto", device),
         rounds=rounds,
         aim=1.1,
         memory_aim=0.75,
@@ -70,7 +70,7 @@ def glmae_row(quick: bool, device: torch.device, rounds: int) -> dict[str, Any]:
         partial(their_step, theirs, batch, dtype=autocast_dtype("auto", device)),
         against="timm blocks composed the obvious way",
         device=device,
-        dtype=autocast_dtype("auto", device) or torch.float32,
+        dtype=autocast_dtype("auto", device),
         rounds=rounds,
         aim=1.1,
         memory_aim=0.5,
@@ -94,7 +94,7 @@ def cheap_rows(quick: bool, device: torch.device, rounds: int) -> list[dict[str,
         ("GL-MAE with half the local views", partial(measured, glmae, fewer), partial(measured, glmae, batch), None),
         ("GL-MAE with local views of 64^3", partial(measured, glmae, smaller), partial(measured, glmae, batch), None),
     ]
-    shared = {"against": "its full recipe", "device": device, "dtype": dtype or torch.float32, "rounds": rounds}
+    shared = {"against": "its full recipe", "device": device, "dtype": dtype, "rounds": rounds}
     return [compare(f"{name}, step", ours, theirs, aim=aim, **shared) for name, ours, theirs, aim in recipes]
 
 

@@ -106,8 +106,14 @@ def measure(folders: Mapping[str, Path]) -> dict[str, Any]:
     }
 
 
-def per_second(action: Callable[[], object], work: float, wait: Callable[[], object] = lambda: None) -> float:
-    """Return the work done in a second. `action` does `work`, and `wait` waits for its end; the first is not timed."""
+def per_second(action: Callable[[], object], work: float, device: str = "cpu") -> float:
+    """Return the work done in a second. `action` does `work` on the device; the first one is not timed."""
+
+    def wait() -> None:
+        # without it the time would be that of the launch; it is in no training step
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+
     action()
     wait()
     began, count = time.perf_counter(), 0
@@ -121,8 +127,7 @@ def per_second(action: Callable[[], object], work: float, wait: Callable[[], obj
 def matmul_rate(device: str, size: int, dtype: torch.dtype) -> float:
     """Return the floating point operations per second of a matrix product."""
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    return per_second(lambda: matrix @ matrix, 2.0 * size**3, wait)
+    return per_second(lambda: matrix @ matrix, 2.0 * size**3, device)
 
 
 def copy_rate(device: str = "cpu") -> float:
@@ -130,8 +135,7 @@ def copy_rate(device: str = "cpu") -> float:
     on_cuda = device.startswith("cuda")
     source = torch.ones(1 << 24, pin_memory=on_cuda)
     target = torch.empty_like(source, device=device)
-    wait = (lambda: torch.cuda.synchronize(device)) if on_cuda else lambda: None
-    return per_second(lambda: target.copy_(source, non_blocking=on_cuda), source.numel() * 4, wait)
+    return per_second(lambda: target.copy_(source, non_blocking=on_cuda), source.numel() * 4, device)
 
 
 def decode_rate() -> float:

@@ -184,7 +184,7 @@ class Trainer:
             return ""
         began = time.perf_counter()
         loss, _ = accumulate_gradients(self.state, batches, 0, rule)
-        # the host waits for the device here
+        # the time is that of the pass, and not of its launch; only with --dry_run
         loss.item()
         seconds = time.perf_counter() - began
         run = f"about {duration(seconds * passes * updates)} for {updates:,} updates at this pace"
