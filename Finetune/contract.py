@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common import checkpoint
+from common.cache.statistics import InputStatistics
 from common.config import from_dict, shown
 from common.data.preprocessing import Preprocessing, is_hounsfield
 from common.errors import InputError
@@ -53,6 +54,18 @@ def recorded_preprocessing(args: Mapping[str, Any], where: str | Path) -> Prepro
     return from_dict({name: values[name] for name in names & set(values)}, Preprocessing, f"{where}: preprocessing")
 
 
+def recorded_inputs(args: Mapping[str, Any], where: str | Path) -> InputStatistics | None:
+    """Return mean and standard deviation of the training voxels, from `recorded_args`. None if they are not recorded.
+
+    Raises:
+        InputError: the recorded values are not valid.
+    """
+    # in a checkpoint, and in the card of an exported folder
+    values = next((v for v in (args.get("inputs"), args.get("preprocessing")) if isinstance(v, dict)), {})
+    found = {name: value for name in ("mean", "std") if (value := values.get(name)) is not None}
+    return from_dict(found, InputStatistics, f"{where}: inputs") if len(found) == 2 else None
+
+
 def differences(recorded: Preprocessing, wanted: Preprocessing) -> Iterator[str]:
     """Yield a phrase for each way in which voxels of `wanted` are not what `recorded` made of the same volume.
 
@@ -63,6 +76,9 @@ def differences(recorded: Preprocessing, wanted: Preprocessing) -> Iterator[str]
         "intensities": [_intensities(p) for p in (recorded, wanted)],
         "channels": [str(p.channels) for p in (recorded, wanted)],
     }
+    # the setting has a meaning for windows alone
+    if recorded.intensity == wanted.intensity == "window":
+        pairs["modality"] = [p.modality for p in (recorded, wanted)]
     for name, (found, here) in pairs.items():
         if found != here:
             yield f"{name} {found}, here {here}"
@@ -80,8 +96,34 @@ def _intensities(preprocessing: Preprocessing) -> str:
     return f"{preprocessing.intensity} {low:g}..{high:g} {unit}".rstrip()
 
 
-def contract_warning(path: str | Path, preset: Preset) -> str:
-    """Return one line that names each way in which a preset differs from what an encoder was trained on, else ""."""
-    recorded = recorded_preprocessing(recorded_args(path), path)
+def voxel_differences(recorded: InputStatistics, found: InputStatistics) -> Iterator[str]:
+    """Yield a phrase if the voxels of a data set are far from those that an encoder was trained on: the mean by
+    more than a standard deviation, or that by a factor of 2, in some channel (our choice). Data sets with different
+    numbers of channels are not compared."""
+    if len(recorded.mean) != len(found.mean):
+        return
+    for channel, (mean, std, here, spread) in enumerate(zip(recorded.mean, recorded.std, found.mean, found.std)):
+        if abs(here - mean) > std or not std / 2 <= spread <= 2 * std:
+            of = f" of channel {channel}" if len(found.mean) > 1 else ""
+            numbers = f"{mean:.2f} and {std:.2f}, here {here:.2f} and {spread:.2f}"
+            yield f"mean and standard deviation of the voxels{of} {numbers}"
+
+
+def contract_warning(path: str | Path, preset: Preset, inputs: InputStatistics | None = None) -> str:
+    """Return one line that names each way in which a preset differs from what an encoder was trained on, else "".
+
+    Args:
+        inputs: of the preprocessed training volumes; None: not compared.
+    """
+    args = recorded_args(path)
+    recorded, measured = recorded_preprocessing(args, path), recorded_inputs(args, path)
     found = list(differences(recorded, preset.preprocessing)) if recorded else []
+    card = args.get("preprocessing")
+    # written by others: volumes are oriented in one way here
+    orientation = card.get("orientation") if isinstance(card, dict) else None
+    if orientation and orientation != AXES["orientation"]:
+        found.append(f"orientation {orientation}, here {AXES['orientation']}")
+    # where intensities are scaled in another way, the numbers must differ
+    if measured and inputs and recorded and _intensities(recorded) == _intensities(preset.preprocessing):
+        found += voxel_differences(measured, inputs)
     return f"{path}: was trained on other inputs than those of preset {preset.name}: {'; '.join(found)}" * bool(found)

@@ -157,7 +157,7 @@ def training_card(args: dict[str, Any], path: Path) -> dict[str, Any]:
 def training_code(args: dict[str, Any], path: Path) -> str | None:
     """Return the commit of the code that trained a checkpoint, None if it is not recorded.
 
-    It is that of the checkpoint's settings, or of run.json beside it, which the last start of the run has written.
+    It is recorded in the checkpoint; for checkpoints of earlier versions it is that of run.json beside it.
     """
     try:
         record = json.loads((path.parent / RUN_FILE).read_bytes())
@@ -165,7 +165,7 @@ def training_code(args: dict[str, Any], path: Path) -> str | None:
         record = None
     machine = record.get("environment") if isinstance(record, dict) else None
     beside = machine.get("code") if isinstance(machine, dict) else None
-    found = [args.get("code_version"), args.get("commit"), beside]
+    found = [args.get("code_version"), beside]
     return next((code for code in found if isinstance(code, str) and code != "unknown"), None)
 
 

@@ -94,7 +94,7 @@ def finetune(
         "rate": f"learning rate {peak:.3g} after {warmup:,} updates of warm-up",
     }
     print_main(start_summary(f"{preset.name}: fine-tuning", rows, method, config, plan, run, flop))
-    differences = contract_warning(weights_from, preset) if weights_from else ""
+    differences = contract_warning(weights_from, preset, input_statistics(training)) if weights_from else ""
     for warning in filter(None, (args["leak"] and f"{fold}: {args['leak']}", differences)):
         print_main(f"warning: {warning}")
     trainer = Trainer(

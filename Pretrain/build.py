@@ -5,13 +5,14 @@ A method of your own is one entry in `METHODS`; docs/extending.md shows an examp
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 from common.cache.statistics import InputStatistics
-from common.config import group, setting
+from common.config import group, setting, shown
 from common.errors import InputError
 from common.training.loop import LossWeights
 from common.training.method import Method
@@ -23,6 +24,7 @@ from Finetune.models_convvit3d import ConvViT3D
 from Pretrain import models_mim
 from Pretrain.catalog import DataSettings
 from Pretrain.health import HealthSettings
+from Pretrain.masking import num_keep
 from Pretrain.models_glmae import GLMAE, TERMS, GLMAESettings
 from Pretrain.models_mae import MAE, ViTSettings
 from Pretrain.models_mim import MiM, MiMSettings
@@ -134,9 +136,20 @@ def local_spec(views: ViewSettings) -> ViewSpec:
     return views.spec(views.local_views, views.local_size, views.local_scale)
 
 
+def check_removed(settings: Any, kind: str, size: Sequence[int], ratio: float) -> None:
+    """Raise InputError where the masks of views of this size would remove no patch: nothing would be reconstructed."""
+    patches = math.prod(encoder3d.grid_of(size, settings.encoder.patch_size))
+    if num_keep(patches, ratio) == patches:
+        raise InputError(
+            f"--{kind}_size {shown(size)}, --mask_ratio_{kind} {ratio:g}: no patch of {patches} is removed, expected a "
+            "larger view, smaller patches or a higher ratio"
+        )
+
+
 def build_mae(settings: Any, plan: BatchPlan, inputs: InputStatistics | None = None) -> Task:
     encoder = settings.encoder
     vit, fraction = build_vit(settings, inputs), settings.vit.decode_fraction
+    check_removed(settings, "local", settings.views.local_size, settings.vit.mask_ratio_local)
     method = MAE(vit, settings.vit.mask_ratio_local, encoder.norm_pix_loss, encoder.norm_pix_eps, fraction)
     return Task(method, {"local": local_spec(settings.views)}, lambda step: {"rec_local": 1.0})
 
@@ -169,6 +182,10 @@ def glmae_specs(settings: Any, terms: set[str]) -> dict[str, ViewSpec]:
     if needs_local and views.local_views < 1:
         raise InputError(f"--local_views {views.local_views}: must be at least 1 for {names}")
     encoder3d.grid_of(glmae.global_size, settings.encoder.patch_size)
+    if "rec_global" in terms:
+        check_removed(settings, "global", glmae.global_size, glmae.mask_ratio_global)
+    if "rec_local" in terms:
+        check_removed(settings, "local", views.local_size, settings.vit.mask_ratio_local)
     global_spec = views.spec(glmae.global_views, glmae.global_size, views.global_scale)
     return {"global": global_spec} | ({"local": local_spec(views)} if needs_local else {})
 

@@ -22,6 +22,7 @@ from common.cache.statistics import input_statistics
 from common.cache.volume import CachedVolume
 from common.cli import parse, run_program
 from common.config import shown, to_dict
+from common.data.datalist import Case
 from common.data.loader import (
     Loading,
     build_loader,
@@ -64,8 +65,9 @@ def main() -> None:
 
 def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
     """Run the whole program. Returns the last checkpoint, or None with `--loader_only` or `--dry_run`."""
+    cases = settings.data.cases()
     (check_creatable if settings.dry_run else check_writable)(settings.out_dir)
-    volumes, held_out = hold_out(prepare_volumes(settings), settings.health.holdout)
+    volumes, held_out = hold_out(prepare_volumes(settings, cases), settings.health.holdout)
     plan = plan_updates(settings, len(volumes), run.world_size)
     inputs = input_statistics(volumes) if settings.encoder.standardize else None
     torch.manual_seed(settings.seed)
@@ -114,11 +116,11 @@ def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
     return trainer.dry_run() if settings.dry_run else trainer.fit()
 
 
-def prepare_volumes(settings: PretrainSettings) -> list[CachedVolume]:
+def prepare_volumes(settings: PretrainSettings, cases: list[Case]) -> list[CachedVolume]:
     """Return the cached volumes. The first process builds what is missing, the others wait."""
     data = settings.data
     with distributed.main_first(), Watchdog(settings.hang_minutes):
-        return build_cache(data.cases(), data.preprocessing, data.cache_dir, settings.workers, data.allow_failures)
+        return build_cache(cases, data.preprocessing, data.cache_dir, settings.workers, data.allow_failures)
 
 
 def describe(

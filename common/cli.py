@@ -4,6 +4,9 @@
 
 A flag is the name of a setting, and the words after it are its value, read as the same value in YAML is
 (common/config.py). Flags win over the file, later flags over earlier ones.
+
+A script that passes its arguments on puts `--recipe NAME` between its own flags and theirs, so that a run can be
+compared with the recipe (`recipe_of`).
 """
 
 import contextlib
@@ -18,6 +21,8 @@ from common.errors import InputError, one_line
 
 T = TypeVar("T")
 Settings = Mapping[str, Setting]
+# flags that are no settings
+RESERVED = ("config", "help", "recipe")
 
 
 def run_program(main: Callable[[], Any]) -> int:
@@ -66,13 +71,15 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
     Raises:
         InputError: a flag is unknown, is required and missing, has a wrong value, or belongs to an unused group; or
             the file cannot be used.
-        TypeError: a setting is called `config` or `help`, or as `settings_of`.
+        TypeError: a setting is called `config`, `help` or `recipe`, or as `settings_of`.
     """
     known = config.settings_of(cls)
     words = _read_flags(sys.argv[1:] if argv is None else argv, known)
-    wants_help, file = words.pop("help", None), words.pop("config", None)
-    flags = {name: _value(words[name], name, known[name]) for name in words}
-    values = _read_file(file, cls) | flags
+    wants_help, recipe = words.pop("help", None), words.pop("recipe", None)
+    if recipe is not None and len(recipe) != 1:
+        raise InputError(f"--recipe: found {shown(recipe) or 'nothing'}, expected one name")
+    of_file, flags = _convert(words, cls)
+    values = of_file | flags
     if wants_help is not None:
         print(_help_text(known, values, description or cls.__doc__ or "", wants_help == ["all"]))
         raise SystemExit(0)
@@ -82,7 +89,28 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
     return config.build(values, cls)
 
 
+def recipe_of(cls: type, argv: Sequence[str] | None = None) -> tuple[str, dict[str, Any]] | None:
+    """Return the name after `--recipe`, and the settings that the words before it give; None where there is none.
+
+    The words are those of a call that `parse` has accepted.
+    """
+    words, known = list(sys.argv[1:] if argv is None else argv), config.settings_of(cls)
+    place = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--recipe"), None)
+    if place is None:
+        return None
+    (name,) = _read_flags(words[place : place + 2], known)["recipe"][:1]
+    of_file, flags = _convert(_read_flags(words[:place], known), cls)
+    return name, of_file | flags
+
+
 # ---------------------------------------------------------------- flags
+
+
+def _convert(words: dict[str, list[str]], cls: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of the file that `--config` names, and those of the flags."""
+    known, words = config.settings_of(cls), dict(words)
+    of_file = _read_file(words.pop("config", None), cls)
+    return of_file, {name: _value(words[name], name, known[name]) for name in words}
 
 
 def _read_flags(argv: Sequence[str], known: Settings) -> dict[str, list[str]]:
@@ -106,10 +134,10 @@ def _read_flags(argv: Sequence[str], known: Settings) -> dict[str, list[str]]:
 
 def _flags(known: Settings) -> dict[str, tuple[str, list[str]]]:
     """The setting that each flag gives, and the first words of its value: `--no-x` is `--x false`."""
-    if taken := {"config", "help"} & set(known):
+    if taken := {*RESERVED} & set(known):
         raise TypeError(f"a program cannot have a setting called {' or '.join(taken)}")
     negations = {f"--no-{name}": (name, ["false"]) for name, entry in known.items() if entry.kind is bool}
-    return {f"--{name}": (name, []) for name in ("config", "help", *known)} | negations
+    return {f"--{name}": (name, []) for name in (*RESERVED, *known)} | negations
 
 
 def _value(words: list[str], name: str, entry: Setting) -> Any:
@@ -170,11 +198,11 @@ def _help_text(known: Settings, values: Mapping[str, Any], description: str, eve
 
 def _help_line(name: str, entry: Setting, values: Mapping[str, Any]) -> str:
     metadata, allowed = entry.field.metadata, config.choices(entry.kind)
-    facts = [f"one of {', '.join(map(str, allowed))}"] if allowed else []
-    facts += [f"{words} {metadata[bound]}" for bound, (_, words) in config.BOUNDS.items() if bound in metadata]
-    facts += [f"this call {_shown(values[name])}"] if name in values else []
-    facts += ["required" if entry.required else f"default {_shown(entry.default)}"]
-    return f"  --{name:<24} {metadata.get('help', '')} [{'; '.join(facts)}]"
+    notes = [f"one of {', '.join(map(str, allowed))}"] if allowed else []
+    notes += [f"{words} {metadata[bound]}" for bound, (_, words) in config.BOUNDS.items() if bound in metadata]
+    notes += [f"this call {_shown(values[name])}"] if name in values else []
+    notes += ["required" if entry.required else f"default {_shown(entry.default)}"]
+    return f"  --{name:<24} {metadata.get('help', '')} [{'; '.join(notes)}]"
 
 
 def _shown(value: Any) -> str:

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from common.errors import InputError
-from common.peers import Peers
+from common.heartbeat import Heartbeat
 from common.signals import EXIT_REQUEUE, Requeue
 
-# Rank 0 may fill a cache while the others wait. Dead ranks are found by peers.py, ranks that hang by watchdog.py.
+# Rank 0 may fill a cache while the others wait. Dead ranks are found by heartbeat.py, ranks that hang by watchdog.py.
 TIMEOUT = timedelta(hours=12)
-_peers: Peers | None = None
+_heartbeat: Heartbeat | None = None
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,23 @@ def setup(device: Literal["auto", "cpu", "cuda"] = "auto") -> Run:
     if world_size > 1 and not dist.is_initialized():
         device_id = {"device_id": target} if use_cuda else {}
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT, **device_id)
-        _watch_peers(rank, world_size)
+        _start_heartbeat(rank, world_size)
     return Run(target, rank, world_size, local_rank)
 
 
-def _watch_peers(rank: int, world_size: int) -> None:
+def _start_heartbeat(rank: int, world_size: int) -> None:
     """Start the heartbeat and the check for dead ranks.
 
     It has its own connection to the store, because a thread that waits for the store blocks all threads of its
     connection. The store survives a restart by torchrun (--max_restarts); the prefix hides the messages of earlier
     attempts.
     """
-    global _peers
+    global _heartbeat
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, world_size, is_master=False)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    _peers = Peers(dist.PrefixStore(f"attempt {attempt}", store), rank, world_size)
-    _peers.start()
+    _heartbeat = Heartbeat(dist.PrefixStore(f"attempt {attempt}", store), rank, world_size)
+    _heartbeat.start()
 
 
 def active() -> bool:
@@ -116,17 +116,17 @@ def shutdown() -> None:
     If an exception is being handled, the other ranks receive its message and end too. They also end if this process
     alone was asked to stop, because they may be waiting for it.
     """
-    global _peers
+    global _heartbeat
     error = sys.exc_info()[1]
     interrupted = isinstance(error, Requeue) and not error.agreed
     normal = error is None or (isinstance(error, SystemExit) and not interrupted)
-    if _peers and interrupted:
-        _peers.report("was asked to stop", EXIT_REQUEUE)
-    elif _peers and not normal:
-        _peers.report(f"died: {type(error).__name__}: {error}".splitlines()[0])
-    elif _peers:
-        _peers.stop()
+    if _heartbeat and interrupted:
+        _heartbeat.report("was asked to stop", EXIT_REQUEUE)
+    elif _heartbeat and not normal:
+        _heartbeat.report(f"died: {type(error).__name__}: {error}".splitlines()[0])
+    elif _heartbeat:
+        _heartbeat.stop()
     # Otherwise another rank may hang in a collective call, and destroying the group would wait for it.
     if active() and normal:
         dist.destroy_process_group()
-    _peers = None
+    _heartbeat = None

@@ -11,7 +11,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from common.cli import parse
 from common.config import setting
 from common.doctor import installed, required
 from common.files import nearest_folder
+from common.rates import copy_rate, matmul_rate, per_second
 from common.resources import GIB, cores, memory, quantity
 from common.runlog import print_main
 
@@ -85,11 +86,12 @@ def measure(folders: Mapping[str, Path]) -> dict[str, Any]:
     """
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     driver = re.search(r"Module\s+(\d[\d.]+)", DRIVER.read_text()) if DRIVER.exists() else None
-    rates = {"matmul cpu": matmul_rate("cpu", 1024, torch.float32), "memory copy": copy_rate(), "decode": decode_rate()}
+    rates = {"matmul cpu": matmul_rate("cpu", 1024, torch.float32, SECONDS)}
+    rates |= {"memory copy": copy_rate(SECONDS), "decode": decode_rate()}
     for number, gpu in enumerate(gpus):
         dtype = torch.bfloat16 if (gpu.major, gpu.minor) >= BF16 else torch.float16
-        rates[f"matmul cuda:{number}"] = matmul_rate(f"cuda:{number}", 8192, dtype)
-        rates[f"copy cuda:{number}"] = copy_rate(f"cuda:{number}")
+        rates[f"matmul cuda:{number}"] = matmul_rate(f"cuda:{number}", 8192, dtype, SECONDS)
+        rates[f"copy cuda:{number}"] = copy_rate(SECONDS, f"cuda:{number}")
     shared = measure_disk(SHARED) if SHARED.is_dir() else {"write": None, "read": None}
     return {
         "versions": {name: installed(name) for name in required()},
@@ -106,44 +108,12 @@ def measure(folders: Mapping[str, Path]) -> dict[str, Any]:
     }
 
 
-def per_second(action: Callable[[], object], work: float, device: str = "cpu") -> float:
-    """Return the work done in a second. `action` does `work` on the device; the first one is not timed."""
-
-    def wait() -> None:
-        # without it the time would be that of the launch; it is in no training step
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-
-    action()
-    wait()
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < SECONDS:
-        action()
-        wait()
-        count += 1
-    return count * work / (time.perf_counter() - began)
-
-
-def matmul_rate(device: str, size: int, dtype: torch.dtype) -> float:
-    """Return the floating point operations per second of a matrix product."""
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
-    return per_second(lambda: matrix @ matrix, 2.0 * size**3, device)
-
-
-def copy_rate(device: str = "cpu") -> float:
-    """Return the bytes per second of a copy in memory, or from pinned memory to a CUDA device, as for batches."""
-    on_cuda = device.startswith("cuda")
-    source = torch.ones(1 << 24, pin_memory=on_cuda)
-    target = torch.empty_like(source, device=device)
-    return per_second(lambda: target.copy_(source, non_blocking=on_cuda), source.numel() * 4, device)
-
-
 def decode_rate() -> float:
     """Return the voxels per second that one core decompresses, of a volume with noise stored as in the cache."""
     noise = np.random.default_rng(0).normal(40, 12, (128, 128, 128)).astype(np.int16)
     params = blosc2.CParams(codec=blosc2.Codec.LZ4HC, clevel=5, nthreads=1, filters=[blosc2.Filter.SHUFFLE])
     stored = blosc2.asarray(noise, chunks=(64, 64, 64), blocks=(32, 32, 32), cparams=params)
-    return per_second(lambda: stored[:], noise.size)
+    return per_second(lambda: stored[:], noise.size, SECONDS)
 
 
 def measure_disk(folder: Path) -> dict[str, Any]:

@@ -93,7 +93,7 @@ rm -rf "$out/pretrain" "$out/finetune" "$out/predictions" "$out/scores" "$out/sc
 launch Pretrain.main_pretrain --method "$method" "${pretrain[@]}" "${preprocessing[@]}" \
   --datalist "$data/structures.json" --section pretraining --cache_dir "$cache" \
   --epochs "$pretrain_epochs" --samples_per_epoch "$pretrain_samples" --warmup_epochs 1 --save_every 100 --log_every 1 --workers 0 --seed 0 \
-  --out_dir "$out/pretrain"
+  --out_dir "$out/pretrain" --recipe scripts/demo.sh
 
 # Start the command "${@:2}" with its output in the file $1. It is ended when this script ends.
 in_background() {
@@ -114,7 +114,7 @@ finetune() {
   launch Finetune.main_finetune --preset "$preset" --data "$data" --cache_dir "$cache" --fold 0 \
     --init "$out/pretrain/checkpoint-last.pth" "${finetune[@]}" \
     --epochs "$finetune_epochs" --samples_per_epoch "$finetune_samples" --warmup_epochs 0.5 --batch_size 1 --class_balance 0.7 --validate_every 0 \
-    --save_every 1000 --workers 0 --seed 0 --out_dir "$@"
+    --save_every 1000 --workers 0 --seed 0 --out_dir "$1" --recipe scripts/demo.sh "${@:2}"
 }
 
 step "4/6 Fine-tuning: ${names[1]} on one scan, from that checkpoint; the same from random weights at the same time" "$out/finetune"

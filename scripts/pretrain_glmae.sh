@@ -42,4 +42,4 @@ launch Pretrain.main_pretrain \
   --epochs 1600 --warmup_epochs 40 --batch_size 32 --micro_batch_size 1 --blr 1.5e-4 --weight_decay 0.05 --clip_grad 3 \
   --save_every 100 --seed 0 \
   --out_dir runs/glmae \
-  "$@"
+  --recipe scripts/pretrain_glmae.sh "$@"

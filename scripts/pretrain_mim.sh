@@ -39,4 +39,4 @@ launch Pretrain.main_pretrain \
   --epochs 800 --warmup_epochs 40 --batch_size 128 --micro_batch_size 1 --blr 4e-4 --weight_decay 0.05 --clip_grad none \
   --save_every 100 --seed 0 \
   --out_dir runs/mim \
-  "$@"
+  --recipe scripts/pretrain_mim.sh "$@"

@@ -52,7 +52,7 @@ def read_words(monkeypatch, module, words, complete=True):
             if complete or not str(error).startswith("missing setting(s)"):
                 raise
         negations = [f"--no-{name}" for name, entry in known.items() if entry.kind is bool]
-        raise Read([f"--{name}" for name in ("config", "help", *known)] + negations)
+        raise Read([f"--{name}" for name in (*cli.RESERVED, *known)] + negations)
 
     def parse_args(parser, argv=None):
         own_parse_args(parser, argv)

@@ -1,6 +1,6 @@
 """The rules of this repository's structure: which part may import which, file names, and references between files.
 
-The hall is the modules directly in common/; its three rooms are common/data, common/cache and common/training.
+common/ has three subpackages with rules of their own (`SUBPACKAGES`): data, cache and training.
 """
 
 import ast
@@ -19,8 +19,8 @@ from common.training.method import Method
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("common", "Finetune", "Pretrain", "benchmarks", "scripts", "tests")
-ROOMS = {"common.data", "common.cache", "common.training"}
-COMMON = {"common", *ROOMS}
+SUBPACKAGES = {"common.data", "common.cache", "common.training"}
+COMMON = {"common", *SUBPACKAGES}
 PROGRAMS = {"generate_cache_files", "scripts", "benchmarks"}
 # area of the importing file -> areas that it may import
 ALLOWED = {
@@ -54,7 +54,7 @@ def name_of(path: Path) -> str:
 def area(module: str) -> str:
     """Return the part of the repository that a module belongs to; another package's top-level name for the rest."""
     first_two = ".".join(module.split(".")[:2])
-    return first_two if first_two in ROOMS else module.split(".")[0]
+    return first_two if first_two in SUBPACKAGES else module.split(".")[0]
 
 
 def references(source: str, path: Path) -> set[str]:

@@ -24,6 +24,8 @@ from common.signals import SIGNALS
 # micro-batches that are made ahead: by each loading process, or with `Loading.by_sample` by all together
 PREFETCH = 2
 SHARED_MEMORY = Path("/dev/shm")
+# samples whose size is measured: blocks of volumes have different ones
+SIZED = 4
 # beside those of samples: libraries, the cache, logs, connections of processes
 OTHER_FILES = 512
 
@@ -211,7 +213,7 @@ def check_shared_memory(loading: Loading, sampler: StreamSampler, workers: int, 
     no such folder.
 
     Args:
-        sampler: of the batches to come, of which the first sample is about as large as the others.
+        sampler: of the samples to come. The largest of the first ones stands for all.
         workers: loading processes of this process; every process on this machine has as many.
 
     Raises:
@@ -219,9 +221,9 @@ def check_shared_memory(loading: Loading, sampler: StreamSampler, workers: int, 
     """
     if workers == 0 or not folder.is_dir():
         return
-    sample = loading.collate([loading.dataset[next(iter(sampler))[0]]])
+    first = (loading.collate([loading.dataset[item]]) for item in islice(StreamSamples(sampler), SIZED))
     processes, samples = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), samples_on_their_way(loading, sampler, workers)
-    needed, free = tensor_bytes(sample) * samples * processes, shutil.disk_usage(folder).free
+    needed, free = max(map(tensor_bytes, first)) * samples * processes, shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
             f"{folder}: {free / 1e6:,.0f} MB free, about {needed / 1e6:,.0f} MB needed for {processes} process(es) x "

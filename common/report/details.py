@@ -1,4 +1,4 @@
-"""Sections of what makes a run repeatable: its settings beside the defaults, the machine, and what to cite."""
+"""Sections of what makes a run repeatable: settings beside the recipe's and the defaults, machine, what to cite."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,27 +14,35 @@ CITATION = Path(__file__).resolve().parents[2] / "CITATION.cff"
 
 
 def settings_section(run: RunFolder) -> Html | None:
-    """Return the settings that differ from their defaults, and all others on request."""
+    """Return the settings that differ from the recipe's and from their defaults, and all others on request."""
     rows = run.record.get("settings", []) if run.kind != "sweep" else []
     if not rows:
         known = run.sweep.get("settings") or run.settings
         listed = page.pairs((name, value_text(value)) for name, value in known.items())
         return page.section("Settings", tag("div", listed, class_="card")) if known else None
-    given = [row for row in rows if "default" not in row]
+    recipe = run.record.get("recipe")
+    other = [row for row in rows if "recipe" in row and row["value"] != row["recipe"]]
+    required = [row for row in rows if "default" not in row]
     changed = [row for row in rows if "default" in row and row["value"] != row["default"]]
     same = [row for row in rows if "default" in row and row["value"] == row["default"]]
-    header = ["setting", "this run", "default"]
-    cells = [(tag("code", row["name"]), value_text(row["value"]), value_text(row["default"])) for row in changed]
-    required = page.pairs((row["name"], value_text(row["value"])) for row in given)
+    listed = page.pairs((row["name"], value_text(row["value"])) for row in required)
     return page.section(
         "Settings",
+        page.cards(compared(other, "recipe", recipe)) if recipe else None,
         page.cards(
-            page.join([tag("h3", f"{len(changed)} differ from the defaults"), page.table(header, cells)]),
-            page.join([tag("h3", "Have no default"), required]) if given else None,
+            compared(changed, "default", "the defaults"),
+            page.join([tag("h3", "Have no default"), listed]) if required else None,
             uneven=True,
         ),
         page.folded(f"{len(same)} settings have their defaults", *grouped(same)),
     )
+
+
+def compared(rows: Sequence[Mapping[str, Any]], other: str, name: str) -> Html:
+    """Return settings beside what they are elsewhere: the value `other` of a row, in what is called `name`."""
+    cells = [(tag("code", row["name"]), value_text(row["value"]), value_text(row[other])) for row in rows]
+    title = tag("h3", f"{len(rows) or 'None'} {'differs' if len(rows) < 2 else 'differ'} from {name}")
+    return page.join([title, page.table(["setting", "this run", other], cells) if rows else None])
 
 
 def grouped(rows: Sequence[Mapping[str, Any]]) -> list[Html]:

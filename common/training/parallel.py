@@ -18,6 +18,7 @@ from common.training.method import Method
 
 # torch 2.14 renamed this argument, and warns about the former name
 _DDP_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+RECOMPILE_LIMIT = 64
 SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers"
 
 
@@ -93,6 +94,8 @@ def compile_blocks(method: nn.Module) -> int:
     if not torch.cuda.is_available():
         # compiling for a CPU loads torch's search for CUDA, which warns that there is none
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # blocks share their code, which is compiled again for each shape, with and without gradients; torch stops at 8
+    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, RECOMPILE_LIMIT)
     blocks = transformer_blocks(method)
     for block in blocks:
         block.compile()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from common.cli import recipe_of
 from common.config import settings_of, to_dict
 from common.distributed import Run
 from common.environment import environment
@@ -25,23 +26,36 @@ def write_record(
     Args:
         about: what only the program knows, in plain types; common/report shows `title`, `program` and the rest.
     """
+    recipe = recipe_of(type(settings))
     content = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "about": dict(about),
         "plan": {**vars(plan), "processes": run.world_size, "device": run.device.type},
         "trained_parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
-        "settings": described(settings),
+        "recipe": recipe[0] if recipe else None,
+        "settings": described(settings, recipe[1] if recipe else None),
         "environment": environment(),
     }
     save_bytes(Path(settings.out_dir) / RUN_FILE, json.dumps(content, indent=1).encode())
 
 
-def described(settings: Any) -> list[dict[str, Any]]:
-    """Return every setting that the run uses: `name`, `group` (its heading in --help), `value`, and `default` where it
-    has one."""
+def described(settings: Any, recipe: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Return every setting that the run uses.
+
+    Args:
+        recipe: the settings that a recipe gives.
+
+    Returns:
+        Of each setting `name`, `group` (its heading in --help), `value`, `default` where it has one, and, if there is
+        a recipe, `recipe`: the value of a run of the recipe without further settings, where that has one.
+    """
     values, rows = to_dict(settings), []
     for name, entry in settings_of(type(settings)).items():
         if all(values[selector] in allowed for selector, allowed in entry.when.items()):
-            default = {} if entry.required else {"default": to_dict(entry.default)}
-            rows.append({"name": name, "group": entry.title, "value": values[name], **default})
+            row = {"name": name, "group": entry.title, "value": values[name]}
+            if not entry.required:
+                row["default"] = to_dict(entry.default)
+            if recipe is not None and (name in recipe or "default" in row):
+                row["recipe"] = to_dict(recipe[name]) if name in recipe else row["default"]
+            rows.append(row)
     return rows

@@ -1,7 +1,7 @@
 """What a run prints at its start: one screen that says what is trained, and what can be computed before an update.
 
-The time of an update is not among it: it is printed when some have been measured (common/training/speed.py), and
-`--dry_run` measures the first passes.
+The time is a bound from the rate of matrix products. A measured one is printed after some updates
+(common/training/speed.py), and `--dry_run` measures the first passes.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.data.loader import to_device
 from common.distributed import Run
-from common.resources import GIB, memory, peak_memory, quantity
+from common.rates import matmul_rate
+from common.resources import GIB, duration, memory, peak_memory, quantity
 from common.runlog import is_main
 from common.training.fsdp import meta_copy
 from common.training.loop import LossWeights
@@ -22,6 +23,8 @@ from common.training.settings import BatchPlan, LoopSettings
 
 # of AdamW, for each trained weight: the gradient and two moments
 COPIES = 3
+# of the product whose rate is measured, and how long: a moment, as every start takes it
+MATRIX_CPU, MATRIX_CUDA, SECONDS = 512, 4096, 0.02
 
 
 def start_summary(
@@ -52,12 +55,28 @@ def start_summary(
         "updates": f"{plan.total_steps:,}: {settings.epochs:,} epochs x {plan.steps_per_epoch:,}",
         "compute": "not counted" if flop is None else f"{quantity(flop, 'FLOP')} per update, forward and backward",
         "memory": f"{quantity(size, 'B')} per process for weights, gradients and moments; --dry_run measures the rest",
-        "time": "printed when the first updates are measured",
+        "time": time_text(flop, settings, plan, run),
         "device": f"{device_name(run.device)}, {autocast_dtype(settings.precision.amp, run.device) or torch.float32}",
         "folder": str(settings.out_dir),
     }
     width = max(map(len, rows))
     return "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())])
+
+
+def time_text(flop: float | None, settings: LoopSettings, plan: BatchPlan, run: Run) -> str:
+    """Return how long the run takes at the rate of large matrix products, which no update reaches.
+
+    Args:
+        flop: of an update over all processes, None if unknown.
+    """
+    measured = "measured after the first updates"
+    if flop is None:
+        return measured
+    size = MATRIX_CUDA if run.device.type == "cuda" else MATRIX_CPU
+    dtype = autocast_dtype(settings.precision.amp, run.device) or torch.float32
+    rate = matmul_rate(str(run.device), size, dtype, SECONDS)
+    least = duration(flop * plan.total_steps / (rate * run.world_size))
+    return f"at least about {least}, at {quantity(rate, 'FLOP')}/s of matrix products per process; {measured}"
 
 
 def state_bytes(method: Method, settings: LoopSettings, run: Run) -> int:

@@ -16,6 +16,7 @@ from common.config import to_dict
 from common.data.loader import DeviceBatches, Loading, build_loader, check_limits, end_workers, micro_batches
 from common.data.sampler import StreamSampler, mix
 from common.distributed import Run
+from common.environment import code_version
 from common.errors import InputError
 from common.files import lock_folder, naming_errors, remove_temporary, save_bytes
 from common.resources import duration
@@ -91,6 +92,7 @@ class Trainer:
         seeds = settings.seed if self.order_seed == settings.seed else [settings.seed, self.order_seed]
         self.invariants = {"seed": seeds, "batch": plan.batch, "steps_per_epoch": plan.steps_per_epoch}
         self.invariants |= {"num_samples": len(dataset)} | data_fingerprint
+        self.code = code_version()
         self.state = self._make_state(make_optimizer)
         self.writer = checkpointing.CheckpointWriter(self.out_dir, settings.checkpoints.save_minutes)
         self.watchdog = Watchdog(settings.hang_minutes)
@@ -381,7 +383,7 @@ class Trainer:
         state.weight_norm()
         content = state.checkpoint_entries(within_epoch)
         content["args"] = self.args | {"step": state.step, "loop": self.invariants | content.pop("loop")}
-        content["args"]["micro_batch"] = self.plan.micro_batch
+        content["args"] |= {"micro_batch": self.plan.micro_batch, "code_version": self.code}
         if self.run.rank == 0:
             # before the checkpoint, so that the logs hold everything that it counts as done
             self.log.flush()

@@ -21,4 +21,4 @@ launch Finetune.main_finetune --preset CC_CCII --data "$data" --out_dir "$out" -
   --model classifier --size base --patch_size 16 \
   --epochs 50 --warmup_epochs 5 --lr 1e-4 --weight_decay 0.05 --clip_grad 1 \
   --batch_size 16 --micro_batch_size 2 --validate_every 5 --seed 0 \
-  "$@"
+  --recipe scripts/CC_CCII/run.sh "$@"

@@ -24,4 +24,4 @@ finetune COVID19_20 \
   --model unetr --size base --patch_size 16 --feature_size 48 \
   --epochs 400 --warmup_epochs 20 --blr 1e-4 --weight_decay 1e-5 --clip_grad 1 \
   --batch_size 4 --micro_batch_size 1 --crops 4 --validate_every 20 --overlap 0.5 --blending gaussian --seed 0 \
-  "$@"
+  --recipe scripts/COVID19_20/run.sh "$@"

@@ -4,12 +4,13 @@
 #
 #   DATA=/path/to/Task04_Hippocampus bash scripts/MSD04_Hippocampus/evidence.sh --quick                one pretraining seed, 8 labels
 #   DATA=/path/to/Task04_Hippocampus bash scripts/MSD04_Hippocampus/evidence.sh --quick --ablations    then short ablations, frozen features
+#   DATA=/path/to/Task04_Hippocampus bash scripts/MSD04_Hippocampus/evidence.sh --quick --length       then longer pretrainings
 #   DATA=/path/to/Task04_Hippocampus bash scripts/MSD04_Hippocampus/evidence.sh                        the whole study
 #
 # Steps: (1) a list of the training cases of fold 0; the held-out cases are seen by no pretraining; (2) pretraining, a folder per method and
 # seed; (3) fine-tuning, learning rates chosen on half of the held-out cases, results on the other half; (4) probes of frozen features;
-# (5) ablations, one switch at a time, with --quick only if --ablations is given; (6) without --quick the length of pretraining. The
-# same command goes on where it was stopped.
+# (5) ablations, one switch at a time, with --quick only if --ablations is given; (6) the length of pretraining, with --quick only if --length
+# is given. The same command goes on where it was stopped.
 #
 # DATA: Task04_Hippocampus as published; by default data/MSD04_Hippocampus, where scripts.prepare puts it.
 # OUT: folder of the study. CACHE: folder of the cache.
@@ -19,15 +20,16 @@
 # hour or more. The whole study is many times as much: days on two cores, and never run yet. Every training prints what remains.
 # Our choice: all settings; the papers do not use this data set.
 
-size=full ablations=""
+size=full ablations="" length=""
 for argument in "$@"; do
   case "$argument" in
     --quick) size=quick ;;
     --ablations) ablations=yes ;;
-    *) echo "error: found '$argument', expected --quick, --ablations or nothing" >&2; exit 2 ;;
+    --length) length=yes ;;
+    *) echo "error: found '$argument', expected --quick, --ablations, --length or nothing" >&2; exit 2 ;;
   esac
 done
-[ "$size" = quick ] || ablations=yes
+[ "$size" = quick ] || ablations=yes length=yes
 
 source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
 
@@ -213,6 +215,27 @@ if [ -n "$ablations" ]; then
   "$PYTHON" -m Finetune.probe "${probe[@]}" --roi 32 64 32 --inits "$mim_inits" --out "$out/probe_ablations_mim"
 fi
 
+if [ "$size" = quick ] && [ -n "$length" ]; then
+  step "6 The length of pretraining, seed 0: GL-MAE, and MiM without alignment" "$out/probe_length_* $out/length_*"
+  # the longest ones first
+  cell glmae-x4 0 "$((glmae_updates * 4))" 8 "${glmae_flags[@]}"
+  inits="glmae-short=$(files glmae-short 0),glmae=$(files glmae 0),glmae-x4=$(files glmae-x4 0)"
+  mim_inits=""
+  for share in 8 2; do
+    cell "mim-no-align-x$share" 0 "$((mim_updates * share))" 4 "${mim_flags[@]}" --align none
+    mim_inits=",mim-no-align-x$share=$(files "mim-no-align-x$share" 0)$mim_inits"
+  done
+  # those of the ablations
+  cell glmae-short 0 "$glmae_ablation" 8 "${glmae_flags[@]}"
+  cell mim-short-no-align 0 "$mim_ablation" 4 "${mim_flags[@]}" --align none
+  mim_inits="mim-no-align-x1-of-2=$(files mim-short-no-align 0)$mim_inits"
+  finish_cells
+  "$PYTHON" -m Finetune.probe "${probe[@]}" --roi 32 48 32 --inits "$inits" --out "$out/probe_length_vit"
+  "$PYTHON" -m Finetune.probe "${probe[@]}" --roi 32 64 32 --inits "$mim_inits" --out "$out/probe_length_mim"
+  sweep length_vit "$roi" --models primus --inits "scratch,glmae-x4=$(files glmae-x4 0)" --label_counts 8 --tune "lr=$rates"
+  sweep length_mim "$mim_roi" --models mim_light --inits "scratch,mim-no-align-x8=$(files mim-no-align-x8 0)" --label_counts 8 --tune "lr=$rates"
+fi
+
 if [ "$size" = full ]; then
   step "5 Ablations, fine-tuned" "$out/ablations_vit $out/ablations_mim"
   sweep ablations_vit "$roi" --models primus --inits "scratch,$inits" --label_counts 8 --tune "lr=$rates"
@@ -230,7 +253,7 @@ if [ "$size" = full ]; then
 fi
 
 step "Results" "$out"
-for folder in vit mim dynunet ablations_vit ablations_mim length; do
+for folder in vit mim dynunet ablations_vit ablations_mim length length_vit length_mim; do
   [ ! -f "$out/$folder/sweep.txt" ] || cat "$out/$folder/sweep.txt"
 done
 cat "$out"/probe_*/probe.txt

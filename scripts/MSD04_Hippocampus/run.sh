@@ -32,4 +32,4 @@ finetune MSD04_Hippocampus \
   "${network[@]}" \
   --epochs "$epochs" --warmup_epochs 1 --lr 1e-3 --weight_decay 1e-5 --clip_grad 1 \
   --batch_size 4 --micro_batch_size 4 --crops 1 --validate_every 0 --overlap 0.5 --blending gaussian --seed 0 --workers 0 \
-  "$@"
+  --recipe scripts/MSD04_Hippocampus/run.sh "$@"

@@ -24,4 +24,4 @@ finetune MSD10_Colon \
   --model unetr --size base --patch_size 16 --feature_size 48 \
   --epochs 1000 --warmup_epochs 50 --blr 1e-4 --weight_decay 1e-5 --clip_grad 1 \
   --batch_size 4 --micro_batch_size 1 --crops 4 --validate_every 50 --overlap 0.5 --blending gaussian --seed 0 \
-  "$@"
+  --recipe scripts/MSD10_Colon/run.sh "$@"

@@ -20,4 +20,4 @@ finetune sample_abdomen \
   --model unetr --size tiny --depth 6 --patch_size 8 --feature_size 8 --roi 64 \
   --epochs 60 --warmup_epochs 2 --lr 1e-3 --weight_decay 1e-5 --clip_grad 1 \
   --batch_size 1 --micro_batch_size 1 --crops 2 --validate_every 0 --overlap 0.5 --blending gaussian --seed 0 --workers 0 \
-  "$@"
+  --recipe scripts/sample_abdomen/run.sh "$@"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 
+from common.cache.statistics import InputStatistics
 from common.errors import InputError
 from Finetune import export
 from Finetune.contract import contract_warning, recorded_preprocessing
@@ -151,9 +152,8 @@ def test_the_card_says_what_was_recorded(tmp_path, vit):
         ({}, None, None),
         ({}, {"environment": {"code": "abc-dirty"}}, "abc-dirty"),
         ({"code_version": "def"}, {"environment": {"code": "abc"}}, "def"),
-        ({"commit": "fed"}, None, "fed"),
         ({}, {"environment": {"code": "unknown"}}, None),
-        ({"commit": 3}, ["no", "record"], None),
+        ({"code_version": 3}, ["no", "record"], None),
     ],
 )
 def test_the_card_has_the_code_version_of_the_training(tmp_path, vit, args, record, expected):
@@ -189,6 +189,35 @@ def test_differences_from_a_preset_are_named_in_one_line(tmp_path, vit, exported
 def test_equal_preprocessing_gives_no_warning(tmp_path, vit):
     save(tmp_path / "same.pth", vit, low=-175.0, high=250.0)
     assert contract_warning(tmp_path / "same.pth", load_preset("BTCV")) == ""
+
+
+@pytest.mark.parametrize(
+    "mean, std, words",
+    [
+        (0.45, 0.35, ""),
+        (0.2, 0.3, ""),
+        (0.6, 0.3, "mean and standard deviation of the voxels 0.20 and 0.30, here 0.60 and 0.30"),
+        (0.2, 0.1, "here 0.20 and 0.10"),
+        (0.2, 0.7, "here 0.20 and 0.70"),
+    ],
+)
+def test_voxels_far_from_those_of_the_training_are_named(tmp_path, vit, mean, std, words):
+    save(tmp_path / "same.pth", vit, low=-175.0, high=250.0)
+    run(tmp_path / "same.pth", "--to", tmp_path / "out")
+    for path in (tmp_path / "same.pth", tmp_path / "out"):
+        text = contract_warning(path, load_preset("BTCV"), InputStatistics((mean,), (std,)))
+        assert words in text and bool(text) == bool(words)
+    # another window gives other numbers, and is named itself
+    assert "mean" not in contract_warning(tmp_path / "vit.pth", load_preset("BTCV"), InputStatistics((9.0,), (1.0,)))
+
+
+def test_another_orientation_or_modality_is_named(tmp_path, vit):
+    save(tmp_path / "same.pth", vit, low=-175.0, high=250.0, modality="any")
+    run(tmp_path / "same.pth", "--to", tmp_path / "out")
+    card = tmp_path / "out/config.json"
+    card.write_text(card.read_text().replace('"orientation": "RAS"', '"orientation": "LPS"'))
+    text = contract_warning(tmp_path / "out", load_preset("BTCV"))
+    assert "modality any, here CT" in text and "orientation LPS, here RAS" in text
 
 
 def test_a_finetuned_checkpoint_has_the_contract_of_its_preset():

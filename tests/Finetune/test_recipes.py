@@ -38,7 +38,7 @@ def test_every_preset_has_a_recipe_with_valid_settings(name):
     for variable, value in VARIABLES.get(name, {}).items():
         line = line.replace(f'"{variable}"', value)
     words = shlex.split(line)
-    assert name in words and words[-1] == "$@"
+    assert name in words and words[-3:] == ["--recipe", f"scripts/{name}/run.sh", "$@"]
     flags = words[words.index(next(w for w in words if w.startswith("--"))) : -1]
     given = [] if "--preset" in flags else ["--preset", name, "--data", "d", "--out_dir", "o"]
     config, preset = parse(FinetuneSettings, [*given, *flags]), load_preset(name)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.environment import code_version
 from common.errors import InputError
 from common.runlog import TIMES
 from common.training import trainer
@@ -55,6 +56,7 @@ def test_a_run_leaves_checkpoints_log_and_pictures(scans, tmp_path, capsys):
     content = torch.load(tmp_path / "run/checkpoint-1.pth", weights_only=True)
     assert set(content) == {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"}
     assert content["epoch"] == 1 and content["args"]["grid_size"] == [2, 2, 2] and len(content["args"]["data"]) == 3
+    assert content["args"]["code_version"] == code_version()
     said = capsys.readouterr().out
     assert "8 views per update" in said and "4: 2 epochs x 2" in said and "learning rate 0.001" in said
     encoder = VisionTransformer3D(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2)
@@ -196,6 +198,8 @@ def test_where_views_are_made_changes_no_number(scans, tmp_path, capsys):
         (["--global_size", "36"], r"\(36, 36, 36\)"),
         (["--num_heads", "5"], "--method glmae: .*num_heads"),
         (["--mask_ratio_local", "1.0"], r"--mask_ratio_local 1.0: must be less than 1"),
+        (["--local_size", "8"], "--local_size 8 8 8, --mask_ratio_local 0.6: no patch of 1 is removed"),
+        (["--mask_ratio_global", "0"], "--global_size 32 32 32, --mask_ratio_global 0: no patch of 64 is removed"),
         (["--global_views", "0"], "--global_views 0"),
         (["--batch_size", "3", "--micro_batch_size", "2"], "multiple of 2"),
         (["--micro_batch_size", "most"], "--micro_batch_size: found .most., expected one of auto"),
@@ -216,6 +220,7 @@ def test_an_empty_folder_is_named(scans, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty"):
         pretrain(scans, tmp_path / "run", "--datalist", str(tmp_path / "empty"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_place_that_cannot_be_written_is_named(scans, tmp_path):

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from common.cli import parse, run_program
+from common.cli import parse, recipe_of, run_program
 from common.config import group, setting, to_dict
 from common.errors import InputError
 from tests.helpers import ROOT
@@ -94,6 +94,16 @@ def test_later_flags_win_so_a_recipe_can_be_overridden():
     assert parse(Settings, ["--no-fast", "--fast"]).fast and not parse(Settings, ["--fast", "--no-fast"]).fast
 
 
+@pytest.mark.parametrize("recipe", ["--recipe a.sh", "--recipe=a.sh"])
+def test_the_flags_of_a_recipe_are_those_before_its_name(tmp_path, recipe):
+    (tmp_path / "s.yaml").write_text("size: 32\nlow: 1\n")
+    argv = f"--config {tmp_path / 's.yaml'} --rate 2 --low 3 {recipe} --rate 4 --mode b".split()
+    assert recipe_of(Settings, argv) == ("a.sh", {"size": (32, 32, 32), "low": 3.0, "rate": 2.0})
+    settings = parse(Settings, argv)
+    assert (settings.rate, settings.mode, settings.low) == (4.0, "b", 3.0)
+    assert recipe_of(Settings, ["--rate", "2"]) is None
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
@@ -109,6 +119,8 @@ def test_later_flags_win_so_a_recipe_can_be_overridden():
         ("--rate", ["--rate", "found nothing", "expected"]),
         ("--fast 3", ["--fast", "found '3'", "expected"]),
         ("--config", ["--config", "found nothing"]),
+        ("--recipe --rate 1", ["--recipe", "found nothing", "one name"]),
+        ("--recipe a.sh b", ["--recipe", "found a.sh b", "one name"]),
         ("word --rate 1", ["'word'"]),
     ],
 )

@@ -120,7 +120,7 @@ def run_words(words: Words) -> int:
 
 
 def try_input(kind: str, number: int, folder: Path, bench: Bench, seed: int = 0) -> Result:
-    """Make an input in `folder`, run its program, and judge what it did."""
+    """Make an input in `folder`, run its program, and check what it did."""
     began, folder = time.monotonic(), folder.resolve()
     rng = random.Random(f"{seed} {kind} {number}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from common import checkpoint, signals
-from common.peers import EXIT_PEER_DIED
+from common.heartbeat import EXIT_RANK_DIED
 from common.signals import EXIT_REQUEUE
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset
@@ -310,7 +310,7 @@ def dead_rank(bench: Bench, out: Path, number: int, name: str, where: str, how: 
     repeated = f"error: rank {dies} {message}" in printed
     assert codes[dies] == (1 if how == "raise" else -signal.SIGKILL), (codes, job.output(dies)[-2000:])
     assert repeated or (not hangs and "by peer" in printed), (codes, printed[-2000:])
-    assert codes[1 - dies] == (EXIT_PEER_DIED if repeated else 1), (codes, printed[-2000:])
+    assert codes[1 - dies] == (EXIT_RANK_DIED if repeated else 1), (codes, printed[-2000:])
     assert updates_done(out) == (STEPS // 3 if where == "update" else 0) and not (out / "requeue").exists()
     after = job.ended_at[1 - dies] - job.ended_at[dies]
     resume(bench, name, out)

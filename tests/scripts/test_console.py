@@ -1,7 +1,11 @@
 """The console commands start the same programs as `python -m`."""
 
+import shutil
+import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 
 import pytest
 
@@ -27,3 +31,24 @@ def test_bad_input_is_one_line_and_an_exit_code(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["glmae-pretrain", "--epoch", "3"])
     assert main() == 2
     assert capsys.readouterr().err == "error: --epoch: unknown setting; did you mean --epochs?\n"
+
+
+@pytest.mark.slow
+def test_an_installation_in_place_has_the_commands(tmp_path):
+    copy, environment = tmp_path / "copy", tmp_path / "venv"
+    for package in ("common", "Pretrain", "Finetune", "scripts", "benchmarks"):
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "generate_cache_files.py"):
+        shutil.copy(ROOT / name, copy)
+    venv.create(environment, with_pip=False)
+    # the libraries of this environment, which also have setuptools: nothing is downloaded
+    (libraries,) = environment.glob("lib/python3*/site-packages")
+    (libraries / "libraries.pth").write_text(sysconfig.get_paths()["purelib"])
+    python = [sys.executable, "-m", "pip", "--python", str(environment / "bin/python")]
+    install = [*python, "install", "--quiet", "--no-deps", "--no-build-isolation", "-e", "."]
+    done = subprocess.run(install, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.name for path in environment.glob("bin/glmae-*")} == set(COMMANDS)
+    # from another folder: the package is found in the copy
+    shown = subprocess.run([environment / "bin/glmae-cache", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.returncode == 0 and shown.stdout.startswith("usage: glmae-cache "), shown.stderr[-2000:]

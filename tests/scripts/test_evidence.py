@@ -45,7 +45,7 @@ def commands(folder, *args):
     return found
 
 
-@pytest.mark.parametrize("args", [("--quick",), ("--quick", "--ablations"), ()])
+@pytest.mark.parametrize("args", [("--quick",), ("--quick", "--ablations"), ("--quick", "--length"), ()])
 def test_programs_accept_the_commands(tmp_path, args):
     found = commands(tmp_path, *args)
     pretrainings = [parse(settings_class(), words) for words in found["Pretrain.main_pretrain"]]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from common.data import loader
 from common.data.loader import Loading
-from common.data.sampler import StreamSampler
+from common.data.sampler import StreamSampler, StreamSamples
 from common.errors import InputError
 
 
@@ -118,6 +118,23 @@ def test_a_shared_memory_file_system_that_is_too_small_is_named(tmp_path, monkey
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(InputError, match="2 process"):
         check(sampler_of(100, micro_batch=3), workers=2)
+
+
+class BySampleIndex(dict):
+    """A data set whose samples do not depend on the position in the stream."""
+
+    def __getitem__(self, item):
+        return super().__getitem__(item[1])
+
+
+def test_the_largest_of_the_first_samples_counts(tmp_path, monkeypatch):
+    # 4 bytes in the first sample, 4 MB in the third
+    order = [index for _, index in StreamSamples(sampler_of(1))]
+    samples = {index: {"numbers": torch.zeros(size)} for index, size in zip(order, (1, 1, 1_000_000, 1))}
+    loading = Loading(BySampleIndex(samples))
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: SimpleNamespace(free=64e6))
+    with pytest.raises(InputError, match="about 160 MB needed"):
+        loader.check_shared_memory(loading, sampler_of(100), workers=2, folder=tmp_path)
 
 
 def test_fewer_samples_are_on_their_way_than_in_batches():

@@ -81,6 +81,27 @@ def test_settings_that_differ_stand_beside_their_defaults(tmp_path):
     assert "<td><code>seed</code>" not in changed and "<dt>seed</dt>" in same
 
 
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({}, "None differs from scripts/demo.sh"),
+        ({"lr": 1e-3}, "1 differs from scripts/demo.sh"),
+        ({"lr": 1e-3, "epochs": 5}, "2 differ from scripts/demo.sh"),
+    ],
+)
+def test_settings_are_compared_with_the_recipe(tmp_path, values, words):
+    folder = made.pretraining(tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text())
+    record["settings"] = [row | {"recipe": values.get(row["name"], row["value"])} for row in record["settings"]]
+    made.write_json(folder / "run.json", record | {"recipe": "scripts/demo.sh"})
+    text = page_of(folder)
+    assert words in text
+    for name, value in values.items():
+        assert (
+            f"<td><code>{name}</code></td>" in text.split("differ from the defaults")[0] and f"<td>{value}</td>" in text
+        )
+
+
 def test_the_first_screen_has_result_verdict_and_time(tmp_path):
     first = page_of(made.pretraining(tmp_path / "run")).split("<section>")[0]
     for words in (

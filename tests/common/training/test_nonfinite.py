@@ -1,4 +1,4 @@
-"""Bad updates: never made, told with their files, and the policy that follows."""
+"""Bad updates: never made, reported with their files, and the policy that follows."""
 
 import json
 import math

@@ -39,12 +39,20 @@ def test_settings_stand_beside_their_defaults():
     assert [row["name"] for row in described(Settings("x", method="b"))] == ["out_dir", "method"]
 
 
-def test_the_record_has_parameters_and_versions(tmp_path):
+def test_settings_stand_beside_those_of_the_recipe():
+    rows = described(Settings("runs/x", first=Part(6)), {"depth": 5})
+    assert [row.get("recipe") for row in rows] == [None, "a", 5]
+    assert described(Settings("runs/x"), {"out_dir": "runs/y"})[0]["recipe"] == "runs/y"
+
+
+def test_the_record_has_parameters_and_versions(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["program", "--out_dir", "runs/x", "--recipe", "a.sh", "--depth", "6"])
     model = torch.nn.Linear(3, 2)
     model.bias.requires_grad_(False)
     write_record(Settings(str(tmp_path)), Run(torch.device("cpu")), BatchPlan(1, 1, 1, 2, 4), model, {"title": "T"})
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["about"] == {"title": "T"} and record["trained_parameters"] == 6
+    assert record["recipe"] == "a.sh" and record["settings"][0]["recipe"] == "runs/x"
     assert record["plan"]["total_steps"] == 4 and record["environment"]["torch"] == version("torch")
 
 

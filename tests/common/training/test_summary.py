@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from common.distributed import Run
-from common.training import speed
+from common.training import speed, summary
 from common.training.settings import BatchPlan, LoopSettings
 from common.training.speed import Speed
 from common.training.summary import start_summary, state_bytes, update_flop
@@ -53,7 +53,7 @@ def test_operations_are_those_of_the_matrix_products():
 def test_a_method_that_needs_values_is_not_counted():
     assert update_flop(Reads(), Samples(), weights, PLAN) is None
     text = start_summary("title", {"data": "three"}, Reads(), LoopSettings(out_dir="run"), PLAN, RUN, None)
-    assert "compute  not counted" in text
+    assert "compute  not counted" in text and "time     measured after the first updates" in text
 
 
 def test_other_ranks_do_not_count(monkeypatch):
@@ -74,6 +74,15 @@ def test_the_summary_fits_on_a_screen():
     assert lines[:2] == ["title", "  data     three"] and len(lines) < 20 and max(map(len, lines)) <= 120
     for part in ("200 trained, 200 not trained", "6 volumes: 1 process(es) x 2 x 3", "50: 100 epochs x 5", "4.2 TFLOP"):
         assert part in text
+
+
+def test_the_time_is_bounded_by_the_rate_of_matrix_products(monkeypatch):
+    monkeypatch.setattr(summary, "matmul_rate", lambda *args: 2e12)
+    # 50 updates of 36 TFLOP on one process, and on two
+    for processes, words in ((1, "at least about 15 min, at 2 TFLOP/s"), (2, "at least about 8 min")):
+        assert words in summary.time_text(
+            36e12, LoopSettings(out_dir="run"), PLAN, Run(RUN.device, world_size=processes)
+        )
 
 
 def test_the_first_interval_is_not_used(monkeypatch):

@@ -112,7 +112,7 @@ def points(out_dir):
 
 
 def same_logs(a, b):
-    """Both runs told the same: every epoch's line and every point, none doubled and none missing."""
+    """Both runs logged the same: every epoch's line and every point, none doubled and none missing."""
     strip = [[{k: v for k, v in line.items() if k not in TIMES} for line in read_log(out_dir)] for out_dir in (a, b)]
     assert str(strip[0]) == str(strip[1])  # as text: NaN is the same as NaN
     assert str(points(a)) == str(points(b))

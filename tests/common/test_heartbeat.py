@@ -14,8 +14,8 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from common import distributed, peers, watchdog
-from common.peers import EXIT_PEER_DIED, SILENCE, Peers
+from common import distributed, heartbeat, watchdog
+from common.heartbeat import EXIT_RANK_DIED, SILENCE, Heartbeat
 from common.signals import EXIT_REQUEUE
 from common.watchdog import Watchdog
 from tests.helpers import ROOT
@@ -23,12 +23,12 @@ from tests.helpers import ROOT
 PATIENCE = 120  # seconds, for what must happen; nothing is concluded from how long it took
 
 
-def ranks(count: int) -> list[Peers]:
+def ranks(count: int) -> list[Heartbeat]:
     store = dist.HashStore()
-    return [Peers(store, rank, count) for rank in range(count)]
+    return [Heartbeat(store, rank, count) for rank in range(count)]
 
 
-def rounds(one: Peers, count: int) -> set[str]:
+def rounds(one: Heartbeat, count: int) -> set[str]:
     return {one.listen() for _ in range(count)}
 
 
@@ -60,7 +60,7 @@ def test_a_silent_rank_is_dead_and_all_others_hear_of_it():
     second.listen(), first.listen()
     assert rounds(first, SILENCE) == {""}
     word = first.listen()
-    assert word == f"{EXIT_PEER_DIED} rank 1 died without a message (killed?): silent for 15 s"
+    assert word == f"{EXIT_RANK_DIED} rank 1 died without a message (killed?): silent for 15 s"
     assert third.listen() == word, "not its neighbour"
 
 
@@ -81,7 +81,7 @@ def test_suspended_together_they_go_on():
 
 
 @pytest.mark.parametrize(
-    "reason, code", [("died: MemoryError: no more", EXIT_PEER_DIED), ("was asked to stop", EXIT_REQUEUE)]
+    "reason, code", [("died: MemoryError: no more", EXIT_RANK_DIED), ("was asked to stop", EXIT_REQUEUE)]
 )
 def test_a_last_word_is_repeated_with_its_exit_code(reason, code):
     first, second = ranks(2)
@@ -91,18 +91,18 @@ def test_a_last_word_is_repeated_with_its_exit_code(reason, code):
 
 def test_a_store_that_is_gone():
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    one = Peers(dist.TCPStore("127.0.0.1", store.port, is_master=False), 0, 2)
+    one = Heartbeat(dist.TCPStore("127.0.0.1", store.port, is_master=False), 0, 2)
     assert one.listen() == ""
     del store
-    assert one.listen().startswith(f"{EXIT_PEER_DIED} the store of the process group is gone")
+    assert one.listen().startswith(f"{EXIT_RANK_DIED} the store of the process group is gone")
 
 
 def test_a_store_that_does_not_answer_in_time_is_lost():
     one, _ = ranks(2)
     for _ in range(3):
         one.listen()
-        assert {one.guard() for _ in range(SILENCE + 1)} == {""}
-    assert one.guard().startswith(f"{EXIT_PEER_DIED} the store of the process group does not answer")
+        assert {one.check_store() for _ in range(SILENCE + 1)} == {""}
+    assert one.check_store().startswith(f"{EXIT_RANK_DIED} the store of the process group does not answer")
 
 
 # ---------------------------------------------------------------- in threads
@@ -111,20 +111,20 @@ def test_a_store_that_does_not_answer_in_time_is_lost():
 @pytest.fixture
 def ended(monkeypatch):
     """What the watch ends with, in the order in which it does."""
-    monkeypatch.setattr(peers, "INTERVAL", 0.001)
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.001)
     return queue.Queue()
 
 
-def watch(ended, store=None) -> Peers:
-    return Peers(store or dist.HashStore(), 0, 2, end=lambda *what: ended.put(what))
+def watch(ended, store=None) -> Heartbeat:
+    return Heartbeat(store or dist.HashStore(), 0, 2, end=lambda *what: ended.put(what))
 
 
 def test_the_watch_ends_with_the_word_it_hears(ended):
     store = dist.HashStore()
     one = watch(ended, store)
     one.start()
-    Peers(store, 1, 2).report("died: MemoryError: no more")
-    assert ended.get(timeout=PATIENCE) == (EXIT_PEER_DIED, "rank 1 died: MemoryError: no more; rank 0 ends")
+    Heartbeat(store, 1, 2).report("died: MemoryError: no more")
+    assert ended.get(timeout=PATIENCE) == (EXIT_RANK_DIED, "rank 1 died: MemoryError: no more; rank 0 ends")
     one.stop()
 
 
@@ -151,16 +151,16 @@ def test_the_watch_ends_when_the_store_never_answers(ended):
     one.store = Lost()
     one.start()
     code, reason = ended.get(timeout=PATIENCE)
-    assert code == EXIT_PEER_DIED and "does not answer" in reason and one.rounds == 0
+    assert code == EXIT_RANK_DIED and "does not answer" in reason and one.rounds == 0
     one.store.answers.set()
     one.stop()
 
 
 def test_ending_gives_the_reason_and_the_code(monkeypatch, capsys):
     codes = []
-    monkeypatch.setattr(peers.os, "_exit", codes.append)
-    Peers(dist.HashStore(), 0, 2).end(EXIT_PEER_DIED, "rank 1 died; rank 0 ends")
-    assert codes == [EXIT_PEER_DIED] and capsys.readouterr().err == "error: rank 1 died; rank 0 ends\n"
+    monkeypatch.setattr(heartbeat.os, "_exit", codes.append)
+    Heartbeat(dist.HashStore(), 0, 2).end(EXIT_RANK_DIED, "rank 1 died; rank 0 ends")
+    assert codes == [EXIT_RANK_DIED] and capsys.readouterr().err == "error: rank 1 died; rank 0 ends\n"
 
 
 HOST = """
@@ -173,12 +173,12 @@ sys.stdin.read()
 RANK = """
 import sys, threading
 import torch.distributed as dist
-from common import peers
+from common import heartbeat
 store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), 2, is_master=False)
 print("connected", flush=True)
 sys.stdin.readline()
-peers.INTERVAL = 0.01
-peers.Peers(store, 0, 2).start()
+heartbeat.INTERVAL = 0.01
+heartbeat.Heartbeat(store, 0, 2).start()
 threading.Event().wait()
 """
 
@@ -198,7 +198,7 @@ def test_a_real_store_whose_host_is_suspended_ends_the_rank():
                 _, said = rank.communicate("go on\n", timeout=PATIENCE)
         finally:
             host.kill()
-    assert rank.returncode == EXIT_PEER_DIED and "does not answer" in said
+    assert rank.returncode == EXIT_RANK_DIED and "does not answer" in said
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_a_real_store_whose_host_is_suspended_ends_the_rank():
     ],
 )
 def test_only_a_parent_that_is_torchrun_is_killed(words, killed):
-    child = "from common.peers import kill_launcher; kill_launcher()"
+    child = "from common.heartbeat import kill_launcher; kill_launcher()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
     done = subprocess.run([sys.executable, "-c", parent, *words], cwd=ROOT, timeout=PATIENCE)
     assert done.returncode == (-signal.SIGKILL if killed else 0)
@@ -220,13 +220,13 @@ def test_an_earlier_attempt_is_not_heard(monkeypatch):
     """torchrun --max_restarts starts the ranks again on the same store."""
     store, made = dist.HashStore(), []
     monkeypatch.setattr(distributed.dist, "TCPStore", lambda *args, **kwargs: store)
-    monkeypatch.setattr(Peers, "start", lambda self: made.append(self))
-    monkeypatch.setattr(distributed, "_peers", None)
+    monkeypatch.setattr(Heartbeat, "start", lambda self: made.append(self))
+    monkeypatch.setattr(distributed, "_heartbeat", None)
     for name, value in (("MASTER_ADDR", "here"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     for attempt in ("0", "0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        distributed._watch_peers(0, 2)
+        distributed._start_heartbeat(0, 2)
     made[0].store.set("message", "70 rank 0 died: of old age")
     assert [one.store.check(["message"]) for one in made] == [True, True, False]
 

@@ -42,7 +42,7 @@ INTERVAL = 1.0
 # rounds without a change after which a rank, or the store, counts as dead
 SILENCE = 15
 # EX_SOFTWARE of sysexits.h
-EXIT_PEER_DIED = 70
+EXIT_RANK_DIED = 70
 
 
 def _exit(code: int, reason: str) -> None:
@@ -60,7 +60,7 @@ def kill_launcher() -> None:
             os.kill(parent, signal.SIGKILL)
 
 
-class Peers:
+class Heartbeat:
     """The heartbeat of one rank, and its check of the next rank.
 
     Call `start` first, `report` if this rank fails, and `stop` before it ends normally.
@@ -72,7 +72,7 @@ class Peers:
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, end: Callable[[int, str], None] = _exit):
-        self.store, self.rank, self.neighbour = dist.PrefixStore("peers", store), rank, (rank + 1) % world_size
+        self.store, self.rank, self.neighbour = dist.PrefixStore("heartbeat", store), rank, (rank + 1) % world_size
         self.end = end
         self.rounds = self.heard = self.silent = self.seen = self.unanswered = 0
         self.stopping = threading.Event()
@@ -81,11 +81,11 @@ class Peers:
     def start(self) -> None:
         """Start the heartbeat and both checks."""
         self.store.set(f"beat/{self.rank}", "1")
-        for check in (self.listen, self.guard):
+        for check in (self.listen, self.check_store):
             self.threads.append(threading.Thread(target=self._repeat, args=(check,), daemon=True))
             self.threads[-1].start()
 
-    def report(self, reason: str, code: int = EXIT_PEER_DIED) -> None:
+    def report(self, reason: str, code: int = EXIT_RANK_DIED) -> None:
         """Store a message for the other ranks, which print it and end with `code` in their next round."""
         self._finish("message", f"{code} rank {self.rank} {reason}")
 
@@ -101,29 +101,29 @@ class Peers:
             beat = self.store.add(f"beat/{self.neighbour}", 0)
             message = self.store.get("message").decode() if self.store.check(["message"]) else ""
         except RuntimeError:
-            return f"{EXIT_PEER_DIED} the store of the process group is gone: rank 0's node, or the launcher, died"
+            return f"{EXIT_RANK_DIED} the store of the process group is gone: rank 0's node, or the launcher, died"
         self.rounds += 1
         self.silent = self.silent + 1 if beat == self.heard and beat > 0 else 0
         self.heard = beat
         if not message and self.silent > SILENCE:
-            message = f"{EXIT_PEER_DIED} rank {self.neighbour} died without a message (killed?): silent for "
+            message = f"{EXIT_RANK_DIED} rank {self.neighbour} died without a message (killed?): silent for "
             message += f"{SILENCE * INTERVAL:.0f} s"
             with contextlib.suppress(RuntimeError):
                 self.store.set("message", message)
         return message
 
-    def guard(self) -> str:
+    def check_store(self) -> str:
         """Check that `listen` still returns, which it does not if the store's node is lost. Return as `listen`."""
         self.unanswered = self.unanswered + 1 if self.rounds == self.seen else 0
         self.seen = self.rounds
-        message = f"{EXIT_PEER_DIED} the store of the process group does not answer: rank 0's node is lost?"
+        message = f"{EXIT_RANK_DIED} the store of the process group does not answer: rank 0's node is lost?"
         return message if self.unanswered > SILENCE else ""
 
     def _repeat(self, check: Callable[[], str]) -> None:
         while not self.stopping.wait(INTERVAL):
             message = check()
             if message and not self.stopping.is_set():
-                if check == self.guard:
+                if check == self.check_store:
                     kill_launcher()
                 code, reason = message.split(" ", maxsplit=1)
                 return self.end(int(code), f"{reason}; rank {self.rank} ends")
