@@ -230,7 +230,7 @@ def describe(
 
 
 def about(config: FinetuneSettings, preset: Preset, architecture: Architecture, args: dict[str, Any]) -> dict[str, Any]:
-    """Return what run.json tells about the run beyond its settings.
+    """Return what run.json holds about the run besides its settings.
 
     Args:
         args: what `describe` returns.

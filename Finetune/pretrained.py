@@ -1,7 +1,7 @@
 """Read pretrained checkpoints and copy their tensors into a model. Needs torch; exported folders also need safetensors.
 
-The loader of models_3dvit.py and models_convvit3d.py: copy this file and encoder3d.py along with either of them,
-and depthwise3d.py with the latter.
+The loader of models_3dvit.py and models_convvit3d.py. To use one of them elsewhere, copy this file and encoder3d.py
+with it, and vit_blocks.py with the former, depthwise3d.py with the latter.
 """
 
 import argparse

@@ -15,7 +15,7 @@ from Pretrain.blocks import BlockKey, ViewMaker, collate_blocks
 from Pretrain.data import BlockDataset, ViewDataset
 from Pretrain.views import ViewSettings
 
-# of the device's free memory that resident volumes may take with auto, our choice: the rest is for the training
+# largest share of the device's free memory for resident volumes with auto, our choice: the rest is for the training
 RESIDENT_SHARE = 0.5
 
 

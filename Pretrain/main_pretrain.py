@@ -138,7 +138,7 @@ def describe(
 
 
 def about(settings: PretrainSettings, plan: BatchPlan, volumes: int, held_out: int) -> dict[str, Any]:
-    """Return what run.json tells about the run beyond its settings."""
+    """Return what run.json holds about the run besides its settings."""
     return {
         "program": "pretraining",
         "title": f"{TITLES.get(settings.method, settings.method.upper())} pretraining",

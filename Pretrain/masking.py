@@ -1,7 +1,7 @@
 """Random masks of patches and of units.   B batch   N patches (T tokens)   K kept.   In a mask 1 means removed.
 
-A patch without content holds nothing but padding. Where `content` is given, such patches are kept only for want of
-others, and removed ones are 0 in the mask: there is nothing to reconstruct.
+A patch without content holds nothing but padding. Where `content` is given, such patches are kept only if
+there are too few others. If they are removed, the mask is 0 for them: there is nothing to reconstruct.
 
 Randomness comes from a key per sample (int64, in the batch) instead of a generator per process. The mask of a sample is
 then the same on any number of ranks, in any micro-batch, on CPU and CUDA, and after a restart. Our choice.

@@ -11,10 +11,11 @@
 All levels share one encoder and one decoder. Each level reconstructs its removed tokens. The alignment losses pull the
 mean decoded token of a child towards the decoded token of its parent at the place the child was cut from.
 
-The structure is that of the authors' code. Where that code contradicts itself (flat chunks of 27 tokens for octants,
-level 2 aligned with itself, a parent's mean instead of its patch), this module implements what it is meant to do, and
-`align="published"` what it does. We could not read the body of the paper: the temperature and the default alignment
-are our choice.
+The structure is that of the authors' code, which differs from its own description in three places: it removes flat runs
+of 27 tokens instead of octants, aligns the mid level with itself instead of the up level, and the down level with the
+mean of its parent instead of the parent's patch. This module follows the description. `align="published"` does what the
+code does in the second and third place. We could not read the body of the paper: the temperature and the default
+alignment are our choice.
 """
 
 import inspect

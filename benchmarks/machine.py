@@ -30,7 +30,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """Return the name of the processor, as far as the system tells it."""
+    """Return the name of the processor, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     # not Linux

@@ -71,21 +71,21 @@ def compare(folder: Path, count: int, sets: int, device: torch.device) -> list[d
     cases = [Case(str(seed), write_ct(folder / f"{seed}.nii", seed)) for seed in range(count)]
     cached = {dtype: build_cache(cases, Preprocessing(dtype=dtype), folder / "cache") for dtype in ("int16", "uint8")}
     items = [(position, position % count) for position in range(sets)]
-    peer, peer_name = persistent_dataset([case.image for case in cases], folder / "monai"), "MONAI PersistentDataset"
+    monai, monai_name = persistent_dataset([case.image for case in cases], folder / "monai"), "MONAI PersistentDataset"
     samples = {dtype: ViewDataset(volumes, SPECS) for dtype, volumes in cached.items()}
     whole = load_resident(cached["int16"], device)
     makers = {"blocks": ViewMaker(SPECS), "resident": ViewMaker(SPECS, whole)}
     batches = {dtype: [loaded(BlockDataset(views), item) for item in items] for dtype, views in samples.items()}
-    at_home = BlockDataset(samples["int16"], resident=True)
+    resident = BlockDataset(samples["int16"], resident=True)
     check(makers["blocks"](dict(batches["int16"][0]), device), samples["int16"][items[0]])
-    check(makers["resident"](loaded(at_home, items[0]), device), samples["int16"][items[0]])
+    check(makers["resident"](loaded(resident, items[0]), device), samples["int16"][items[0]])
 
     seconds = alternate(
         {
-            "peer": lambda n: monai_views(peer, samples["int16"], items[n]),
+            "monai": lambda n: monai_views(monai, samples["int16"], items[n]),
             "int16": lambda n: loaded(BlockDataset(samples["int16"]), items[n]),
             "uint8": lambda n: loaded(BlockDataset(samples["uint8"]), items[n]),
-            "resident": lambda n: loaded(at_home, items[n]),
+            "resident": lambda n: loaded(resident, items[n]),
             "loader": lambda n: samples["int16"][items[n]],
             "device": lambda n: finished(makers["blocks"](dict(batches["int16"][n]), device)),
         },
@@ -93,14 +93,14 @@ def compare(folder: Path, count: int, sets: int, device: torch.device) -> list[d
     )
     floats = tensor_bytes([torch.empty(spec.count, *spec.size) for spec in SPECS.values()])
     size = {dtype: statistics.mean(map(tensor_bytes, made)) for dtype, made in batches.items()}
-    rest = tensor_bytes(loaded(at_home, items[0]))
+    rest = tensor_bytes(loaded(resident, items[0]))
     ours_made = seconds["int16"] + seconds["device"]
-    work, resized = "loader's work per set of GL-MAE views", f"{peer_name} and Resize"
+    work, resized = "loader's work per set of GL-MAE views", f"{monai_name} and Resize"
     return [
-        row(f"{work}, int16 blocks", resized, seconds["int16"], seconds["peer"], "s", 10),
-        row(f"{work}, uint8 blocks", resized, seconds["uint8"], seconds["peer"], "s", 10),
-        row(f"{work}, volumes resident", resized, seconds["resident"], seconds["peer"], "s", 20),
-        row(f"{work}, views made in it", resized, seconds["loader"], seconds["peer"], "s"),
+        row(f"{work}, int16 blocks", resized, seconds["int16"], seconds["monai"], "s", 10),
+        row(f"{work}, uint8 blocks", resized, seconds["uint8"], seconds["monai"], "s", 10),
+        row(f"{work}, volumes resident", resized, seconds["resident"], seconds["monai"], "s", 20),
+        row(f"{work}, views made in it", resized, seconds["loader"], seconds["monai"], "s"),
         row("bytes from loader to device per set, int16", "float32 views", size["int16"], floats, "bytes", 4),
         row("bytes from loader to device per set, uint8", "float32 views", size["uint8"], floats, "bytes", 4),
         row("bytes from loader to device per set, resident", "float32 views", rest, floats, "bytes", 4),
@@ -128,9 +128,9 @@ def finished(batch: dict[str, Tensor]) -> None:
         torch.cuda.synchronize()
 
 
-def monai_views(peer: PersistentDataset, samples: ViewDataset, item: tuple[int, int]) -> list[Tensor]:
+def monai_views(monai: PersistentDataset, samples: ViewDataset, item: tuple[int, int]) -> list[Tensor]:
     """Return the views of a sample as MONAI makes them of its cached float32 volume."""
-    image, views = peer[item[1]]["image"], []
+    image, views = monai[item[1]]["image"], []
     for kind, boxes in samples.boxes(item).items():
         resize = Resize(samples.specs[kind].size, mode="trilinear")
         for box in boxes:

@@ -34,7 +34,7 @@ BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "most": (operator.le, "at most"),
     "below": (operator.lt, "less than"),
 }
-# of a YAML file, aliases resolved
+# limits of a YAML file after its aliases are resolved
 MAX_DEPTH, MAX_VALUES = 50, 100_000
 
 

@@ -33,7 +33,7 @@ SHARED = Path("/dev/shm")
 # bytes written and read to measure a disk, and seconds of every other measurement
 DISK_BYTES = 128 << 20
 SECONDS = 0.3
-# what less than causes a finding. A checkpoint holds weights, teacher and moments: 1 GB and more for ViT-B
+# lower values are reported. A checkpoint holds weights, teacher and moments: 1 GB and more for ViT-B
 LEAST_DISK, LEAST_SHARED, LEAST_FILES = 10 * GIB, GIB, 1024
 # bytes that building the largest permitted volume (2^30 voxels) with a label takes: docs/data.md, What is stored
 LEAST_MEMORY = 16e9

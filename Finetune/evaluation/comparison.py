@@ -61,6 +61,6 @@ def _cells(name: str, row: Mapping[str, Any], better: str) -> list[str]:
     if row["difference"] is None:
         return [name, "-", "no case has a value in both", ""]
     wins = row["b_higher"] if better == "higher" else row["a_higher"]
-    one_sided = f", {row['one_sided']} with a value in one only" if row["one_sided"] else ""
+    unpaired = f", {row['unpaired']} with a value in one only" if row["unpaired"] else ""
     interval = f"95 % interval {interval_text(row['ci95'], sign='+')}"
-    return [name, fixed(row["difference"], sign="+"), interval, f"b better in {wins} of {row['pairs']}{one_sided}"]
+    return [name, fixed(row["difference"], sign="+"), interval, f"b better in {wins} of {row['pairs']}{unpaired}"]

@@ -1,4 +1,4 @@
-"""Probes: how much of the labels simple readers find in frozen features.
+"""Probes: how well simple models predict the labels from frozen features.
 
     B crops   P prefix tokens   N patches   V voxels of a patch   K classes or regions   C width   M training rows
 

@@ -88,7 +88,7 @@ def difference(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, 
     value, interval = mean_and_interval(deltas)
     return {
         "pairs": len(deltas),
-        "one_sided": sum((a is None) != (b is None) for a, b in pairs),
+        "unpaired": sum((a is None) != (b is None) for a, b in pairs),
         "difference": value,
         "ci95": interval,
         "b_higher": sum(d > 0 for d in deltas),

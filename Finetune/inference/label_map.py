@@ -90,7 +90,7 @@ def write_label_map(path: Path, labels: np.ndarray, space: Space, source: Path) 
 
 @contextmanager
 def probability_map(path: Path, space: Space, preset: Preset) -> Iterator[Emit]:
-    """Give the block a function that writes logits (K, d, h, w) at slices of the image as probabilities.
+    """Yield a function that writes logits (K, d, h, w) at slices of the image as probabilities.
 
     They are 8-bit numbers in a NIfTI file (D, H, W, K), memory-mapped, so that they need not fit in memory. `path`
     exists after the block, unless it raises.

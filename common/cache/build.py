@@ -285,7 +285,7 @@ def _build_case(job: Job) -> Built | Failure | None:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Give the block whether this process holds the lock `path`. The lock ends with the process, however that ends."""
+    """Yield whether this process holds the lock `path`. The lock ends with the process, however that ends."""
     with open(path, "ab") as file:
         locked = try_lock(file.fileno())
         try:

@@ -130,7 +130,7 @@ def write(path: Path, numbers: np.ndarray, codec: blosc2.Codec = blosc2.Codec.LZ
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give the block a temporary folder, and rename it to `folder` at the end, unless another process was faster."""
+    """Yield a temporary folder, and rename it to `folder` at the end, unless another process was faster."""
     temporary = folder.parent / f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
         temporary.mkdir()

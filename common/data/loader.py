@@ -26,7 +26,7 @@ PREFETCH = 2
 SHARED_MEMORY = Path("/dev/shm")
 # samples whose size is measured: blocks of volumes have different ones
 SIZED = 4
-# beside those of samples: libraries, the cache, logs, connections of processes
+# open files besides those of samples: libraries, the cache, logs, connections of processes
 OTHER_FILES = 512
 
 

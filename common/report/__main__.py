@@ -116,7 +116,7 @@ def body(run: RunFolder) -> Html:
 
 
 def first_screen(run: RunFolder) -> Html:
-    """Return what was trained, the result, the verdict on its health, and the main curve."""
+    """Return what was trained, the result, the messages on its health, and the main curve."""
     kinds = {"sweep": "Sweep", "scores": "Score card", "pretraining": "Pretraining", "fine-tuning": "Fine-tuning"}
     if run.kind == "sweep":
         tiles, lines, curve = results.sweep_tiles(run), results.sweep_verdict(run), results.sweep_chart(run)
@@ -124,7 +124,7 @@ def first_screen(run: RunFolder) -> Html:
         tiles, lines, curve = results.score_tiles(run.scores), [], None
     else:
         tiles = [*results.score_tiles(run.scores), *training.result_tiles(run)]
-        lines, curve = health.verdict(run), training.main_chart(run)
+        lines, curve = health.messages(run), training.main_chart(run)
     left = tag(
         "div",
         tag("p", kinds.get(run.kind, run.kind), class_="kicker"),

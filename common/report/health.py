@@ -1,4 +1,4 @@
-"""Whether the encoder learns: the verdict of the first screen, and the section with measures and warnings."""
+"""Whether the encoder learns: the messages of the first screen, and the section with measures and warnings."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ CHARTS = {
 }
 
 
-def verdict(run: RunFolder) -> list[Html]:
+def messages(run: RunFolder) -> list[Html]:
     """Return the lines that say whether the run is healthy: what is wrong, or that nothing is."""
     shown = [message(str(run.about["leak"]))] if run.about.get("leak") else []
     if run.skipped:
@@ -26,10 +26,10 @@ def verdict(run: RunFolder) -> list[Html]:
     measured = max((line["epoch"] for line in run.log if any(name.startswith(HEALTH) for name in line)), default=None)
     now = [line for line in run.warnings if line["epoch"] == measured]
     shown += [message(f"Health, epoch {line['epoch'] + 1}: {line.get('text', '')}") for line in now]
-    return shown or [all_is_well(run, measured is not None)]
+    return shown or [no_warning_message(run, measured is not None)]
 
 
-def all_is_well(run: RunFolder, measured: bool) -> Html:
+def no_warning_message(run: RunFolder, measured: bool) -> Html:
     """Return what can be said about a run without warnings.
 
     Args:
@@ -41,7 +41,7 @@ def all_is_well(run: RunFolder, measured: bool) -> Html:
     if not measured:
         return message("No update was skipped.", "good")
     if begins is not None and run.steps < begins:
-        return message(f"Health is not judged yet: its ranges apply from update {begins:,} on.", "note")
+        return message(f"Health is not checked yet: the checks start at update {begins:,}.", "note")
     earlier = {line.get("kind") for line in run.warnings}
     note = f"; {counted(len(earlier), 'kind')} of warning earlier" if earlier else ""
     return message(f"No warning: all values are in their ranges{note}.", "good")

@@ -21,9 +21,9 @@ from common.training.parallel import autocast
 from common.training.settings import BatchPlan
 from common.training.state import TrainingState
 
-# of the memory of a GPU that a pass may fill; the rest is for fragments and for what varies between batches
+# largest share of a GPU's memory that a pass may use; the rest is for fragmentation and for larger batches
 CUDA_SHARE = 0.9
-# of the available memory of a computer, which has other uses
+# largest share of the available host memory that passes may use; other programs need some
 CPU_SHARE = 0.5
 # what a pass needs on a CPU, as a multiple of what it keeps for the backward pass
 CPU_FACTOR = 2.0
@@ -52,7 +52,7 @@ def with_largest_micro_batch(
     volumes = plan.micro_batch * plan.accum
     sizes = [size for size in range(1, volumes + 1) if volumes % size == 0]
     make_batch = copies_of_first(loading, state.run.device)
-    with without_traces(state):
+    with restoring_state(state):
         measure = trial if state.run.device.type == "cuda" else estimate
         fits = on_all_ranks(measure(state, make_batch, loss_weights), state.run.device)
         size = first if first in sizes and fits(first) else largest(sizes, fits)
@@ -109,7 +109,7 @@ def trial(state: TrainingState, make_batch: MakeBatch, loss_weights: dict[str, f
 
 def estimate(state: TrainingState, make_batch: MakeBatch, loss_weights: dict[str, float]) -> Callable[[int], bool]:
     """Return a function that estimates whether a size fits, from what a pass of one volume keeps for its backward
-    pass. Where the system does not tell its memory, one volume fits and no more."""
+    pass. Where the available memory is not known, only one volume is assumed to fit."""
     available = available_memory()
     if available is None:
         return lambda size: size == 1
@@ -155,7 +155,7 @@ def run_passes(
 
 
 @contextlib.contextmanager
-def without_traces(state: TrainingState) -> Iterator[None]:
+def restoring_state(state: TrainingState) -> Iterator[None]:
     """Run the block in training mode, and leave gradients, random numbers, batch norm and the method as before."""
     before = [buffer.clone() for buffer in state.batchnorm.buffers]
     devices = [state.run.device] if state.run.device.type == "cuda" else []

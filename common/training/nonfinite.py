@@ -32,9 +32,11 @@ class NonFiniteSettings:
     """Settings for updates whose loss or gradient is not finite."""
 
     on_nan: Literal["skip", "rollback", "stop"] = setting(
-        "skip", "bad updates are never made; skip: continue; rollback: to a good checkpoint after nan_row; stop"
+        "skip",
+        "what follows an update that is not finite, which is never made; skip: continue; rollback: return to the "
+        "last good checkpoint after nan_row of them; stop: end the run",
     )
-    nan_row: int = setting(10, "rollback: consecutive bad updates after which the run goes back", least=1)
+    nan_row: int = setting(10, "rollback: consecutive bad updates after which the run returns to a checkpoint", least=1)
     spike_factor: float | None = setting(None, "a loss or norm above this times its mean is bad too", above=1)
 
 

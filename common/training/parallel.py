@@ -35,7 +35,7 @@ class PrecisionSettings:
     compile: bool = setting(False, "torch.compile every transformer block; the first updates take minutes")
     tf32: bool = setting(
         False,
-        "CUDA: float32 products with 10 bits after the point; changes results, and bf16 and fp16 have no use for it",
+        "CUDA: TF32, with a mantissa of 10 bits, in float32 products and convolutions; no effect in bf16 and fp16",
     )
     cudnn_benchmark: bool = setting(
         False,

@@ -27,6 +27,6 @@ class Speed:
         return (time.perf_counter() - self._began) / max(1, step - self._step)
 
     @property
-    def is_known(self) -> bool:
-        """True after the second interval only, when the time left is to be printed."""
+    def has_first_estimate(self) -> bool:
+        """True once, after the second interval, when the remaining time is printed."""
         return self._intervals == 2

@@ -21,9 +21,9 @@ from common.training.method import Method
 from common.training.parallel import autocast_dtype
 from common.training.settings import BatchPlan, LoopSettings
 
-# of AdamW, for each trained weight: the gradient and two moments
+# tensors besides each trained weight: its gradient and AdamW's two moments
 COPIES = 3
-# of the product whose rate is measured, and how long: a moment, as every start takes it
+# size of the matrices whose product is timed, and for how many seconds: few, because every start takes them
 MATRIX_CPU, MATRIX_CUDA, SECONDS = 512, 4096, 0.02
 
 

@@ -57,7 +57,7 @@ class Trainer:
         learning_rate, loss_weights: functions of the step.
         make_optimizer: called with the method when its parameters are final (on their device, sharded).
         args: what the checkpoint stores as `args`, in plain types.
-        about: what run.json tells readers of the folder about the run, in plain types.
+        about: what run.json holds about the run besides its settings, in plain types.
         data_fingerprint: plain values that identify the data. A checkpoint with other values is refused on resume.
         order_seed: seed of the data order, crops and masks; None: that of the settings.
         after_epoch: called on every rank after each epoch with its number, the log and the method (a copy with full
@@ -197,7 +197,7 @@ class Trainer:
         paths = []
         if self.run.rank == 0:
             if self._lock.enter_context(lock_folder(self.out_dir, LOCK_TIMEOUT)) is None:
-                raise InputError(f"{self.out_dir}: another process trains into this folder")
+                raise InputError(f"{self.out_dir}: another process is already training in this folder")
             remove_temporary(self.out_dir)
             paths = checkpointing.checkpoints_to_resume(self.out_dir, self.settings.checkpoints.resume)
         found = checkpointing.load_first_intact(paths, self.run)
@@ -323,7 +323,7 @@ class Trainer:
     def _measure_speed(self) -> dict[str, str]:
         """Return the speed since the last log entry for the progress bar; once, print how long the run will take."""
         seconds, left = self.speed.seconds_per_update(self.state.step), self.plan.total_steps - self.state.step
-        if self.speed.is_known and seconds * left >= 60:
+        if self.speed.has_first_estimate and seconds * left >= 60:
             rest = f"{left:,} updates in about {duration(seconds * left)}, without validation and pictures"
             print_main(f"{seconds:.3g} s per update: the other {rest}; peak memory {peak_text(self.run.device)}")
         return {"volumes/s": f"{self.plan.batch / seconds:.3g}"}

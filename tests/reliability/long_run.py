@@ -47,7 +47,7 @@ SAMPLE_EVERY = 10
 LEAST_PROCESSES = 20
 # share of the updates of a process before its use counts as steady
 WARM_UP = 0.2
-# in which the growth is judged
+# in which the growth is measured
 PARTS = 3
 FILLER = "filler"
 CLONE_NEWNS = 0x20000

@@ -24,7 +24,7 @@ def test_compare_is_paired_by_case(two_cases, capsys):
     assert result["metrics"]["dice"]["difference"] == pytest.approx(1 - a["mean"]["dice"]["mean"])
     assert result["metrics"]["dice"]["b_higher"] == 2 and result["metrics"]["hd95"]["difference"] < 0
     # a false positive in a, absent in b: no pair
-    assert result["classes"]["right kidney"]["one_sided"] == 1
+    assert result["classes"]["right kidney"]["unpaired"] == 1
     text = capsys.readouterr().out
     assert re.search("mean HD95 .*b better in 2 of 2", text)
     assert re.search("right kidney .*b better in 1 of 1, 1 with a value in one only", text)

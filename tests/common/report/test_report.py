@@ -135,11 +135,11 @@ def test_the_verdict_is_that_of_the_last_measurement(tmp_path, change, words):
     assert words in text_of(folder)
 
 
-def test_a_short_run_is_not_judged(tmp_path):
+def test_a_short_run_is_not_checked(tmp_path):
     folder = made.pretraining(tmp_path / "run", epochs=3)
     for name in ("warnings.jsonl", "anomalies.jsonl"):
         (folder / name).unlink()
-    assert "ranges apply from update 100 on" in text_of(folder)
+    assert "the checks start at update 100." in text_of(folder)
 
 
 def test_the_worst_case_comes_first(tmp_path):

@@ -233,7 +233,7 @@ def test_one_process_trains_into_a_folder(tmp_path, monkeypatch):
     run_toy(tmp_path, epochs=1)
     with lock_folder(tmp_path) as lock:
         assert lock is not None
-        with pytest.raises(InputError, match="another process trains into this folder"):
+        with pytest.raises(InputError, match="another process is already training in this folder"):
             run_toy(tmp_path)
     assert read_log(tmp_path)[-1]["epoch"] == 0
     run_toy(tmp_path)

@@ -90,6 +90,6 @@ def test_the_first_interval_is_not_used(monkeypatch):
     monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
     measured = Speed()
     measured.start(0)
-    assert measured.seconds_per_update(10) == 10.0 and not measured.is_known
+    assert measured.seconds_per_update(10) == 10.0 and not measured.has_first_estimate
     # its end is the start of the next interval
-    assert measured.seconds_per_update(12) == pytest.approx(1.0) and measured.is_known
+    assert measured.seconds_per_update(12) == pytest.approx(1.0) and measured.has_first_estimate
