@@ -163,6 +163,8 @@ def convvit3d_unetr(
 class LinearProbe(nn.Module):
     """One linear layer on each patch token, and trilinear upsampling of its K logits (our choice of probe).
 
+    (B, in_chans, D, H, W) -> logits (B, K, D, H, W).
+
     The logits depend on the normed patch tokens alone: not on the image, the CLS token or hidden states. So the score
     measures what the encoder represents at the resolution of its patch grid.
     """

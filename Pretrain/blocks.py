@@ -103,6 +103,7 @@ def inside(shape: Sequence[int], level: int, box: Box) -> Block:
 
 
 def block_view(volume: CachedVolume, key: BlockKey, box: Box) -> BlockView:
+    """Return how a view is made of a block of this volume; `box` in voxels of the block."""
     return BlockView(key, box, volume.scale, volume.offset, volume.zero)
 
 

@@ -24,7 +24,7 @@ def patchify(x: Tensor, patch_size: Sequence[int], ids: Tensor | None = None) ->
 
 
 def unpatchify(patches: Tensor, patch_size: Sequence[int], grid: Sequence[int]) -> Tensor:
-    """Invert `patchify` for the grid (d, h, w)."""
+    """Invert `patchify`: patches (B, N, pd*ph*pw*C) of a grid (d, h, w) become a volume (B, C, D, H, W)."""
     (pd, ph, pw), (d, h, w) = patch_size, grid
     chans = patches.shape[2] // (pd * ph * pw)
     x = patches.reshape(len(patches), d, h, w, pd, ph, pw, chans)
@@ -32,7 +32,7 @@ def unpatchify(patches: Tensor, patch_size: Sequence[int], grid: Sequence[int]) 
 
 
 def norm_pix(patches: Tensor, eps: float = 1e-6) -> Tensor:
-    """Normalise patches to mean 0 and variance 1. A constant one becomes 0.
+    """Normalise patches (..., P) to mean 0 and variance 1, in float32. A constant one becomes 0.
 
     Args:
         eps: added to the unbiased variance; MAE's is 1e-6. Patches of less variance are not blown up to 1.
@@ -43,7 +43,7 @@ def norm_pix(patches: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def undo_norm_pix(prediction: Tensor, patches: Tensor, eps: float = 1e-6) -> Tensor:
-    """Give predictions of `norm_pix(patches, eps)` the mean and standard deviation of the true patches."""
+    """Give predictions (..., P) of `norm_pix(patches, eps)` the mean and standard deviation of the true patches."""
     variance, mean = torch.var_mean(patches.float(), dim=-1, keepdim=True)
     return prediction.float() * (variance + eps).sqrt() + mean
 

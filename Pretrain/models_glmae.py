@@ -81,7 +81,8 @@ class PrototypeLayer(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """DINO's head: three linear layers, a unit vector (..., E), and K prototypes. Without `out_dim` it ends there."""
+    """DINO's head: features (..., C) through three linear layers to a unit vector (..., E), and to logits (..., K) of K
+    prototypes. With `out_dim` 0 it ends at the vector."""
 
     def __init__(self, in_dim: int, hidden_dim: int, bottleneck_dim: int, out_dim: int):
         super().__init__()

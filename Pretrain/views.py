@@ -22,7 +22,10 @@ Placement = Literal["center", "random"]
 
 @dataclass(frozen=True)
 class Box:
-    """A box in voxels, which may be larger than the volume, and the axes along which its content is flipped."""
+    """A box (D, H, W) in voxels of the full level, and the axes along which its content is flipped.
+
+    It may be larger than the volume: then `start` is negative.
+    """
 
     start: tuple[int, int, int]
     size: tuple[int, int, int]
@@ -74,7 +77,7 @@ class ViewSpec:
 
 
 def draw_box(shape: Sequence[int], spec: ViewSpec, rng: torch.Generator) -> Box:
-    """Draw the box of one view at a uniform position.
+    """Draw the box of one view of a volume of this shape (D, H, W), at a uniform position.
 
     With `resize` its share of the axes is uniform in `scale`, and that of each axis within 10 % of it. Along an axis
     that is shorter than a fixed box, the volume lies in the middle of the box or, with random `placement`, anywhere.

@@ -100,7 +100,16 @@ def most_labelled(label: np.ndarray, axis: int) -> int:
 
 
 def panel(image: np.ndarray, label: np.ndarray, axis: int, index: int, spacing: Sequence[float], width: int) -> Pixels:
-    """Draw one plane upright, `width` pixels wide, with square pixels and the classes blended over it."""
+    """Draw one plane upright, `width` pixels wide, with square pixels and the classes blended over it.
+
+    Args:
+        image, label: (D, H, W); the image is shown from 0 to 1.
+        axis, index: the plane.
+        spacing: mm of a voxel along each axis.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
     grey = np.clip(image.take(index, axis), 0, 1).T[::-1, ::-1]
     classes = label.take(index, axis).T[::-1, ::-1]
     columns, rows = (s for a, s in enumerate(spacing) if a != axis)

@@ -8,7 +8,7 @@ from common.cache.volume import CachedVolume
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Mean and standard deviation of the voxels of a data set, one number per channel."""
+    """Mean and standard deviation of the preprocessed voxels of a data set (usually 0 to 1), one number per channel."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

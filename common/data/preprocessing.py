@@ -62,5 +62,5 @@ class Preprocessing:
 
 
 def is_hounsfield(low: float, high: float) -> bool:
-    """Return whether a window is in HU: it is at least 100 wide. Our choice."""
+    """Return whether a window, in the units of the image, is in HU: it is at least 100 wide. Our choice."""
     return high - low >= 100
