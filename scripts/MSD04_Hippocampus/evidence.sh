@@ -17,7 +17,7 @@
 # LABELS: numbers of labelled cases, such as 8,all. JOBS: trainings at once; one per GPU, or 2 on two CPU cores.
 #
 # Hardware: two CPU cores, or a GPU. Time: --quick took 52 minutes on two cores (docs/evidence.md), more on slower ones; --ablations adds an
-# hour or more. The whole study is many times as much: days on two cores, and never run yet. Every training prints what remains.
+# hour or more, --length too (expected). The whole study is many times as much: days on two cores, and never run yet. Every training prints what remains.
 # Our choice: all settings; the papers do not use this data set.
 
 size=full ablations="" length=""
@@ -221,7 +221,7 @@ if [ "$size" = quick ] && [ -n "$length" ]; then
   cell glmae-x4 0 "$((glmae_updates * 4))" 8 "${glmae_flags[@]}"
   inits="glmae-short=$(files glmae-short 0),glmae=$(files glmae 0),glmae-x4=$(files glmae-x4 0)"
   mim_inits=""
-  for share in 8 2; do
+  for share in 4 2; do
     cell "mim-no-align-x$share" 0 "$((mim_updates * share))" 4 "${mim_flags[@]}" --align none
     mim_inits=",mim-no-align-x$share=$(files "mim-no-align-x$share" 0)$mim_inits"
   done
@@ -233,7 +233,7 @@ if [ "$size" = quick ] && [ -n "$length" ]; then
   "$PYTHON" -m Finetune.probe "${probe[@]}" --roi 32 48 32 --inits "$inits" --out "$out/probe_length_vit"
   "$PYTHON" -m Finetune.probe "${probe[@]}" --roi 32 64 32 --inits "$mim_inits" --out "$out/probe_length_mim"
   sweep length_vit "$roi" --models primus --inits "scratch,glmae-x4=$(files glmae-x4 0)" --label_counts 8 --tune "lr=$rates"
-  sweep length_mim "$mim_roi" --models mim_light --inits "scratch,mim-no-align-x8=$(files mim-no-align-x8 0)" --label_counts 8 --tune "lr=$rates"
+  sweep length_mim "$mim_roi" --models mim_light --inits "scratch,mim-no-align-x4=$(files mim-no-align-x4 0)" --label_counts 8 --tune "lr=$rates"
 fi
 
 if [ "$size" = full ]; then
