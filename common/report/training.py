@@ -27,7 +27,7 @@ def result_tiles(run: RunFolder) -> list[Html]:
     for kind in views(run)[:2]:
         value = decimals(last(run, f"{HEALTH}{kind}/over_mean"), 2)
         tiles.append(
-            tile(f"{kind} PSNR", f"{value} dB", f"relative to predicting each patch by its true mean, {other_volumes(run)}")
+            tile(f"{kind} PSNR", f"{value} dB", f"relative to predicting each patch by its mean, {other_volumes(run)}")
         )
     if found := losses(run):
         first = next(line[found[0]] for line in run.log if found[0] in line)

@@ -378,7 +378,7 @@ def test_no_folder_is_made_when_the_data_are_missing(tmp_path):
 
 
 def test_a_dry_run_writes_nothing(tmp_path, spleen, capsys):
-    assert run(tmp_path, "MSD09_Spleen", spleen, "--dry_run") is None
+    assert run(tmp_path, "MSD09_Spleen", spleen, "--dry_run", "--class_balance", "0.5") is None
     printed = capsys.readouterr().out
     assert "dry run: dice " in printed and "2 cases train, 1 validate" in printed and "FLOP per update" in printed
     assert not (tmp_path / "run").exists()
