@@ -39,7 +39,7 @@ ELSEWHERE = {
 VIT = "--model tiny --embed_dim 24 --depth 12 --num_heads 2 "
 DECODER = "--decoder_embed_dim 24 --decoder_depth 1 --decoder_num_heads 2 "
 PRETRAIN = (
-    f"{VIT} {DECODER} --global_size 32 --local_size 16 --local_views 2 --out_dim 16 --hidden_dim 16 --bottleneck_dim 8 "
+    f"{VIT} {DECODER} --global_size 32 --local_size 32 --local_views 2 --out_dim 16 --hidden_dim 16 --bottleneck_dim 8 "
 )
 PRETRAIN += "--batch_size 2 --epochs 1 --warmup_epochs 0"
 FINETUNE = "--embed_dim 24 --num_heads 2 --feature_size 4 --roi 32 --crops 1 --epochs 1 --warmup_epochs 0"
