@@ -1,7 +1,6 @@
 """Fine-tuning in the common training loop: the method, its optimizer and its validation."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,18 +66,23 @@ class Finetuning(Method):
         load_state(self.model, content["state_dict"], "checkpoint")
 
 
-def segmentation_losses(preset: Preset, weight: Tensor | None = None) -> Losses:
-    """Return the losses of a batch: `dice` and `ce`, or `dice` alone for overlapping regions.
+class SegmentationLosses(nn.Module):
+    """The losses of a batch: `dice` and `ce`, or `dice` alone for overlapping regions.
 
-    A batch holds `image` (B, crops, C, d, h, w) and `label` (B, crops, 1, d, h, w). `weight` (K,) is that of the
-    classes in the cross-entropy.
+    A batch holds `image` (B, crops, C, d, h, w) and `label` (B, crops, 1, d, h, w).
+
+    Args:
+        weight: (K,) of the classes in the cross-entropy; None: equal. It moves with the method, and is not saved.
     """
-    criterion = partial(region_dice, regions=preset.regions) if preset.regions else partial(dice_ce, weight=weight)
 
-    def losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return criterion(model(batch["image"].flatten(0, 1)), batch["label"].flatten(0, 1))
+    def __init__(self, preset: Preset, weight: Tensor | None = None):
+        super().__init__()
+        self.regions = preset.regions
+        self.register_buffer("weight", weight, persistent=False)
 
-    return losses
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        logits, label = model(batch["image"].flatten(0, 1)), batch["label"].flatten(0, 1)
+        return region_dice(logits, label, self.regions) if self.regions else dice_ce(logits, label, self.weight)
 
 
 def make_optimizer(method: Finetuning, weight_decay: float, layer_decay: float | None) -> torch.optim.AdamW:

@@ -19,11 +19,9 @@ def dice_ce(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> dict
     Args:
         logits: (B, K, D, H, W).
         label: ids (B, 1, D, H, W).
-        weight: (K,) of the classes in the cross-entropy; none: equal.
+        weight: (K,) of the classes in the cross-entropy, on the device of the logits; none: equal.
     """
     logits, label = logits.float(), label.long()
-    # on its device already in training; `update_flop` has the logits on the meta device
-    weight = None if weight is None else weight.to(logits.device)
     return {"dice": SOFTMAX_DICE(logits, label), "ce": F.cross_entropy(logits, label[:, 0], weight)}
 
 

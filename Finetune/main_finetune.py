@@ -35,7 +35,7 @@ from Finetune.architectures import build_model, load_encoder, resolve
 from Finetune.cases import check_classes, few_labels, find_cases, split, with_mapped_labels
 from Finetune.contract import contract_warning, weights_sha256
 from Finetune.data import CropDataset, VolumeDataset, Volumes
-from Finetune.engine_finetune import Finetuning, make_optimizer, segmentation_losses, validate, validate_classes
+from Finetune.engine_finetune import Finetuning, SegmentationLosses, make_optimizer, validate, validate_classes
 from Finetune.heads import HEADS, Architecture
 from Finetune.inference.ensemble import BEST
 from Finetune.inference.sliding_window import Window
@@ -172,15 +172,15 @@ def build_method(
     if preset.task == "classification":
         losses = classification_losses
     elif preset.regions:
-        losses = segmentation_losses(preset)
+        losses = SegmentationLosses(preset)
     else:
-        losses = segmentation_losses(preset, prepare_for_classes(config, model, architecture, training, run))
+        losses = SegmentationLosses(preset, prepare_for_classes(config, model, architecture, training))
     head_warmup = round(config.optim.head_warmup_epochs * plan.steps_per_epoch)
     return Finetuning(model, losses, config.freeze or HEADS[architecture.model].frozen, head_warmup)
 
 
 def prepare_for_classes(
-    config: FinetuneSettings, model: nn.Module, architecture: Architecture, training: Volumes, run: Run
+    config: FinetuneSettings, model: nn.Module, architecture: Architecture, training: Volumes
 ) -> Tensor | None:
     """Start the last layer at the classes' shares of the voxels, if asked for. Return their weights (K,), or None."""
     head = HEADS[architecture.model]
@@ -190,7 +190,7 @@ def prepare_for_classes(
     counts = count_voxels(training, architecture.out_channels)
     if at_prior:
         start_at_prior(head.output_bias(model), counts, config.class_balance)
-    return class_weights(counts, config.class_balance).to(run.device) if config.class_balance else None
+    return class_weights(counts, config.class_balance) if config.class_balance else None
 
 
 def count_voxels(volumes: Volumes, classes: int) -> Tensor:

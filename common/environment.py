@@ -1,5 +1,6 @@
 """The machine, the libraries and the code of a run, as plain values without names of hosts or users."""
 
+import functools
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -29,8 +30,12 @@ def environment() -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+@functools.cache
 def code_version() -> str:
-    """Return the commit of the checkout, with -dirty if files differ from it; "unknown" outside a checkout."""
+    """Return the commit of the checkout, with -dirty if files differ from it; "unknown" outside a checkout.
+
+    It is that of the first call, near the start of a program: its code is that of its start.
+    """
     # --exclude=*: the hash, not a tag
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:

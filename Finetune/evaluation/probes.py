@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from common.data.sampler import index_at, mix
 from common.runlog import progress
 from common.training.schedules import warmup_cosine
-from Finetune.engine_finetune import Losses, label_dice, segmentation_losses
+from Finetune.engine_finetune import Losses, SegmentationLosses, label_dice
 from Finetune.evaluation.features import Features, summary_of, tiling
 from Finetune.evaluation.statistics import mean
 from Finetune.heads import Architecture
@@ -210,7 +210,7 @@ def losses_of(task: ProbeTask) -> Losses:
     if task.classifies:
         return lambda head, batch: classification_losses(head, {"image": batch["tokens"], "target": batch["targets"]})
     # the Dice loss does not depend on the order of voxels, so that patches need not be put together
-    losses = segmentation_losses(task.preset)
+    losses = SegmentationLosses(task.preset)
     return lambda head, batch: losses(
         head.patch_logits, {"image": batch["tokens"][None], "label": batch["targets"][None, :, None]}
     )

@@ -26,14 +26,14 @@ def write_record(
     Args:
         about: what only the program knows, in plain types; common/report shows `title`, `program` and the rest.
     """
-    recipe = recipe_of(type(settings))
+    recipe, recipe_values = recipe_of(type(settings)) or (None, None)
     content = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "about": dict(about),
         "plan": {**vars(plan), "processes": run.world_size, "device": run.device.type},
         "trained_parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
-        "recipe": recipe[0] if recipe else None,
-        "settings": described(settings, recipe[1] if recipe else None),
+        "recipe": recipe,
+        "settings": described(settings, recipe_values),
         "environment": environment(),
     }
     save_bytes(Path(settings.out_dir) / RUN_FILE, json.dumps(content, indent=1).encode())

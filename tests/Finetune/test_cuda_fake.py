@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from Finetune.architectures import ModelSettings, build_model, resolve
-from Finetune.engine_finetune import Finetuning, make_optimizer, segmentation_losses
+from Finetune.engine_finetune import Finetuning, SegmentationLosses, make_optimizer
 from Finetune.losses import classification_losses
 from Finetune.presets import load_preset
 from tests.common.fake_cuda import check, train
@@ -32,7 +32,7 @@ def test_a_step_stays_on_the_device_and_never_waits(model, preset, sizes, how):
     preset = load_preset(preset)
     network = build_model(resolve(ModelSettings(model=model, roi=(64, 64, 64), **sizes), preset, None))
     classifies = preset.task == "classification"
-    losses = classification_losses if classifies else segmentation_losses(preset)
+    losses = classification_losses if classifies else SegmentationLosses(preset)
 
     def batch():
         if classifies:

@@ -9,7 +9,7 @@ import torch
 
 from common.data.loader import to_device
 from Finetune.architectures import ModelSettings, build_model, resolve
-from Finetune.engine_finetune import Finetuning, segmentation_losses
+from Finetune.engine_finetune import Finetuning, SegmentationLosses
 from Finetune.heads import HEADS
 from Finetune.losses import classification_losses
 from Finetune.presets import load_preset
@@ -59,7 +59,7 @@ def test_networks(device, name):
     preset = load_preset("CC_CCII" if classifies else "BTCV")
     settings = ModelSettings(model=name, roi=(64, 64, 64), **SIZES.get(name, VIT))
     network = build_model(resolve(settings, preset, None))
-    losses = classification_losses if classifies else segmentation_losses(preset)
+    losses = classification_losses if classifies else SegmentationLosses(preset)
     if classifies:
         batch = {"image": torch.rand(2, 1, 64, 64, 64), "target": torch.tensor([0, 1])}
     else:
