@@ -13,13 +13,18 @@ from common.report.runs import RunFolder
 CITATION = Path(__file__).resolve().parents[2] / "CITATION.cff"
 
 
+# differs between any two runs, and says nothing about them
+OUT_DIR = "out_dir"
+
+
 def settings_section(run: RunFolder) -> Html | None:
     """Return the settings that differ from the recipe's and from their defaults, and all others on request."""
-    rows = run.record.get("settings", []) if run.kind != "sweep" else []
+    if run.kind == "sweep":
+        return sweep_settings_section(run)
+    rows = run.record.get("settings", [])
     if not rows:
-        known = run.sweep.get("settings") or run.settings
-        listed = page.pairs((name, value_text(value)) for name, value in known.items())
-        return page.section("Settings", tag("div", listed, class_="card")) if known else None
+        listed = page.pairs((name, value_text(value)) for name, value in run.settings.items())
+        return page.section("Settings", tag("div", listed, class_="card")) if run.settings else None
     recipe = run.record.get("recipe")
     other = [row for row in rows if "recipe" in row and row["value"] != row["recipe"]]
     required = [row for row in rows if "default" not in row]
@@ -38,11 +43,37 @@ def settings_section(run: RunFolder) -> Html | None:
     )
 
 
-def compared(rows: Sequence[Mapping[str, Any]], other: str, name: str) -> Html:
+def sweep_settings_section(run: RunFolder) -> Html | None:
+    """Return the settings of the runs of a sweep: those that differ between them, those that all share and that differ
+    from their defaults, and on request what the sweep's --settings gave."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for part in run.parts.values():
+        for row in part.record.get("settings", []):
+            found.setdefault(row["name"], []).append(row)
+    values = {name: list(dict.fromkeys(value_text(row["value"]) for row in rows)) for name, rows in found.items()}
+    varied = [
+        (tag("code", name), ", ".join(values[name])) for name in found if len(values[name]) > 1 and name != OUT_DIR
+    ]
+    shared = [rows[0] for name, rows in found.items() if len(values[name]) == 1 and "default" in rows[0]]
+    changed = [row for row in shared if row["value"] != row["default"]]
+    given = [(name, value_text(value)) for name, value in run.sweep.get("settings", {}).items()]
+    return page.section(
+        "Settings",
+        page.cards(
+            page.join([tag("h3", "Differ between the runs"), page.table(["setting", "values"], varied)])
+            if varied
+            else None,
+            compared(changed, "default", "the defaults in all runs", "all runs") if found else None,
+        ),
+        page.folded("Given by the file of --settings", page.cards(page.pairs(given))) if given else None,
+    )
+
+
+def compared(rows: Sequence[Mapping[str, Any]], other: str, name: str, here: str = "this run") -> Html:
     """Return settings beside what they are elsewhere: the value `other` of a row, in what is called `name`."""
     cells = [(tag("code", row["name"]), value_text(row["value"]), value_text(row[other])) for row in rows]
     title = tag("h3", f"{len(rows) or 'None'} {'differs' if len(rows) < 2 else 'differ'} from {name}")
-    return page.join([title, page.table(["setting", "this run", other], cells) if rows else None])
+    return page.join([title, page.table(["setting", here, other], cells) if rows else None])
 
 
 def grouped(rows: Sequence[Mapping[str, Any]]) -> list[Html]:

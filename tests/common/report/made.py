@@ -111,7 +111,7 @@ def score_card(folder: Path, cases: tuple[str, ...] = ("case_a", NASTY, LONG), c
     return folder
 
 
-def finetuning(folder: Path, epochs: int = 6) -> Path:
+def finetuning(folder: Path, epochs: int = 6, seed: int = 0) -> Path:
     """Write a run of fine-tuning with validations and a score card beside its checkpoints."""
     log = [speed(epoch) | {"dice": 1 / (epoch + 1), "ce": 2 / (epoch + 1)} for epoch in range(epochs)]
     for line in log[1::2]:
@@ -119,7 +119,7 @@ def finetuning(folder: Path, epochs: int = 6) -> Path:
     about = {"program": "fine-tuning", "title": "MSD04, fold 0", "network": "unetr", "initial_weights": "scratch"}
     about |= {"training_cases": 160, "validation_cases": 40, "leak": ""}
     values = {"out_dir": str(folder), "preset": "MSD04", "data": f"/data/{LONG}", "epochs": epochs, "roi": [64, 64, 16]}
-    write_run(folder, about, values, {"epochs": 3000, "roi": None}, log)
+    write_run(folder, about, values | {"seed": seed}, {"epochs": 3000, "roi": None, "seed": 0}, log)
     score_card(folder / "scores")
     return folder
 
@@ -148,6 +148,7 @@ def sweep(folder: Path) -> Path:
     content = {"preset": "MSD04", "fold": 0, "score": "mean Dice", "updates": 400, "seeds": [0, 1], "rows": rows}
     content |= {"settings": {"batch_size": 4}, "failed": {"unetr-4-2": "out of memory"}, "test_cases": ["a", "b"]}
     write_json(folder / "sweep.json", content)
-    finetuning(folder / "runs/unetr-4-0/training")
+    for seed in (0, 1):
+        finetuning(folder / f"runs/unetr-4-{seed}/training", seed=seed)
     score_card(folder / "runs/unetr-4-0/scores", checkpoint=str(folder / "runs/unetr-4-0/training/checkpoint-last.pth"))
     return folder

@@ -81,6 +81,13 @@ def test_settings_that_differ_stand_beside_their_defaults(tmp_path):
     assert "<td><code>seed</code>" not in changed and "<dt>seed</dt>" in same
 
 
+def test_a_sweep_shows_in_what_its_runs_differ(tmp_path):
+    text = page_of(made.sweep(tmp_path / "sweep"))
+    varied, shared = text.split("2 differ from the defaults in all runs")
+    assert "<td><code>seed</code></td><td>0, 1</td>" in varied and "<code>out_dir</code>" not in varied
+    assert "<td><code>epochs</code></td><td>6</td><td>3000</td>" in shared and "<dt>batch_size</dt><dd>4</dd>" in shared
+
+
 @pytest.mark.parametrize(
     "values, words",
     [
@@ -232,7 +239,7 @@ def test_a_sweep_without_results_lists_its_runs(tmp_path):
     folder = made.sweep(tmp_path / "sweep")
     (folder / "sweep.json").unlink()
     text = text_of(folder)
-    assert "1 of 1" in text and "scored" in text and "sweep.json is missing" in text
+    assert "2 of 2" in text and "scored" in text and "sweep.json is missing" in text
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
