@@ -371,7 +371,7 @@ def build_with_weights(architecture: Architecture, state: State, where: str | Pa
         model = build_model(architecture)
     except InputError:
         raise
-    # of a layer that does not accept the sizes
+    # raised by a layer that does not accept the sizes
     except (ValueError, ZeroDivisionError, AssertionError) as error:
         raise InputError(f"{where}: the network cannot be built ({one_line(error)})") from None
     load_state(model, state, where)

@@ -221,7 +221,7 @@ def from_monai_mae(state: State) -> State:
 # ---------------------------------------------------------------- plain MAE
 
 
-# of files with an `encoder_pos_embed`: the decoder, and the layer between encoder and decoder
+# decoder, and layer between encoder and decoder, in files with an `encoder_pos_embed`
 DECODERS = ("decoder", "encoder_to_decoder", "mask_token")
 
 

@@ -179,7 +179,7 @@ class RelativeBlock(Block):
         self.gamma_2 = nn.Parameter(torch.ones(dim))
         self.attn.relative_position_bias_table = nn.Parameter(torch.zeros(math.prod(_offsets(grid)), num_heads))
         self.attn.register_buffer("relative_position_index", relative_position_index(grid).clone())
-        # of the last other grid, on the device
+        # index of the last grid other than `grid`, on the device
         self._other_index: tuple[encoder3d.Grid, Tensor] | None = None
 
     def forward(self, x: Tensor, grid: encoder3d.Grid, ids_keep: Tensor | None = None) -> Tensor:

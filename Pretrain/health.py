@@ -37,7 +37,7 @@ MIN_VOLUMES = 20
 MAX_VOLUMES = 16
 # views whose features are measured
 MAX_VIEWS = 32
-# of the names of measures in the log
+# before the names of measures in the log
 PREFIX = "health/"
 
 Values = Mapping[str, float]
@@ -195,7 +195,7 @@ def warnings(values: Values, norm_pix_loss: bool = True) -> dict[str, str]:
 
 
 def first_check(plan: BatchPlan, warmup_epochs: float) -> int:
-    """Return the number of updates from which on values are checked.
+    """Return the number of updates after which values are checked.
 
     Every masked autoencoder predicts the mean at first. So not before the end of the warm-up, nor before half of the
     run, of which at most 1,000 updates; and never in a trial of less than 100 updates. Our choice.
@@ -214,7 +214,7 @@ class Health:
         samples: views of these volumes; the first 16 are used.
         held_out: whether they were not trained on.
         micro_batch: volumes at once.
-        first_check: number of updates from which on values are checked.
+        first_check: number of updates after which values are checked.
         norm_pix_eps: epsilon of the normalised targets; None when targets are not normalised.
         dtype: of autocast, None for none.
     """

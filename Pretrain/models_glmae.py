@@ -181,7 +181,7 @@ class GLMAE(Method):
             self.register_buffer("center", torch.zeros(1, prototypes or bottleneck_dim))
         # the teacher's mean logits and mean probabilities, (2, K) per pass of this update
         self._teacher_means: list[Tensor] = []
-        # of the micro-batch between its parts
+        # targets of the current micro-batch, kept between its parts
         self._targets: Tensor | None = None
 
     @property

@@ -27,7 +27,7 @@ from common.data.preprocessing import Preprocessing
 from common.distributed import Run
 
 AIM = 0.9
-# of memory: not more per volume or token, and not more of the program for more volumes
+# memory: not more per volume or token, and for the whole program not more with more volumes
 FLAT = 1.0
 
 

@@ -40,7 +40,7 @@ class Row:
     # theirs / ours; the aim of the ratio
     ratio: float | None = None
     aim: float | None = None
-    # of one call, beyond what existed before it
+    # peak of one call, beyond what existed before it
     peak_bytes: int | None = None
     their_peak_bytes: int | None = None
     # ours / theirs; the aim of the ratio

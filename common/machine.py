@@ -39,7 +39,7 @@ LEAST_DISK, LEAST_SHARED, LEAST_FILES = 10 * GIB, GIB, 1024
 LEAST_MEMORY = 16e9
 SLOW_DISK = 100e6
 WORKERS = 4
-# of a CUDA device, from which on it has bfloat16
+# lowest compute capability of a CUDA device with bfloat16
 BF16 = (8, 0)
 SHOWN = ("torch", "monai", "timm", "numpy", "nibabel", "blosc2")
 

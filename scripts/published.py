@@ -169,7 +169,7 @@ def _listed(preset: Preset, source: Path) -> Findings:
         expected = f"expected names that start with {prefix}; this is not the list of {preset.name}"
         found.wrong.append(f"{lists[0]}: found {others[0]}, {expected}")
     stated, published = _stated_number(lists[0]), preset.published.cases
-    # of two equal numbers the published one is named
+    # where both numbers are equal, the message names the published one
     numbers = ({} if stated is None else {stated: "cases of numTraining"}) | dict.fromkeys(published, "published cases")
     for number, what in numbers.items():
         found.compare(lists[0], len({case.image for case in cases}), number, what)

@@ -33,7 +33,7 @@ ALLOWED = {
     **dict.fromkeys(PROGRAMS, {*COMMON, *PROGRAMS, "Finetune", "Pretrain"}),
 }
 ENCODERS = ("models_3dvit.py", "models_convvit3d.py")
-# of exported folders; an encoder file imports them only in the function that needs them
+# needed for exported folders only; an encoder file imports them in the function that needs them
 OF_EXPORTS = {"huggingface_hub", "safetensors"}
 HOOKS = tuple(name for name in vars(Method) if not name.startswith("_"))
 # It lies in a package, so `import statistics` still finds the standard library.

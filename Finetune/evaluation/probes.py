@@ -36,7 +36,7 @@ from Finetune.losses import classification_losses
 from Finetune.models_light import unfold_channels
 from Finetune.presets import Preset
 
-# of the similarities, as in DINO and Wu et al. 2018
+# divides similarities before the softmax, as in DINO and Wu et al. 2018
 TEMPERATURE = 0.07
 # the variance of a channel below which it counts as constant
 EPS = 1e-6

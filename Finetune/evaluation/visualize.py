@@ -66,7 +66,7 @@ def _column(image: np.ndarray, label: np.ndarray, cuts: Sequence[tuple[int, int]
     width, depth, height = np.multiply(image.shape, spacing)
     if 2 * height < width:
         return _join([panel(image, label, *cut, spacing, COLUMN) for cut in cuts], axis=0)
-    # of the same height, and together as wide as the axial plane
+    # the two other planes have the same height, and together the width of the axial one
     left = round((COLUMN - GAP) * width / (width + depth))
     axial, *beside = (
         panel(image, label, *cut, spacing, pixels) for cut, pixels in zip(cuts, (COLUMN, left, COLUMN - GAP - left))

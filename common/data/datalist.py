@@ -21,7 +21,7 @@ ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 LABEL_WORDS = {"label", "mask", "seg", "segmentation", "annotation"}
 LABEL_WORDS |= {f"{word}s" for word in LABEL_WORDS}
 OTHER_WORDS = {"map", "maps", "tr", "ts", "va", "train", "training", "test", "testing", "val", "validation"}
-# of folders that may be added to a name to make it unique
+# number of parent folders that may be added to a name to make it unique
 MAX_PARENTS = 7
 DATA_ROOT_HELP = "folder that relative paths of a list start from; none or /: the folder of the list"
 

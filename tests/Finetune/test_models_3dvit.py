@@ -213,7 +213,7 @@ def test_positions_are_resampled_once_per_size(monkeypatch):
     assert len(calls) == 7
     # a trained table must have its gradient
     model.pos_embed.requires_grad_()
-    # of one feature: the sum of all is constant after the final norm
+    # one feature, because the sum of all is constant after the final norm
     model(a.double())[:, 0].sum().backward()
     model(a.double())[:, 0].sum().backward()
     assert len(calls) == 9 and model.pos_embed.grad.any()

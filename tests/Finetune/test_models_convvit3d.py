@@ -73,7 +73,7 @@ def test_tokens_follow_the_order_of_ids_keep(pyramid):
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_convolution_block_against_its_equations(masked):
     block, ids_keep = ConvBlock(4), torch.tensor([[5, 0, 4]])
-    # of a grid (2, 2, 2) of tokens of 16 voxels
+    # a grid (2, 2, 2) of tokens of 16^3 voxels
     x = torch.randn(1, 4, 32, 32, 32)
     tokens = torch.zeros(1, 8).scatter_(1, ids_keep, 1.0).view(1, 1, 2, 2, 2)
     visible = F.interpolate(tokens, scale_factor=16) if masked else torch.ones(1, 1, 32, 32, 32)

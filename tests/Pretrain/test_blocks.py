@@ -57,7 +57,7 @@ def assert_close(found, wanted):
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert found[name].shape == value.shape and found[name].dtype == value.dtype, name
-        # of the window; content boxes and keys are equal
+        # as a share of the window; content boxes and keys must be equal
         limit = 1e-3 if value.is_floating_point() else 0
         assert (found[name] - value).abs().max() <= limit, name
 

@@ -98,7 +98,7 @@ def changed(method, offsets):
 
 
 def seen_by_decoder(method, batch):
-    """Of every call of the decoder, in order: the visible patches (M, K), and which patches hold content (M, N)."""
+    """Return the visible patches (M, K) and which patches hold content (M, N), for every call of the decoder."""
     seen = []
 
     def record(module, args, kwargs):
@@ -165,7 +165,7 @@ def test_predictions_of_padding_do_not_enter_the_loss(method):
     assert all(value.isfinite() for value in plain.values())
     made = changed(model, [(~holds) * 7.0 for _, holds in calls])
     assert losses(made, batch) == plain
-    # of removed patches with content they do, and without the option those of padding do
+    # predictions of removed patches with content change the losses; without the option, those of padding do too
     made = losses(changed(model, [holds * 7.0 for _, holds in calls]), batch)
     assert all(made[name] > plain[name] + 1 for name in made if name.startswith("rec_"))
     batch = batch_of(method, ignore_padding=False)

@@ -22,7 +22,7 @@ PREPROCESSING = "--intensity window --low 0 --high 1000 --foreground_threshold n
 # The patterns lie as the patches do: crops have the size of the volumes, and levels of MiM are cut at multiples of 16.
 VIEWS = "--crop_mode fixed --flip_prob 0 --local_size 32"
 LOOP = "--warmup_epochs 0.5 --health_every 0 --save_every 1000 --workers 0 --seed 0"
-# of Dice, on a scale of 0 to 1
+# in Dice, from 0 to 1
 LEAST_GAIN = 0.1
 # The noise of a patch is most of its variance.
 DECODER = "--norm_pix_eps 1e-3 --decoder_embed_dim 48 --decoder_depth 1 --decoder_num_heads 2"
@@ -42,7 +42,7 @@ class Control:
     head: str = "primus"
     lr: float = 1e-3
     volumes: int = 800
-    # of the unlabelled volumes
+    # voxels of an unlabelled volume
     size: tuple[int, int, int] = LABELLED_SIZE
     strength: float = 0.24
 

@@ -116,7 +116,7 @@ def test_what_cannot_be_found_is_named(tmp_path, monkeypatch):
 
 
 def test_kept_bytes_grow_with_the_activations():
-    """Of a linear layer, GELU and another linear layer: what each keeps."""
+    """Compared for a linear layer, GELU and another linear layer."""
     found = {}
 
     class Wide(Toy):
