@@ -215,7 +215,7 @@ def development_and_test(validation: Sequence[Case], share: float = 0.5) -> tupl
 
 
 def map_values(values: np.ndarray, preset: Preset, where: str | Path, or_ids: bool = False) -> np.ndarray:
-    """Return label values of a file as the preset's ids, uint8.
+    """Return the label values (D, H, W) of a file as the preset's ids, uint8 of the same shape.
 
     Args:
         where: names the file in errors.

@@ -181,7 +181,7 @@ def predict_case(
 
 
 def draw_overlay(path: Path, grey: np.ndarray, labels: np.ndarray, space: Space, preset: Preset) -> None:
-    """Draw a label map over its image. `grey` is RAS, `labels` is in the space of the file."""
+    """Draw `labels` (D, H, W), with the axes of the file, over their image `grey` (D, H, W), RAS, from 0 to 1."""
     canonical = nib.as_closest_canonical(nib.Nifti1Image(labels, space.affine))
     spacing = np.linalg.norm(canonical.affine[:3, :3], axis=0)
     title = path.name.removesuffix(".png")

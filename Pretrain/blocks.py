@@ -165,7 +165,7 @@ class ViewMaker:
 
 
 def cut(numbers: Tensor, shapes: Mapping[BlockKey, Sequence[int]]) -> dict[BlockKey, Tensor]:
-    """Return the blocks that lie one after another in `numbers`, without a copy."""
+    """Return the blocks (C, d, h, w) that lie one after another in `numbers` (voxels,), without a copy."""
     parts = numbers.split([math.prod(shape) for shape in shapes.values()])
     return {key: part.view(shape) for (key, shape), part in zip(shapes.items(), parts)}
 

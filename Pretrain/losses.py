@@ -32,7 +32,7 @@ def unpatchify(patches: Tensor, patch_size: Sequence[int], grid: Sequence[int]) 
 
 
 def norm_pix(patches: Tensor, eps: float = 1e-6) -> Tensor:
-    """Normalise patches (..., P) to mean 0 and variance 1, in float32. A constant one becomes 0.
+    """Return patches (..., P) normalised to mean 0 and variance 1, in float32. A constant one becomes 0.
 
     Args:
         eps: added to the unbiased variance; MAE's is 1e-6. Patches of less variance are not blown up to 1.
@@ -106,7 +106,7 @@ def entropy_of_mean(mean: Tensor) -> Tensor:
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return 2 - 2 cos over the last axis, in float32."""
+    """Return 2 - 2 cos (...,) of vectors (..., E), in float32."""
     return 2.0 - 2.0 * F.cosine_similarity(a.float(), b.float(), dim=-1)
 
 

@@ -28,7 +28,7 @@ MAX_ROWS = 2048
 
 
 def psnr(mse: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio in dB of a mean squared error, for intensities in [0, 1]."""
+    """Return the peak signal-to-noise ratio in dB of mean squared errors of any shape, for intensities in [0, 1]."""
     return -10.0 * mse.log10()
 
 

@@ -116,7 +116,7 @@ def reconstruct(
 
 
 def complete_reconstruction(vit: VisionTransformer3D, x: Tensor, visible: Visible) -> Reconstruction:
-    """Return the predictions of all removed patches, with 0 in the place of visible ones."""
+    """Return the predictions (M, N, P) for views x (M, C, D, H, W): of removed patches, and 0 for visible ones."""
     grid = grid_of(x.shape[2:], vit.patch_size)
     prediction = vit.forward_decoder(visible.tokens, visible.ids_keep, visible.ids_removed, grid)
     places = visible.ids_removed.unsqueeze(-1).expand_as(prediction)

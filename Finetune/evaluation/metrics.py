@@ -54,7 +54,7 @@ class Metric:
 
 
 def dice_of(prediction: np.ndarray, label: np.ndarray) -> float | None:
-    """Return the Dice of two boolean masks: None when both are empty, 0 when one is."""
+    """Return the Dice of two boolean masks of one shape (D, H, W): None when both are empty, 0 when one is."""
     total = int(prediction.sum()) + int(label.sum())
     return 2 * int((prediction & label).sum()) / total if total else None
 

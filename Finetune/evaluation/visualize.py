@@ -75,7 +75,11 @@ def _column(image: np.ndarray, label: np.ndarray, cuts: Sequence[tuple[int, int]
 
 
 def labelled_box(labels: Sequence[np.ndarray], spacing: Sequence[float]) -> tuple[slice, ...]:
-    """Return the box of the voxels that a label map labels, with MARGIN; all of the image if there are none."""
+    """Return the box of the voxels that label maps (D, H, W) label, with MARGIN; all of the image if there are none.
+
+    Args:
+        spacing: mm of a voxel along D, H, W.
+    """
     labelled = np.any([label > 0 for label in labels], axis=0)
     box = []
     for axis, (length, mm) in enumerate(zip(labelled.shape, spacing)):
@@ -94,7 +98,10 @@ def colour(number: int) -> tuple[int, int, int]:
 
 
 def most_labelled(label: np.ndarray, axis: int) -> int:
-    """Return the index along `axis` of the plane with most labelled voxels, the middle one if there are none."""
+    """Return the index along `axis` of the plane of a label map (D, H, W) with most labelled voxels.
+
+    It is the middle one if there are none.
+    """
     counts = (label > 0).sum(axis=tuple(a for a in range(3) if a != axis))
     return int(counts.argmax()) if counts.any() else label.shape[axis] // 2
 

@@ -56,7 +56,7 @@ def keep_largest_components(labels: np.ndarray, ids: Collection[int], foreground
 
 
 def keep_largest(labels: np.ndarray, mask: np.ndarray) -> None:
-    """Set a label map to 0, in place, in all but the largest connected component of a mask of the same shape."""
+    """Set a label map (D, H, W) to 0, in place, in all but the largest connected component of a mask (D, H, W)."""
     components, count = ndimage.label(mask)
     if count > 1:
         largest = 1 + np.bincount(components.ravel())[1:].argmax()
@@ -77,7 +77,10 @@ def largest_channel(logits: Tensor) -> Tensor:
 
 
 def write_label_map(path: Path, labels: np.ndarray, space: Space, source: Path) -> None:
-    """Write a label map as NIfTI, with the header of `source` where that is NIfTI, with the affine otherwise."""
+    """Write a label map (D, H, W), with the axes of `source`, as NIfTI.
+
+    The header is that of `source` where that is NIfTI; otherwise it has the affine alone.
+    """
     if source.name.endswith((".nii", ".nii.gz")):
         image = nib.Nifti1Image(labels, None, nib.load(source).header.copy())
         image.header.set_data_dtype(np.uint8)

@@ -59,7 +59,7 @@ def quantisation_of(preprocessing: Preprocessing) -> tuple[float, float]:
 
 
 def quantise(image: torch.Tensor, preprocessing: Preprocessing) -> np.ndarray:
-    """Return preprocessed intensities as the whole numbers that are stored."""
+    """Return preprocessed intensities (C, D, H, W) as the whole numbers that are stored, of the same shape."""
     scale, offset = quantisation_of(preprocessing)
     limits = torch.iinfo(getattr(torch, preprocessing.dtype))
     # in place after the first step, for a volume fills much of the memory

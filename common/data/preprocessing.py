@@ -54,7 +54,7 @@ class Preprocessing:
     def apply(
         self, image: "MetaTensor", label: "MetaTensor | None" = None, overwrite: bool = False
     ) -> "tuple[MetaTensor, MetaTensor | None]":
-        """Return `image` and `label` preprocessed, see `common.data.transforms.preprocess`."""
+        """Return `image` (C, D, H, W) and `label` (1, D, H, W) preprocessed: `common.data.transforms.preprocess`."""
         # slow to import, and not needed for --help
         from common.data.transforms import preprocess
 
