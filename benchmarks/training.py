@@ -20,7 +20,7 @@ from common.cache.build import build_cache
 from common.cache.volume import CachedVolume
 from common.cli import parse
 from common.data.datalist import Case, stem
-from common.data.loader import PREFETCH, DeviceBatches, Loading, build_loader, end_workers, micro_batches
+from common.data.loader import PREFETCH, Loading, build_loader, device_batches, end_workers, micro_batches
 from common.data.sampler import StreamSampler
 from common.distributed import Run
 from common.training.loop import UpdateRule, train_one_epoch
@@ -142,6 +142,6 @@ def batches_of(loading: Loading, workers: int, batch: int, device: torch.device)
     sampler.stop = 10**6
     loader = build_loader(loading, sampler, workers, device)
     try:
-        yield from DeviceBatches(micro_batches(loader, loading, batch), loading.prepare, device)
+        yield from device_batches(micro_batches(loader, loading, batch), loading.prepare, device)
     finally:
         end_workers(loader)

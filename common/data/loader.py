@@ -152,43 +152,32 @@ def end_workers(loader: DataLoader | None) -> None:
         iterator._shutdown_workers()
 
 
-class DeviceBatches:
-    """Iterator over the batches of a loader, each prepared on the device.
+def device_batches(
+    batches: Iterable[Any], prepare: Callable[[Any, torch.device], Any], device: torch.device
+) -> Iterator[Any]:
+    """Yield the batches of a loader, each prepared on the device.
 
-    On CUDA a batch is prepared on a stream of its own while the device works on the one before: the copy from pinned
-    memory and what `prepare` computes overlap with the update. On a CPU a batch is prepared when it is asked for.
+    On CUDA they are prepared on a stream of their own. The host launches an update without waiting for it and then asks
+    for the next batch, so that the copy from pinned memory and what `prepare` computes overlap with that update, and a
+    late loader delays no update whose batch is there.
     """
-
-    def __init__(self, loader: Iterable[Any], prepare: Callable[[Any, torch.device], Any], device: torch.device):
-        self._batches, self._prepare, self._device = iter(loader), prepare, device
-        self._stream, self._next = None, None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)
-            # what `prepare` reads may have been written on the current stream just now
-            self._stream.wait_stream(torch.cuda.current_stream(device))
-            self._load()
-
-    def __iter__(self) -> "DeviceBatches":
-        return self
-
-    def __next__(self) -> Any:
-        if self._stream is None:
-            return self._prepare(next(self._batches), self._device)
-        if self._next is None:
-            raise StopIteration
-        batch, current = self._next, torch.cuda.current_stream(self._device)
-        current.wait_stream(self._stream)
-        for value in batch.values():
+    if device.type != "cuda":
+        for batch in batches:
+            yield prepare(batch, device)
+        return
+    stream = torch.cuda.Stream(device)
+    # what `prepare` reads may have been written on the current stream just now
+    stream.wait_stream(torch.cuda.current_stream(device))
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            prepared = prepare(batch, device)
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        for value in prepared.values():
             if isinstance(value, Tensor):
                 # its memory must not be used again on its own stream before this one is done with it
                 value.record_stream(current)
-        self._load()
-        return batch
-
-    def _load(self) -> None:
-        batch = next(self._batches, None)
-        with torch.cuda.stream(self._stream):
-            self._next = None if batch is None else self._prepare(batch, self._device)
+        yield prepared
 
 
 # ---------------------------------------------------------------- shared memory

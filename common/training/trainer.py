@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common import checkpoint, distributed
 from common.config import to_dict
-from common.data.loader import DeviceBatches, Loading, build_loader, check_limits, end_workers, micro_batches
+from common.data.loader import Loading, build_loader, check_limits, device_batches, end_workers, micro_batches
 from common.data.sampler import StreamSampler, mix
 from common.distributed import Run
 from common.environment import code_version
@@ -296,7 +296,7 @@ class Trainer:
             check_limits(self.loading, self.sampler, workers)
             self._loader = build_loader(self.loading, self.sampler, workers, run.device)
             batches = micro_batches(self._loader, self.loading, plan.micro_batch)
-            self._stream = DeviceBatches(batches, self.loading.prepare, run.device)
+            self._stream = device_batches(batches, self.loading.prepare, run.device)
         return self._stream
 
     def _after_update(self, lr: float) -> None:

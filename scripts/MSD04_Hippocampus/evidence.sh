@@ -218,9 +218,12 @@ fi
 if [ "$size" = quick ] && [ -n "$length" ]; then
   step "6 The length of pretraining, seed 0: GL-MAE, and MiM without alignment" "$out/probe_length_* $out/length_*"
   # the longest ones first
-  cell glmae-x4 0 "$((glmae_updates * 4))" 8 "${glmae_flags[@]}"
-  inits="glmae-short=$(files glmae-short 0),glmae=$(files glmae 0),glmae-x4=$(files glmae-x4 0)"
-  mim_inits=""
+  inits="" mim_inits=""
+  for share in 4 2; do
+    cell "glmae-x$share" 0 "$((glmae_updates * share))" 8 "${glmae_flags[@]}"
+    inits=",glmae-x$share=$(files "glmae-x$share" 0)$inits"
+  done
+  inits="glmae-short=$(files glmae-short 0),glmae=$(files glmae 0)$inits"
   for share in 4 2; do
     cell "mim-no-align-x$share" 0 "$((mim_updates * share))" 4 "${mim_flags[@]}" --align none
     mim_inits=",mim-no-align-x$share=$(files "mim-no-align-x$share" 0)$mim_inits"

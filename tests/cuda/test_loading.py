@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from common.data.loader import DeviceBatches, Loading, build_loader, micro_batches, to_device
+from common.data.loader import Loading, build_loader, device_batches, micro_batches, to_device
 from common.data.sampler import StreamSampler
 from common.distributed import Run
 from common.training.loop import UpdateRule, train_one_epoch
@@ -34,7 +34,7 @@ def test_views_made_on_the_device(device, cached, mode, resident):
     maker = ViewMaker(samples.specs, load_resident(samples.volumes, device) if resident else None)
     how = Loading(BlockDataset(samples, resident), collate_blocks, maker, by_sample=True)
     loader = build_loader(how, sampler, 2, device)
-    made = list(DeviceBatches(micro_batches(loader, how, 2), how.prepare, device))
+    made = list(device_batches(micro_batches(loader, how, 2), how.prepare, device))
     for batch, items in zip(made, sampler, strict=True):
         assert all(value.device.type == device.type for value in batch.values())
         assert_close({k: v.cpu() for k, v in batch.items()}, default_collate([samples[item] for item in items]))
@@ -51,7 +51,7 @@ def test_batches_are_complete_when_they_are_used(device):
     hosts = [torch.full((size,), float(i)) for i in range(20)]
     if device.type == "cuda":
         hosts = [x.pin_memory() for x in hosts]
-    sums = [batch["x"].mean() for batch in DeviceBatches(hosts, prepare, device)]
+    sums = [batch["x"].mean() for batch in device_batches(hosts, prepare, device)]
     assert torch.stack(sums).tolist() == [i + 1.0 for i in range(20)]
 
 

@@ -38,7 +38,7 @@ def test_bytes_read_by_all_processes_are_added_up(tmp_path, monkeypatch):
 
 def test_on_a_cpu_a_batch_is_prepared_when_it_is_asked_for():
     done = []
-    batches = loader.DeviceBatches([1, 2, 3], lambda batch, device: done.append(batch) or -batch, torch.device("cpu"))
+    batches = loader.device_batches([1, 2, 3], lambda batch, device: done.append(batch) or -batch, torch.device("cpu"))
     assert done == [] and next(batches) == -1 and done == [1]
     assert list(batches) == [-2, -3]
 
@@ -58,7 +58,7 @@ class Recorded(torch.Tensor):
         stream.log.append(f"batch {int(self)} is used on {stream.name}")
 
 
-def test_on_cuda_a_batch_is_prepared_one_ahead(monkeypatch):
+def test_on_cuda_a_batch_is_asked_for_after_the_update_before_it(monkeypatch):
     log = []
     main, side = Stream(log, "main"), Stream(log, "side")
     active = [main]
@@ -77,19 +77,26 @@ def test_on_cuda_a_batch_is_prepared_one_ahead(monkeypatch):
         log.append(f"batch {number} is prepared on {active[-1].name}")
         return {"x": torch.tensor(number).as_subclass(Recorded), "names": ["a"]}
 
-    batches = loader.DeviceBatches([1, 2], prepare, torch.device("cuda"))
-    assert [int(next(batches)["x"]), log.append("update 1"), int(next(batches)["x"])] == [1, None, 2]
+    def loaded():
+        for number in (1, 2):
+            log.append(f"batch {number} is asked for")
+            yield number
+
+    for batch in loader.device_batches(loaded(), prepare, torch.device("cuda")):
+        log.append(f"update {int(batch['x'])}")
     assert log == [
         "side waits for main",
+        "batch 1 is asked for",
         "batch 1 is prepared on side",
         "main waits for side",
         "batch 1 is used on main",
-        "batch 2 is prepared on side",
         "update 1",
+        "batch 2 is asked for",
+        "batch 2 is prepared on side",
         "main waits for side",
         "batch 2 is used on main",
+        "update 2",
     ]
-    assert list(batches) == []
 
 
 # ---------------------------------------------------------------- shared memory
