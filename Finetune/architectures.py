@@ -25,7 +25,7 @@ from Finetune.heads import HEADS, Architecture, Head, Triple, find_head
 from Finetune.models_3dvit import VisionTransformer3D
 from Finetune.models_convvit3d import STRIDE, ConvViT3D
 from Finetune.presets import Preset, check
-from Finetune.pretrained import is_dense, read_checkpoint, shorten
+from Finetune.pretrained import is_dense, read_checkpoint, recorded_heads, shorten
 
 Quadruple = tuple[int, int, int, int]
 Size = Literal["auto", "tiny", "small", "base", "large", "huge"]
@@ -96,14 +96,19 @@ class Encoder:
 
 
 def choose_vit(settings: ModelSettings, preset: Preset, found: Sizes) -> Sizes:
-    """Return the sizes of the ViT: those given, else the checkpoint's, else those of `--size`."""
+    """Return the sizes of the ViT: those given, else the checkpoint's, else those of `--size`.
+
+    The heads are the checkpoint's also where `--size` is given: with others its features would not be those it learned.
+    """
     size = models_3dvit.SIZES["base" if settings.size == "auto" else settings.size]
     base = found if found and settings.size == "auto" else size
     width = settings.embed_dim or base["embed_dim"]
+    # of a checkpoint without a record, as usual for its width
+    heads = settings.num_heads or found.get("num_heads") or (usual_heads(width) if found else None)
     return {
         "embed_dim": width,
         "depth": settings.depth or base["depth"],
-        "num_heads": _check_heads(settings.num_heads or base["num_heads"], width),
+        "num_heads": _check_heads(heads or size["num_heads"], width),
         "patch_size": tuple(settings.patch_size or found.get("patch_size") or preset.patch_size),
         **choose_decoder(settings, found),
     }
@@ -156,17 +161,20 @@ def _check_heads(heads: int | None, width: int, name: str = "num_heads") -> int:
 def read_vit(state: State, args: dict) -> Sizes:
     """Return the sizes of a ViT, and of MAE's decoder if there is one, from the tensors.
 
-    The heads are those of the settings, or as usual for the width.
+    The heads are those of the settings; None where these do not record them.
     """
-    width = state["pos_embed"].shape[-1]
-    usual = {size["embed_dim"]: size["num_heads"] for size in models_3dvit.SIZES.values()}
     return {
-        "embed_dim": width,
+        "embed_dim": state["pos_embed"].shape[-1],
         "depth": _count(state, "blocks"),
-        "num_heads": _recorded_heads(args) or usual.get(width),
+        "num_heads": recorded_heads(args),
         "patch_size": triple(state["patch_embed.proj.weight"].shape[2:]),
         **read_decoder(state, args),
     }
+
+
+def usual_heads(width: int) -> int | None:
+    """Return the attention heads of the named ViT of this width, None where there is none."""
+    return {size["embed_dim"]: size["num_heads"] for size in models_3dvit.SIZES.values()}.get(width)
 
 
 def read_decoder(state: State, args: dict) -> Sizes:
@@ -186,14 +194,9 @@ def read_hybrid(state: State, args: dict) -> Sizes:
     return {
         "embed_dims": tuple(state[f"patch_embed{stage}.proj.weight"].shape[0] for stage in (1, 2, 3, 4)),
         "depths": tuple(_count(state, f"blocks{stage}") for stage in (1, 2, 3, 4)),
-        "num_heads": _recorded_heads(args),
+        "num_heads": recorded_heads(args),
         "patch_size": (STRIDE,) * 3,
     }
-
-
-def _recorded_heads(args: dict) -> int | None:
-    heads = args.get("num_heads")
-    return heads if isinstance(heads, int) and heads > 0 else None
 
 
 def _count(state: State, blocks: str) -> int:
@@ -296,7 +299,7 @@ def encoder_sizes(
     if init and find_head(settings.model).decoder and "decoder_embed_dim" not in found:
         raise InputError(f"{init}: found no decoder, expected that of MAE for --model {settings.model}")
     for name, value in found.items():
-        if name in sizes and not name.endswith("num_heads") and value != sizes[name]:
+        if name in sizes and value is not None and value != sizes[name]:
             raise InputError(f"{init}: found an encoder with {name} {shown(value)}, expected {shown(sizes[name])}")
     return sizes
 

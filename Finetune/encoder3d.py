@@ -283,11 +283,16 @@ class Encoder3D(nn.Module):
             (missing_keys, unexpected_keys), without prefixes such as `module.`.
 
         Raises:
-            ValueError: the file cannot be read, or an encoder tensor is missing, does not fit or is not finite. The
-                model is then unchanged.
+            ValueError: the file cannot be read, it records another number of attention heads, or an encoder tensor is
+                missing, does not fit or is not finite. The model is then unchanged.
         """
         state, extras = pretrained.read_checkpoint(path, checkpoint_key)
         args = extras.get("args")
+        # no tensor of a ViT shows them, and with another number its features would be others
+        if (heads := pretrained.recorded_heads(args) or self.num_heads) != self.num_heads:
+            raise ValueError(
+                f"{path}: found an encoder with num_heads {heads}, expected {self.num_heads} as this model has"
+            )
         grid = source_grid or (args.get("grid_size") if isinstance(args, dict) else None)
         adapted = self.adapt_tables(state, grid, path, **tables)
         own = self.encoder_names if encoder_only else self.state_dict()

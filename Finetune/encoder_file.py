@@ -8,7 +8,7 @@ from torch import nn
 
 from common.errors import InputError, one_line
 from Finetune import pretrained
-from Finetune.architectures import ENCODERS
+from Finetune.architectures import ENCODERS, usual_heads
 from Finetune.converters import NotConvertible
 from Finetune.encoder3d import Encoder3D, Grid, fit_pos_embed, table_grid
 from Finetune.export_formats import SOURCES
@@ -94,7 +94,7 @@ def read_encoder_file(
         raise InputError(str(error)) from None
     args = extras["args"] if isinstance(extras.get("args"), dict) else {}
     kind, sizes = encoder_in(state, args, path)
-    usual = max(1, sizes["embed_dims"][3] // 32) if kind == "hybrid" else None
+    usual = max(1, sizes["embed_dims"][3] // 32) if kind == "hybrid" else usual_heads(sizes["embed_dim"])
     sizes["num_heads"] = num_heads or sizes["num_heads"] or usual
     if not sizes["num_heads"]:
         raise InputError(f"{path}: found no record of the attention heads, expected --num_heads")

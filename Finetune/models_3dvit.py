@@ -106,7 +106,7 @@ class VisionTransformer3D(encoder3d.Encoder3D):
             encoder3d.triple(patch_size, "patch_size"),
         )
         self.grid_size = encoder3d.grid_of(self.img_size, self.patch_size)
-        self.in_chans, self.embed_dim = in_chans, embed_dim
+        self.in_chans, self.embed_dim, self.num_heads = in_chans, embed_dim, num_heads
         self.num_prefix_tokens = int(class_token)
         drop_paths = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
 

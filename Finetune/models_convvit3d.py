@@ -250,7 +250,7 @@ class ConvViT3D(encoder3d.Encoder3D):
         encoder3d.check_sizes(embed_dims[3], num_heads)
         self.img_size, self.patch_size = encoder3d.triple(img_size, "img_size"), (STRIDE,) * 3
         self.grid_size = encoder3d.grid_of(self.img_size, self.patch_size)
-        self.in_chans, self.pyramid = in_chans, pyramid
+        self.in_chans, self.pyramid, self.num_heads = in_chans, pyramid, num_heads
         self.embed_dims, self.embed_dim = tuple(embed_dims), embed_dims[3]
         rates = iter([drop_path_rate * index / max(sum(depths) - 1, 1) for index in range(sum(depths))])
 

@@ -129,6 +129,14 @@ def read_checkpoint(path: str | os.PathLike, checkpoint_key: str | None = None) 
     return clean_keys(weights, path), extras
 
 
+def recorded_heads(args: object) -> int | None:
+    """Return the attention heads of the encoder that the settings in a checkpoint record; None where they do not."""
+    settings = args if isinstance(args, dict) else {}
+    settings = settings["architecture"] if isinstance(settings.get("architecture"), dict) else settings
+    heads = settings.get("num_heads")
+    return heads if isinstance(heads, int) and heads > 0 else None
+
+
 def is_dense(value: object) -> bool:
     """Return whether a value of a checkpoint is a tensor that has its own memory for each of its numbers.
 

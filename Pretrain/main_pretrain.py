@@ -104,6 +104,7 @@ def pretrain(settings: PretrainSettings, run: Run) -> Path | None:
         args=to_dict(settings)
         | {
             "grid_size": list(encoder.grid_size),
+            "num_heads": encoder.num_heads,
             "data": hashes,
             "held_out": [volume.content_hash for volume in held_out],
             "inputs": to_dict(inputs),

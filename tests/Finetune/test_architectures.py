@@ -1,5 +1,7 @@
 """From settings to an architecture, the table of heads, and what is refused before any data is read."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -141,6 +143,21 @@ def test_sizes_are_read_from_the_checkpoint(tmp_path, args):
     architecture = resolve(settings, load_preset("BTCV"), tmp_path / "vit.pth")
     assert (architecture.embed_dim, architecture.depth, architecture.patch_size) == (24, 4, (16, 16, 16))
     load_encoder(build_model(architecture), tmp_path / "vit.pth")
+
+
+def test_the_heads_are_those_that_the_checkpoint_records(tmp_path):
+    """No tensor of a ViT shows them. `--size` does not change them, and other ones are refused."""
+    path = tmp_path / "vit.pth"
+    vit_file(path, embed_dim=768, depth=1, num_heads=6)
+    given = {"model": "linear", "roi": 32, "size": "base", "depth": 1}
+    architecture = resolve(from_dict(given, ModelSettings), load_preset("BTCV"), path)
+    assert architecture.num_heads == 6
+    load_encoder(build_model(architecture), path)
+    refusal = "vit.pth: found an encoder with num_heads 6, expected 12"
+    with pytest.raises(InputError, match=refusal):
+        resolve(from_dict(given | {"num_heads": 12}, ModelSettings), load_preset("BTCV"), path)
+    with pytest.raises(InputError, match=refusal):
+        load_encoder(build_model(replace(architecture, num_heads=12)), path)
 
 
 @pytest.mark.parametrize(
