@@ -5,8 +5,8 @@
 A flag is the name of a setting, and the words after it are its value, read as the same value in YAML is
 (common/config.py). Flags win over the file, later flags over earlier ones.
 
-A script that passes its arguments on puts `--recipe NAME` between its own flags and theirs, so that a run can be
-compared with the recipe (`recipe_of`).
+A script that passes its arguments on puts `--recipe NAME` between its own flags and theirs: what comes after it, also
+a file, wins over what comes before it, and a run can be compared with the recipe (`recipe_of`).
 """
 
 import contextlib
@@ -74,16 +74,17 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
         TypeError: a setting is called `config`, `help` or `recipe`, or as `settings_of`.
     """
     known = config.settings_of(cls)
-    words = _read_flags(sys.argv[1:] if argv is None else argv, known)
-    wants_help, recipe = words.pop("help", None), words.pop("recipe", None)
+    of_recipe, words = (_read_flags(part, known) for part in _split(argv))
+    wants_help, recipe = (of_recipe | words).get("help"), words.pop("recipe", None)
     if recipe is not None and len(recipe) != 1:
         raise InputError(f"--recipe: found {shown(recipe) or 'nothing'}, expected one name")
+    recipe_file, recipe_flags = _convert(of_recipe, cls)
     of_file, flags = _convert(words, cls)
-    values = of_file | flags
+    values = recipe_file | recipe_flags | of_file | flags
     if wants_help is not None:
         print(_help_text(known, values, description or cls.__doc__ or "", wants_help == ["all"]))
         raise SystemExit(0)
-    _check_used(flags, known, values)
+    _check_used(recipe_flags | flags, known, values)
     if absent := config.missing(values, cls):
         raise InputError(f"missing setting(s) {', '.join(f'--{name}' for name in absent)}")
     return config.build(values, cls)
@@ -94,23 +95,29 @@ def recipe_of(cls: type, argv: Sequence[str] | None = None) -> tuple[str, dict[s
 
     The words are those of a call that `parse` has accepted.
     """
-    words, known = list(sys.argv[1:] if argv is None else argv), config.settings_of(cls)
-    place = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--recipe"), None)
-    if place is None:
+    known = config.settings_of(cls)
+    of_recipe, words = (_read_flags(part, known) for part in _split(argv))
+    if "recipe" not in words:
         return None
-    (name,) = _read_flags(words[place : place + 2], known)["recipe"][:1]
-    of_file, flags = _convert(_read_flags(words[:place], known), cls)
-    return name, of_file | flags
+    of_file, flags = _convert(of_recipe, cls)
+    return words["recipe"][0], of_file | flags
 
 
 # ---------------------------------------------------------------- flags
 
 
-def _convert(words: dict[str, list[str]], cls: type) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Return the words of the recipe, and those from `--recipe` on; without it all words are of the second kind."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    place = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--recipe"), 0)
+    return words[:place], words[place:]
+
+
+def _convert(words: Mapping[str, list[str]], cls: type) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of the file that `--config` names, and those of the flags."""
-    known, words = config.settings_of(cls), dict(words)
-    of_file = _read_file(words.pop("config", None), cls)
-    return of_file, {name: _value(words[name], name, known[name]) for name in words}
+    known = config.settings_of(cls)
+    flags = {name: _value(words[name], name, known[name]) for name in words if name not in RESERVED}
+    return _read_file(words.get("config"), cls), flags
 
 
 def _read_flags(argv: Sequence[str], known: Settings) -> dict[str, list[str]]:

@@ -69,12 +69,12 @@ launch() {
   fi
 }
 
-# Print the flags for the data of a pretraining recipe: the papers' 1k list, unless the recipe's arguments $@ name other data.
-# The paths of a --datalist start from the list's folder, so it gets no --data_root.
+# Print the flags for the data of a pretraining recipe: the papers' 1k list, unless the recipe's arguments $@ name other data, or a file of
+# settings, which then names the data. The paths of a --datalist start from the list's folder, so it gets no --data_root.
 pretraining_data() {
   case " $* " in
     *" --datasets "* | *" --datasets="*) echo --data_root data ;;
-    *" --datalist "* | *" --datalist="*) ;;
+    *" --datalist "* | *" --datalist="* | *" --config "* | *" --config="*) ;;
     *) echo --datasets 1k --data_root data ;;
   esac
 }

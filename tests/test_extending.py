@@ -19,26 +19,33 @@ FINETUNE = f"{SMALL} --epochs 1 --warmup_epochs 0 --crops 1 --validate_every 0"
 
 
 def section(title):
-    """Return the files and the command of a section."""
+    """Return the files and the commands of a section."""
     body = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", TEXT, re.M | re.S)[1]
     blocks = re.findall(r"```(python|yaml)\n# (\S+)\n(.*?)```", body, re.S)
-    command = re.search(r"```bash\npython (.*?)\n```", body, re.S)[1]
-    return {name: code for _, name, code in blocks}, command
+    shown = "\n".join(re.findall(r"```bash\n(.*?)\n```", body, re.S))
+    return {name: code for _, name, code in blocks}, re.findall(r"^python (.*)$", shown, re.M)
 
 
-def run(tmp_path, title, replacements, more=""):
-    """Write the files of a section, and run its command with our paths."""
-    files, command = section(title)
+def run(tmp_path, title, replacements, *more):
+    """Write the files of a section, and run its commands with our paths. Return what they print.
+
+    Args:
+        more: flags for each command; commands without are not run.
+    """
+    files, commands = section(title)
     for name, code in files.items():
         (tmp_path / name).write_text(code)
-    for old, new in replacements.items():
-        assert old in command
-        command = command.replace(old, str(new))
+    assert all(any(old in command for command in commands) for old in replacements)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, *shlex.split(f"{command} {more}")]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    printed = ""
+    for command, flags in zip(commands, more):
+        for old, new in replacements.items():
+            command = command.replace(old, str(new))
+        words = [sys.executable, *shlex.split(f"{command} {flags}")]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        printed += done.stdout
+    return printed
 
 
 def lungs(folder):
@@ -64,8 +71,11 @@ def test_a_method_trains_and_its_encoder_is_fine_tuned(tmp_path):
     checkpoint = tmp_path / "denoise/checkpoint-last.pth"
     assert {"model", "head"} <= set(torch.load(checkpoint, weights_only=True))
     places = {"/data/lungs": tmp_path / "lungs", "scratch": checkpoint, "runs/lungs": tmp_path / "finetuned"}
-    printed = run(tmp_path, "A data set for fine-tuning", places, f"--cache_dir cache --model linear {FINETUNE}")
-    assert f"encoder from {checkpoint}" in printed
+    flags = f"--cache_dir cache --model linear --roi 32 {FINETUNE}"
+    printed = run(tmp_path, "A data set for fine-tuning", places, flags, "", "")
+    assert f"encoder from {checkpoint}" in printed and "left lung" in printed
+    assert len(list((tmp_path / "finetuned/predictions").glob("*.nii.gz"))) == 1
+    assert (tmp_path / "finetuned/scores/scores.txt").is_file()
 
 
 @pytest.mark.slow
@@ -73,8 +83,9 @@ def test_a_head_trains(tmp_path):
     data = lungs(tmp_path / "lungs")
     places = {"/data/Task09_Spleen": data, "runs/glmae/checkpoint-last.pth": "scratch", "runs/conv": "conv"}
     (tmp_path / "my_lungs.yaml").write_text(section("A data set for fine-tuning")[0]["my_lungs.yaml"])
-    places["MSD09_Spleen"] = "my_lungs.yaml"
-    run(tmp_path, "A segmentation head", places, f"--cache_dir cache {FINETUNE}")
+    places |= {"MSD09_Spleen": "my_lungs.yaml", "/data/other": data / "ct"}
+    run(tmp_path, "A segmentation head", places, f"--cache_dir cache --roi 32 {FINETUNE}", "")
+    assert len(list((tmp_path / "predictions").glob("*.nii.gz"))) == 3
     content = torch.load(tmp_path / "conv/checkpoint-last.pth", weights_only=True)
     assert "conv.weight" in content["state_dict"] and content["args"]["architecture"]["model"] == "conv"
 
@@ -87,7 +98,7 @@ def test_a_metric_appears_in_the_score_card(tmp_path):
     prediction[5:10] = 0
     write_nifti(tmp_path / "labels/case.nii.gz", label)
     write_nifti(tmp_path / "predictions/case.nii.gz", prediction)
-    printed = run(tmp_path, "A metric", {})
+    printed = run(tmp_path, "A metric", {}, "")
     header, row = (tmp_path / "scores/scores.csv").read_text().splitlines()[:2]
     assert float(dict(zip(header.split(","), row.split(",")))["vs"]) == pytest.approx(1 / 1.5)
     assert "VS" in printed

@@ -94,6 +94,14 @@ def test_later_flags_win_so_a_recipe_can_be_overridden():
     assert parse(Settings, ["--no-fast", "--fast"]).fast and not parse(Settings, ["--fast", "--no-fast"]).fast
 
 
+def test_a_file_given_to_a_recipe_wins_over_the_recipes_flags(tmp_path):
+    (tmp_path / "s.yaml").write_text("low: 3\nrate: 4")
+    words = f"--rate 2 --ids 9 --recipe a.sh --config {tmp_path / 's.yaml'} --low 5".split()
+    found = parse(Settings, words)
+    assert (found.rate, found.ids, found.low) == (4.0, (9,), 5.0)
+    assert recipe_of(Settings, words) == ("a.sh", {"rate": 2.0, "ids": (9,)})
+
+
 @pytest.mark.parametrize("recipe", ["--recipe a.sh", "--recipe=a.sh"])
 def test_the_flags_of_a_recipe_are_those_before_its_name(tmp_path, recipe):
     (tmp_path / "s.yaml").write_text("size: 32\nlow: 1\n")
