@@ -8,7 +8,7 @@
 #
 # Arguments are passed on to Finetune.main_finetune and override the values below.
 # DATA: amos22/ as published, with imagesTr, labelsTr, imagesVa, labelsVa.
-# OUT: folder of the run. NPROC: processes, one per GPU; the batch stays the same.
+# OUT: folder of the run. NPROC: processes, one per GPU: 1, 2 or 4, because the batch of 4 stays the same.
 #
 # Hardware: one GPU with 24 GB (expected). Time and result: not measured.
 # From the authors' code: loss, learning rate rule, weight decay, crops, overlap, feature_size 48.
