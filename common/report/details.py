@@ -11,8 +11,6 @@ from common.report.page import Html, tag
 from common.report.runs import RunFolder
 
 CITATION = Path(__file__).resolve().parents[2] / "CITATION.cff"
-
-
 # differs between any two runs, and says nothing about them
 OUT_DIR = "out_dir"
 
