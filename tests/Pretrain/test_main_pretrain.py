@@ -243,16 +243,22 @@ def test_volumes_that_cannot_be_used_stop_a_run_unless_asked(scans, tmp_path, ca
     assert "data     3 volumes" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_the_recipe_shows_every_setting_with_its_value():
+def shown_by_the_recipe(*flags):
+    """Return what `--help` of the recipe of GL-MAE shows."""
     done = subprocess.run(
-        ["bash", "scripts/pretrain_glmae.sh", "--help"],
+        ["bash", "scripts/pretrain_glmae.sh", *flags, "--help"],
         cwd=ROOT,
         env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_recipe_shows_every_setting_with_its_value():
+    shown = shown_by_the_recipe()
     for line in (
         "--global_size",
         "--momentum",
@@ -261,7 +267,16 @@ def test_the_recipe_shows_every_setting_with_its_value():
         "this call 1600",
         "this call 1k",
     ):
-        assert line in done.stdout
+        assert line in shown
+
+
+@pytest.mark.slow
+def test_the_settings_of_an_earlier_run_win_over_the_recipe(tmp_path):
+    (tmp_path / "settings.yaml").write_text("epochs: 5\ndatalist: [/data/my_ct]\nout_dir: runs/mine")
+    shown = shown_by_the_recipe("--config", str(tmp_path / "settings.yaml"), "--out_dir", "runs/other")
+    for line in ("this call 5;", "this call /data/my_ct", "this call runs/other", "this call 160 160 160"):
+        assert line in shown
+    assert "this call 1k" not in shown
 
 
 def test_the_time_left_is_printed_once_when_it_is_known(scans, tmp_path, monkeypatch, capsys):
