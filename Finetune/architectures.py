@@ -46,7 +46,9 @@ class EncoderSettings:
     depth: int | None = setting(None, "blocks of the ViT; none: those of its size", least=1, most=1024)
     embed_dims: Quadruple | None = setting(None, "widths of the stages (mim); none: the size's", least=1, most=65536)
     depths: Quadruple | None = setting(None, "blocks of the stages (mim); none: the size's", least=1, most=1024)
-    num_heads: int | None = setting(None, "attention heads; none: those of the size", least=1, most=1024)
+    num_heads: int | None = setting(
+        None, "attention heads; none: those of the checkpoint, else of the size", least=1, most=1024
+    )
     patch_size: Triple | None = setting(
         None, "voxels of a patch; none: the checkpoint's or preset's", least=1, most=1024
     )
@@ -103,12 +105,12 @@ def choose_vit(settings: ModelSettings, preset: Preset, found: Sizes) -> Sizes:
     size = models_3dvit.SIZES["base" if settings.size == "auto" else settings.size]
     base = found if found and settings.size == "auto" else size
     width = settings.embed_dim or base["embed_dim"]
-    # of a checkpoint without a record, as usual for its width
-    heads = settings.num_heads or found.get("num_heads") or (usual_heads(width) if found else None)
+    # a checkpoint without a record: as usual for its width, else they must be given
+    unrecorded = usual_heads(width) if found and settings.size == "auto" else size["num_heads"]
     return {
         "embed_dim": width,
         "depth": settings.depth or base["depth"],
-        "num_heads": _check_heads(heads or size["num_heads"], width),
+        "num_heads": _check_heads(settings.num_heads or found.get("num_heads") or unrecorded, width),
         "patch_size": tuple(settings.patch_size or found.get("patch_size") or preset.patch_size),
         **choose_decoder(settings, found),
     }
@@ -140,8 +142,7 @@ def choose_hybrid(settings: ModelSettings, preset: Preset, found: Sizes) -> Size
     patch = (STRIDE,) * 3
     if settings.patch_size not in (None, patch):
         raise InputError(f"--patch_size {shown(settings.patch_size)}: must be {STRIDE} for the hybrid encoder")
-    found = found if settings.size == "auto" else {}
-    base = models_convvit3d.SIZES[size] | found
+    base = models_convvit3d.SIZES[size] | (found if settings.size == "auto" else {})
     widths = tuple(settings.embed_dims or base["embed_dims"])
     heads = settings.num_heads or found.get("num_heads") or max(1, widths[3] // 32)
     return {

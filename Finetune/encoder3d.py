@@ -182,7 +182,7 @@ def cut_patches(x: Tensor, patch_size: Sequence[int], ids: Tensor | None = None)
 class Encoder3D(nn.Module):
     """What both encoders have: checks of the input, recomputing of blocks, freezing, loading of pretrained weights.
 
-    A subclass sets `in_chans`, `patch_size`, `grid_size`, and:
+    A subclass sets `in_chans`, `patch_size`, `grid_size`, `num_heads`, and:
 
         encoder_names      the tensors that a pretrained checkpoint must provide
         num_prefix_tokens  rows of a position table before those of the patches

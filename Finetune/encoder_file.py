@@ -95,6 +95,8 @@ def read_encoder_file(
     args = extras["args"] if isinstance(extras.get("args"), dict) else {}
     kind, sizes = encoder_in(state, args, path)
     usual = max(1, sizes["embed_dims"][3] // 32) if kind == "hybrid" else usual_heads(sizes["embed_dim"])
+    if num_heads and sizes["num_heads"] not in (None, num_heads):
+        raise InputError(f"{path}: found an encoder with num_heads {sizes['num_heads']}, expected {num_heads}")
     sizes["num_heads"] = num_heads or sizes["num_heads"] or usual
     if not sizes["num_heads"]:
         raise InputError(f"{path}: found no record of the attention heads, expected --num_heads")

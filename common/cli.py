@@ -95,12 +95,13 @@ def recipe_of(cls: type, argv: Sequence[str] | None = None) -> tuple[str, dict[s
 
     The words are those of a call that `parse` has accepted.
     """
-    known = config.settings_of(cls)
-    of_recipe, words = (_read_flags(part, known) for part in _split(argv))
-    if "recipe" not in words:
+    of_recipe, words = _split(argv)
+    # without a recipe the words may be those of another program, such as pytest
+    if not words or words[0].partition("=")[0] != "--recipe":
         return None
-    of_file, flags = _convert(of_recipe, cls)
-    return words["recipe"][0], of_file | flags
+    known = config.settings_of(cls)
+    of_file, flags = _convert(_read_flags(of_recipe, known), cls)
+    return _read_flags(words, known)["recipe"][0], of_file | flags
 
 
 # ---------------------------------------------------------------- flags

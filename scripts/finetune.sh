@@ -1,6 +1,7 @@
 # Sourced by the recipes of the data sets. `finetune PRESET FLAG...` fine-tunes, predicts the validation cases of the fold and scores them.
 #
 # The recipe sets data (folder or list), out (folder of the run), volumes (what to predict), labels, and images (folders, for the pictures).
+# Without volumes nothing is predicted.
 
 # The arguments of the recipe are refused before anything is installed.
 recipe="$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)"
@@ -20,12 +21,14 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 finetune() {
-  local preset="$1" word
+  local preset="$1" word volumes="${volumes:-}"
   shift
+  # last, because prediction and scores use them too: they win over a file of settings
+  set -- --fold 0 "$@" --preset "$preset" --data "$data" --out_dir "$out"
   for word in "$@"; do
     case "$word" in
       --help | -h | --dry_run)
-        launch Finetune.main_finetune --preset "$preset" --data "$data" --out_dir "$out" --fold 0 "$@"
+        launch Finetune.main_finetune "$@"
         return
         ;;
     esac
@@ -40,7 +43,8 @@ finetune() {
     esac
   fi
   # in a subshell, which the program replaces when LAUNCHER is set
-  (launch Finetune.main_finetune --preset "$preset" --data "$data" --out_dir "$out" --fold 0 "$@")
+  (launch Finetune.main_finetune "$@")
+  [ -n "$volumes" ] || return 0
   "$PYTHON" -m Finetune.predict --checkpoint "$out" --images "$volumes" --cases validation --out "$out/predictions"
   "$PYTHON" -m Finetune.evaluate --predictions "$out/predictions" --labels "$labels" --preset "$preset" --images "${images[@]}" --out "$out/scores"
 }

@@ -45,7 +45,9 @@ def test_addresses_are_complete():
         assert host and re.fullmatch(r"([a-z0-9-]+\.)+[a-z]{2,}", host), address
 
 
-def test_a_missing_page_is_told_from_a_refusal():
+def test_a_missing_page_is_told_from_a_refusal(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(int(self.path[1:]))

@@ -159,7 +159,8 @@ def device_batches(
 
     On CUDA they are prepared on a stream of their own. The host launches an update without waiting for it and then asks
     for the next batch, so that the copy from pinned memory and what `prepare` computes overlap with that update, and a
-    late loader delays no update whose batch is there.
+    late loader delays no update whose batch is there. They do not overlap where the host has waited for the update: to
+    log, or to save.
     """
     if device.type != "cuda":
         for batch in batches:

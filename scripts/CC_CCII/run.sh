@@ -12,12 +12,12 @@
 # Hardware: one GPU with 24 GB (expected). Time and result: not measured.
 # From the papers: 384 x 384 x 32 voxels, min-max intensities. Our choice: everything else, and folds by patient.
 
-source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 
 data="${DATA:-data/CC_CCII}"
 out="${OUT:-runs/CC_CCII}"
 
-launch Finetune.main_finetune --preset CC_CCII --data "$data" --out_dir "$out" --fold 0 \
+finetune CC_CCII \
   --model classifier --size base --patch_size 16 \
   --epochs 50 --warmup_epochs 5 --lr 1e-4 --weight_decay 0.05 --clip_grad 1 \
   --batch_size 16 --micro_batch_size 2 --validate_every 5 --seed 0 \

@@ -1,6 +1,7 @@
 """From settings to an architecture, the table of heads, and what is refused before any data is read."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from Finetune.architectures import ModelSettings, build_model, load_encoder, loa
 from Finetune.heads import HEADS, Architecture, Head, dynunet_strides
 from Finetune.losses import start_at_prior
 from Finetune.main_finetune import main
+from Finetune.models_3dvit import VisionTransformer3D
+from Finetune.models_convvit3d import ConvViT3D
 from Finetune.presets import load_preset
 from tests.Finetune.made import make_dataset
 from tests.Finetune.test_main_finetune import QUICK, SMALL, vit_file
@@ -158,6 +161,22 @@ def test_the_heads_are_those_that_the_checkpoint_records(tmp_path):
         resolve(from_dict(given | {"num_heads": 12}, ModelSettings), load_preset("BTCV"), path)
     with pytest.raises(InputError, match=refusal):
         load_encoder(build_model(replace(architecture, num_heads=12)), path)
+
+
+def test_heads_that_nothing_records_must_be_given(tmp_path):
+    state = VisionTransformer3D(img_size=32, embed_dim=48, depth=1, num_heads=4).state_dict()
+    torch.save(state, tmp_path / "bare.pth")
+    choose = partial(resolve, preset=load_preset("BTCV"), init=tmp_path / "bare.pth")
+    with pytest.raises(InputError, match="--num_heads none: must divide the width 48"):
+        choose(from_dict({"model": "linear", "roi": 32}, ModelSettings))
+    assert choose(from_dict({"model": "linear", "roi": 32, "num_heads": 4}, ModelSettings)).num_heads == 4
+
+
+def test_a_size_does_not_change_the_heads_of_the_hybrid(tmp_path):
+    model = ConvViT3D(img_size=32, num_heads=6, pyramid=False, depths=(1, 1, 1, 1))
+    torch.save({"student": model.state_dict(), "args": {"num_heads": 6}}, tmp_path / "mim.pth")
+    settings = from_dict({"model": "mim_light", "roi": 32, "size": "base", "depths": [1, 1, 1, 1]}, ModelSettings)
+    assert resolve(settings, load_preset("BTCV"), tmp_path / "mim.pth").num_heads == 6
 
 
 @pytest.mark.parametrize(

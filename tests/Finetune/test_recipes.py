@@ -48,6 +48,17 @@ def test_every_preset_has_a_recipe_with_valid_settings(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["BTCV", "CC_CCII"])
+def test_a_file_of_settings_changes_neither_data_nor_folder(tmp_path, name):
+    """Prediction and scores use them too."""
+    (tmp_path / "old.yaml").write_text("out_dir: old\ndata: elsewhere\npreset: WORD\nepochs: 7")
+    done = run(name, "mine", tmp_path / "new", "--config", str(tmp_path / "old.yaml"), "--help")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for words in (f"this call {tmp_path / 'new'}", "this call mine", f"this call {name}", "this call 7"):
+        assert words in done.stdout
+
+
+@pytest.mark.slow
 # labels in another folder, with other values, beside the images
 @pytest.mark.parametrize("name", ["BTCV", "MMWHS_CT", "COVID19_20"])
 def test_recipe_trains_predicts_and_scores(tmp_path, name):

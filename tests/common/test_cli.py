@@ -110,6 +110,8 @@ def test_the_flags_of_a_recipe_are_those_before_its_name(tmp_path, recipe):
     settings = parse(Settings, argv)
     assert (settings.rate, settings.mode, settings.low) == (4.0, "b", 3.0)
     assert recipe_of(Settings, ["--rate", "2"]) is None
+    # as when a program is called from pytest or a notebook
+    assert recipe_of(Settings, ["-n", "0", "tests"]) is None
 
 
 @pytest.mark.parametrize(
