@@ -51,7 +51,7 @@ def test_every_preset_has_a_recipe_with_valid_settings(name):
 @pytest.mark.parametrize("name", ["BTCV", "CC_CCII"])
 def test_a_file_of_settings_changes_neither_data_nor_folder(tmp_path, name):
     """Prediction and scores use them too."""
-    (tmp_path / "old.yaml").write_text("out_dir: old\ndata: elsewhere\npreset: WORD\nepochs: 7")
+    (tmp_path / "old.yaml").write_text("out_dir: old\ndata: elsewhere\npreset: WORD\nvalidate_every: 7")
     done = run(name, "mine", tmp_path / "new", "--config", str(tmp_path / "old.yaml"), "--help")
     assert done.returncode == 0, done.stderr[-2000:]
     for words in (f"this call {tmp_path / 'new'}", "this call mine", f"this call {name}", "this call 7"):
