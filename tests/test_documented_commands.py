@@ -32,7 +32,10 @@ ELSEWHERE = {
     "python -m tests.reliability": "tests/reliability/",
     "DATA=/path/to/Task04_Hippocampus": "takes an hour, and needs the data set",
     "python my_": "tests/test_extending.py",
+    'python -c "import sys, my_head': "tests/test_extending.py",
     "python -m Finetune.main_finetune --preset my_lungs.yaml": "tests/test_extending.py",
+    "python -m Finetune.predict --checkpoint runs/lungs": "tests/test_extending.py",
+    "python -m Finetune.evaluate --predictions runs/lungs": "tests/test_extending.py",
     "git clone": "needs a network",
     "source .venv/bin/activate": "needs a network",
 }
