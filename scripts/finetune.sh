@@ -1,7 +1,7 @@
 # Sourced by the recipes of the data sets. `finetune PRESET FLAG...` fine-tunes, predicts the validation cases of the fold and scores them.
 #
 # The recipe sets data (folder or list), out (folder of the run), volumes (what to predict), labels, and images (folders, for the pictures).
-# Without volumes nothing is predicted.
+# With volumes="" nothing is predicted.
 
 # The arguments of the recipe are refused before anything is installed.
 recipe="$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)"
@@ -21,7 +21,7 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 finetune() {
-  local preset="$1" word volumes="${volumes:-}"
+  local preset="$1" word
   shift
   # last, because prediction and scores use them too: they win over a file of settings
   set -- --fold 0 "$@" --preset "$preset" --data "$data" --out_dir "$out"

@@ -30,7 +30,7 @@ def run(tmp_path, title, replacements, *more):
     """Write the files of a section, and run its commands with our paths. Return what they print.
 
     Args:
-        more: flags for each command; commands without are not run.
+        more: flags for each command.
     """
     files, commands = section(title)
     for name, code in files.items():
@@ -38,7 +38,7 @@ def run(tmp_path, title, replacements, *more):
     assert all(any(old in command for command in commands) for old in replacements)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     printed = ""
-    for command, flags in zip(commands, more):
+    for command, flags in zip(commands, more, strict=True):
         for old, new in replacements.items():
             command = command.replace(old, str(new))
         words = [sys.executable, *shlex.split(f"{command} {flags}")]

@@ -7,7 +7,7 @@
 #   bash scripts/CC_CCII/run.sh --help    all settings, with the values of this recipe
 #
 # Arguments are passed on to Finetune.main_finetune and override the values below.
-# OUT: folder of the run, with classification.csv and classification.json.
+# DATA: folder of the volumes. OUT: folder of the run, with classification.csv and classification.json.
 #
 # Hardware: one GPU with 24 GB (expected). Time and result: not measured.
 # From the papers: 384 x 384 x 32 voxels, min-max intensities. Our choice: everything else, and folds by patient.
@@ -16,6 +16,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../finetune.sh"
 
 data="${DATA:-data/CC_CCII}"
 out="${OUT:-runs/CC_CCII}"
+# the training writes the scores
+volumes=""
 
 finetune CC_CCII \
   --model classifier --size base --patch_size 16 \
